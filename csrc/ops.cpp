@@ -1,0 +1,21 @@
+// The schemas of torch.ops.lagkv, and nothing else: kernels register themselves beside their code, fake
+// kernels and autograd in lagkv_ext/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lagkv, m) {
+  m.def(
+      "compress(Tensor key, Tensor value, SymInt start, SymInt lag_size, SymInt keep, *, float "
+      "value_weight=1.0, "
+      "str score=\"std\") -> (Tensor key, Tensor value, Tensor index)");
+  m.def(
+      "compress_(Tensor(a!) key, Tensor(b!) value, SymInt start, SymInt lag_size, SymInt keep, *, "
+      "float value_weight=1.0, str score=\"std\") -> Tensor index");
+  m.def("partition_bounds(Tensor x, SymInt start, SymInt lag_size) -> Tensor");
+  m.def(
+      "lag_score(Tensor key, Tensor value, SymInt start, SymInt lag_size, *, float value_weight=1.0, "
+      "str score=\"std\") -> Tensor");
+  m.def("topk_index(Tensor score, SymInt keep) -> Tensor");
+  m.def("compact(Tensor x, Tensor index) -> Tensor");
+  // Instruction set the CPU kernels use: "portable", "avx2" or "avx512" (LAGKV_CPU_ISA overrides the choice).
+  m.def("_cpu_isa() -> str");
+}

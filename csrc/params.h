@@ -1,0 +1,102 @@
+// What the kernels of every backend are told: sizes, strides and pointers with their shapes. No torch, no
+// CUDA runtime.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LAGKV_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define LAGKV_HOST_DEVICE inline
+#endif
+
+namespace lagkv {
+
+enum class Score : int32_t { kStd = 0, kCosine = 1 };
+
+/// Number of partitions P of a sequence of `length` tokens (spec section 1). 0 where length < start.
+LAGKV_HOST_DEVICE int64_t partition_count(int64_t length, int64_t start, int64_t lag_size) {
+  return length > start ? (length - start) / lag_size : 0;
+}
+
+/// Number of partitions that are compressed: all but the last one, which is only looked at.
+LAGKV_HOST_DEVICE int64_t compressed_count(int64_t length, int64_t start, int64_t lag_size) {
+  const int64_t count = partition_count(length, start, lag_size);
+  return count > 1 ? count - 1 : 0;
+}
+
+/// N' = N - (P - 1) (L - k), and N where P < 2. The one formula; Python's is `lagkv_ext.output_length`.
+LAGKV_HOST_DEVICE int64_t output_length(int64_t length, int64_t start, int64_t lag_size, int64_t keep) {
+  return length - compressed_count(length, start, lag_size) * (lag_size - keep);
+}
+
+/// Where the rows of a [B, H, N, D] tensor lie. Strides are in elements; a row of `dim` elements is
+/// contiguous. This is the dense form of an address map: ragged forms (slots, packed rows, pages) offer the
+/// same `row`.
+template <class T>
+struct StridedRows {
+  T* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+  int64_t dim;
+
+  LAGKV_HOST_DEVICE T* row(int64_t batch, int64_t head, int64_t position) const {
+    return data + batch * batch_stride + head * head_stride + position * row_stride;
+  }
+};
+
+/// The arguments of `compress` and, with key_out = key and value_out = value, of `compress_`.
+template <class T>
+struct CompressParams {
+  StridedRows<const T> key;      // [B, H, N, Dk]
+  StridedRows<const T> value;    // [B, H, N, Dv]
+  StridedRows<T> key_out;        // [B, H, N', Dk]
+  StridedRows<T> value_out;      // [B, H, N', Dv]
+  int32_t* index;                // [B, H, N'] contiguous: input position of every output row, ascending
+  int64_t batch, heads, length;  // B, H, N
+  int64_t start, lag_size, keep;
+  double value_weight;
+  Score score;
+};
+
+/// `partition_bounds`: per channel minimum and maximum of every full partition.
+template <class T, class Real>
+struct BoundsParams {
+  StridedRows<const T> x;  // [B, H, N, D]
+  Real* bounds;            // [B, H, P, 2, D] contiguous: lo, hi
+  int64_t batch, heads, length;
+  int64_t start, lag_size;
+};
+
+/// `lag_score`: the score of every token of partitions 0 .. P-2.
+template <class T, class Real>
+struct ScoreParams {
+  StridedRows<const T> key;    // [B, H, N, Dk]
+  StridedRows<const T> value;  // [B, H, N, Dv]
+  Real* score;                 // [B, H, P-1, L] contiguous
+  int64_t batch, heads, length;
+  int64_t start, lag_size;
+  double value_weight;
+  Score kind;
+};
+
+/// `topk_index`: positions of the `keep` highest scores of every row, ascending.
+template <class T>
+struct TopkParams {
+  const T* score;  // [rows, L], row stride below, contiguous in L
+  int64_t row_stride;
+  int32_t* index;  // [rows, keep] contiguous
+  int64_t rows, lag_size, keep;
+};
+
+/// `compact`: rows of x gathered by index.
+template <class T>
+struct CompactParams {
+  StridedRows<const T> x;               // [B, H, N, D]
+  StridedRows<T> out;                   // [B, H, K, D]
+  StridedRows<const int32_t> index;     // [B, H, K]: dim = 1, row_stride = stride of the last dimension
+  int64_t batch, heads, length, count;  // B, H, N, K
+};
+
+}  // namespace lagkv

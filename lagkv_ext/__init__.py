@@ -1,0 +1,56 @@
+"""LagKV: compression of key-value caches by lag-relative information (arXiv 2504.04704).
+
+``import lagkv_ext`` needs torch alone: it loads the operators ``torch.ops.lagkv.*`` and offers documented functions for
+them. ``LagKVCache`` needs transformers and is imported at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lagkv_ext._library import info
+from lagkv_ext.checks import output_length
+from lagkv_ext.ops import (
+    Compressed,
+    compact,
+    compress,
+    compress_,
+    keep_count,
+    lag_score,
+    next_start,
+    partition_bounds,
+    topk_index,
+)
+from lagkv_ext.version import __version__
+
+if TYPE_CHECKING:
+    from lagkv_ext.cache import LagKVCache
+
+__all__ = [
+    "Compressed",
+    "LagKVCache",
+    "__version__",
+    "compact",
+    "compress",
+    "compress_",
+    "info",
+    "keep_count",
+    "lag_score",
+    "next_start",
+    "output_length",
+    "partition_bounds",
+    "topk_index",
+]
+
+_LAZY = {"LagKVCache": "lagkv_ext.cache"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -1,0 +1,81 @@
+"""Loads the compiled operator libraries and tells what was built, what was loaded, and why something was not."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lagkv_ext.version import __version__
+
+_FOLDER = Path(__file__).resolve().parent
+_BUILD_INFO = _FOLDER / "_build_info.json"  # written by setup.py beside the libraries
+
+_cuda_status = "not loaded"
+
+
+def load() -> None:
+    """Load ``_C`` (schemas and CPU kernels) and, where torch has CUDA, ``_cuda``. A failure is an ImportError."""
+    global _cuda_status
+    # Registering the same schemas twice ends the process, so a second copy (an installed one beside a checkout, say) is
+    # refused here.
+    if hasattr(torch.ops.lagkv, "compress"):
+        others = [path for path in torch.ops.loaded_libraries if Path(path).name.startswith("_C.")]
+        raise ImportError(
+            f"the lagkv operators are already registered in this process (loaded: {others or 'unknown'}); "
+            f"{_FOLDER} would register them twice. Keep one copy of lagkv_ext on sys.path."
+        )
+    _load_library("_C")
+    build = build_info()["cuda"]
+    if torch.version.cuda is None:
+        _cuda_status = "not loaded: this torch has no CUDA"
+    elif not build["built"]:
+        _cuda_status = f"not loaded: {build['reason']}"
+    else:
+        _load_library("_cuda")
+        _cuda_status = "loaded"
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py recorded: compilers, torch, architectures, and the reason where CUDA was not built."""
+    return json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
+
+
+def info() -> dict[str, Any]:
+    """Version, build and run-time facts, as ``python -m lagkv_ext info`` prints them."""
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.version.cuda
+        else []
+    )
+    return {
+        "lagkv_ext": __version__,
+        "folder": str(_FOLDER),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "gpus": gpus,
+        "cpu_isa": torch.ops.lagkv._cpu_isa(),
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_kernels": _cuda_status,
+        "build": build_info(),
+    }
+
+
+def _load_library(name: str) -> None:
+    path = _FOLDER / f"{name}.abi3.so"
+    if not path.exists() or not _BUILD_INFO.exists():
+        raise ImportError(
+            f"{path} is missing: lagkv_ext was not built here. "
+            "Run 'pip install .' (or 'make build' for a checkout) in the source folder."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(f"{path} could not be loaded with torch {torch.__version__}: {error}") from error
+
+
+load()

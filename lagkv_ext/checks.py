@@ -1,0 +1,214 @@
+"""Argument checks and shape formulas in Python: for the reference and for tracing, where no kernel runs.
+
+The kernels' own checks are in ``csrc/checks.h``; tests hold the two to the same texts and the same output length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SCORES = ("std", "cosine")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_LENGTH = 2**31 - 1
+
+
+def partition_count(length: int, start: int, lag_size: int) -> int:
+    """``P``: number of full partitions after ``start``; works on symbolic sizes."""
+    return torch.sym_max((length - start) // lag_size, 0)
+
+
+def compressed_count(length: int, start: int, lag_size: int) -> int:
+    """Partitions that lose tokens: all but the last; works on symbolic sizes."""
+    return torch.sym_max((length - start) // lag_size - 1, 0)
+
+
+def output_length(length: int, start: int, lag_size: int, keep: int) -> int:
+    """``N' = N - (P - 1) (L - k)``, or ``N`` where ``P < 2``; works on symbolic sizes."""
+    return length - compressed_count(length, start, lag_size) * (lag_size - keep)
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other storage type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_compress(
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    lag_size: int,
+    keep: int,
+    value_weight: float,
+    score: str,
+    op: str = "compress",
+) -> None:
+    _check_pair(op, key, value)
+    _check_start(op, start)
+    _check_lag_size(op, lag_size)
+    _check_keep(op, keep, "lag_size", lag_size)
+    _check_scoring(op, value_weight, score)
+
+
+def check_compress_(
+    key: Tensor, value: Tensor, start: int, lag_size: int, keep: int, value_weight: float, score: str
+) -> None:
+    check_compress(key, value, start, lag_size, keep, value_weight, score, op="compress_")
+    _check_writable("compress_", "key", key)
+    _check_writable("compress_", "value", value)
+    _check(
+        key is not value,
+        "compress_",
+        lambda: "value must not share its memory with key, got the same address for both",
+    )
+
+
+def check_partition_bounds(x: Tensor, start: int, lag_size: int) -> None:
+    _check_rows("partition_bounds", "x", x)
+    _check_start("partition_bounds", start)
+    _check_lag_size("partition_bounds", lag_size)
+
+
+def check_lag_score(
+    key: Tensor, value: Tensor, start: int, lag_size: int, value_weight: float, score: str
+) -> None:
+    _check_pair("lag_score", key, value)
+    _check_start("lag_score", start)
+    _check_lag_size("lag_score", lag_size)
+    _check_scoring("lag_score", value_weight, score)
+
+
+def check_topk_index(score: Tensor, keep: int) -> None:
+    op = "topk_index"
+    _check(score.dim() >= 1, op, lambda: "score must have at least 1 dimension [..., L], got a scalar")
+    _check_dtype(op, "score", score)
+    _check(
+        score.shape[-1] <= MAX_LENGTH,
+        op,
+        lambda: f"score must have at most {MAX_LENGTH} columns, got {score.shape[-1]}",
+    )
+    _check_keep(op, keep, "the last dimension of score", score.shape[-1])
+    _check_contiguous(op, "score", score)
+
+
+def check_compact(x: Tensor, index: Tensor) -> None:
+    op = "compact"
+    _check_rows(op, "x", x)
+    _check(index.dim() == 3, op, lambda: f"index must have 3 dimensions [B, H, K], got shape {_shape(index)}")
+    _check(index.dtype == torch.int32, op, lambda: f"index must be int32, got {_dtype(index)}")
+    _check(
+        index.device == x.device,
+        op,
+        lambda: f"index must be on the device of x ({x.device}), got {index.device}",
+    )
+    _check(
+        index.shape[0] == x.shape[0] and index.shape[1] == x.shape[1],
+        op,
+        lambda: f"index must agree with x in batch and heads {_shape(x)}, got shape {_shape(index)}",
+    )
+    _check(
+        index.shape[2] <= MAX_LENGTH,
+        op,
+        lambda: f"index must have at most {MAX_LENGTH} columns, got {index.shape[2]}",
+    )
+
+
+def check_index_range(index: Tensor, length: int) -> None:
+    """Values of an index; needs the data, so only where they are at hand."""
+    bad = index[(index < 0) | (index >= length)]
+    _check(
+        bad.numel() == 0,
+        "compact",
+        lambda: f"index must hold positions between 0 and {length - 1}, got {int(bad[0])}",
+    )
+
+
+def _check(condition: bool, op: str, message) -> None:
+    torch._check(condition, lambda: f"lagkv::{op}: {message()}")
+
+
+def _shape(x: Tensor) -> str:
+    return "[" + ", ".join(str(n) for n in x.shape) + "]"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _check_dtype(op: str, name: str, x: Tensor) -> None:
+    _check(
+        x.dtype in FLOATING,
+        op,
+        lambda: f"{name} must be float16, bfloat16, float32 or float64, got {_dtype(x)}",
+    )
+
+
+def _check_rows(op: str, name: str, x: Tensor) -> None:
+    _check(x.dim() == 4, op, lambda: f"{name} must have 4 dimensions [B, H, N, D], got shape {_shape(x)}")
+    _check_dtype(op, name, x)
+    _check(
+        x.shape[2] <= MAX_LENGTH,
+        op,
+        lambda: f"{name} must have at most {MAX_LENGTH} tokens, got {x.shape[2]}",
+    )
+    _check_contiguous(op, name, x)
+
+
+def _check_contiguous(op: str, name: str, x: Tensor) -> None:
+    # Tracing must not specialise on sizes, so the size is only asked for where the stride is wrong.
+    if x.stride(-1) != 1:
+        _check(
+            x.shape[-1] <= 1 or x.numel() == 0,
+            op,
+            lambda: f"{name} must have a contiguous last dimension (stride 1), got stride {x.stride(-1)}",
+        )
+
+
+def _check_pair(op: str, key: Tensor, value: Tensor) -> None:
+    _check_rows(op, "key", key)
+    _check_rows(op, "value", value)
+    _check(
+        value.dtype == key.dtype,
+        op,
+        lambda: f"value must have the dtype of key ({_dtype(key)}), got {_dtype(value)}",
+    )
+    _check(
+        value.device == key.device,
+        op,
+        lambda: f"value must be on the device of key ({key.device}), got {value.device}",
+    )
+    for dim, what in enumerate(("batch", "heads", "tokens")):
+        _check(
+            value.shape[dim] == key.shape[dim],
+            op,
+            lambda what=what: f"value must agree with key in {what} {_shape(key)}, got shape {_shape(value)}",
+        )
+
+
+def _check_start(op: str, start: int) -> None:
+    _check(start >= 0, op, lambda: f"start must be at least 0, got {start}")
+
+
+def _check_lag_size(op: str, lag_size: int) -> None:
+    _check(lag_size >= 1, op, lambda: f"lag_size must be at least 1, got {lag_size}")
+
+
+def _check_keep(op: str, keep: int, bound_name: str, bound: int) -> None:
+    _check(keep >= 1, op, lambda: f"keep must be at least 1, got {keep}")
+    _check(keep <= bound, op, lambda: f"keep must be at most {bound_name} ({bound}), got {keep}")
+
+
+def _check_scoring(op: str, value_weight: float, score: str) -> None:
+    _check(math.isfinite(value_weight), op, lambda: f"value_weight must be finite, got {value_weight}")
+    _check(score in SCORES, op, lambda: f"score must be 'std' or 'cosine', got '{score}'")
+
+
+def _check_writable(op: str, name: str, x: Tensor) -> None:
+    for dim in range(3):
+        _check(
+            x.stride(dim) != 0 or x.shape[dim] <= 1,
+            op,
+            lambda dim=dim: f"{name} must not overlap itself, got stride 0 in dimension {dim}",
+        )

@@ -1,0 +1,295 @@
+"""The operators ``torch.ops.lagkv.*`` for Python: documented functions, fake kernels for tracing, and autograd.
+
+Schemas are in ``csrc/ops.cpp``, kernels in ``csrc/cpu`` and ``csrc/cuda``, semantics in ``lagkv_ext/reference.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lagkv_ext import _library, checks
+
+__all__ = [
+    "Compressed",
+    "compact",
+    "compress",
+    "compress_",
+    "keep_count",
+    "lag_score",
+    "next_start",
+    "partition_bounds",
+    "topk_index",
+]
+
+DEFAULT_KEEP_RATIO = 0.25
+
+assert _library  # loading the libraries defines torch.ops.lagkv, which everything below refers to
+
+
+class Compressed(NamedTuple):
+    """Result of :func:`compress`."""
+
+    key: Tensor  #: ``[B, H, N', Dk]``
+    value: Tensor  #: ``[B, H, N', Dv]``
+    index: Tensor  #: ``[B, H, N']`` int32, ascending: input position of every output row
+
+
+def compress(
+    key: Tensor,
+    value: Tensor,
+    *,
+    lag_size: int = 128,
+    keep_ratio: float | None = None,
+    keep: int | None = None,
+    sink_size: int = 16,
+    value_weight: float = 1.0,
+    score: str = "std",
+) -> Compressed:
+    """Drop the least important tokens of a key-value cache (LagKV, arXiv 2504.04704).
+
+    The tokens after the first ``sink_size`` are cut into partitions of ``lag_size``. Every partition but the last is
+    normalised with the per-channel minimum and maximum of the next one, each token is scored by its standard deviation
+    over channels, and per head the ``keep`` best tokens of the partition stay. The sink, the last full partition and the
+    remainder stay as they are. Fewer than two partitions: nothing is dropped.
+
+    Args:
+        key: ``[B, H, N, Dk]`` (batch, KV heads, tokens, head dim); float16, bfloat16, float32 or float64; any strides
+            with a contiguous last dimension. Not copied and not changed.
+        value: ``[B, H, N, Dv]``, same dtype and device.
+        lag_size: tokens per partition, ``L >= 1``.
+        keep_ratio: share kept of each partition, in ``(0, 1]``: ``keep = max(1, int(keep_ratio * lag_size))``.
+            Default 0.25. Exclusive with ``keep``.
+        keep: tokens kept of each partition, ``1 <= keep <= lag_size``. Exclusive with ``keep_ratio``.
+        sink_size: leading tokens kept as they are (the operator's ``start``). To compress a cache again after tokens were
+            appended, pass :func:`next_start` of the compression before.
+        value_weight: weight of the values' score against the keys'.
+        score: ``"std"`` (the paper) or ``"cosine"`` (minus the cosine to the next partition's mean direction).
+
+    Returns:
+        :class:`Compressed` ``(key, value, index)`` with ``N' = output_length(N, sink_size, lag_size, keep)`` tokens, rows
+        copied bit for bit, in ascending position. Gradients flow to the kept rows; the choice has none.
+
+    Raises:
+        RuntimeError, ValueError: naming the argument, what it must be and what it got.
+    """
+    keep = _resolve_keep(keep, keep_ratio, lag_size)
+    return Compressed(
+        *torch.ops.lagkv.compress(
+            key, value, sink_size, lag_size, keep, value_weight=float(value_weight), score=score
+        )
+    )
+
+
+def compress_(
+    key: Tensor,
+    value: Tensor,
+    *,
+    lag_size: int = 128,
+    keep_ratio: float | None = None,
+    keep: int | None = None,
+    sink_size: int = 16,
+    value_weight: float = 1.0,
+    score: str = "std",
+) -> Tensor:
+    """:func:`compress` in place: the result is in the first ``N'`` rows of ``key`` and ``value``.
+
+    Arguments as for :func:`compress`. Allocates the index and ``O(B * H * N)`` bytes of scratch, nothing else. Rows past
+    ``N'`` are left in an unspecified state. Not differentiable.
+
+    Returns:
+        ``index [B, H, N']`` int32, ascending: input position of every row that stayed.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself (an expanded tensor),
+            both are one memory, or one requires grad while gradients are recorded. Nothing is written then.
+    """
+    keep = _resolve_keep(keep, keep_ratio, lag_size)
+    if torch.is_grad_enabled():
+        for name, tensor in (("key", key), ("value", value)):
+            if tensor.requires_grad:
+                raise RuntimeError(
+                    f"lagkv::compress_: {name} must not require grad (the operator works in place), got "
+                    "requires_grad=True; use compress, or torch.no_grad()"
+                )
+    return torch.ops.lagkv.compress_(
+        key, value, sink_size, lag_size, keep, value_weight=float(value_weight), score=score
+    )
+
+
+def partition_bounds(x: Tensor, *, lag_size: int = 128, sink_size: int = 16) -> Tensor:
+    """Per-channel minimum and maximum of every full partition.
+
+    Args:
+        x: ``[B, H, N, D]``, keys or values.
+        lag_size: tokens per partition.
+        sink_size: leading tokens that belong to no partition.
+
+    Returns:
+        ``[B, H, P, 2, D]`` (minimum, maximum), ``P = max(0, (N - sink_size) // lag_size)``; float32, float64 for float64
+        input. A NaN makes the bounds of its channel NaN.
+    """
+    return torch.ops.lagkv.partition_bounds(x, sink_size, lag_size)
+
+
+def lag_score(
+    key: Tensor,
+    value: Tensor,
+    *,
+    lag_size: int = 128,
+    sink_size: int = 16,
+    value_weight: float = 1.0,
+    score: str = "std",
+) -> Tensor:
+    """Score of every token that can be dropped; higher is kept. Arguments as for :func:`compress`.
+
+    Returns:
+        ``[B, H, max(0, P - 1), L]``; float32, float64 for float64 input.
+    """
+    return torch.ops.lagkv.lag_score(
+        key, value, sink_size, lag_size, value_weight=float(value_weight), score=score
+    )
+
+
+def topk_index(score: Tensor, keep: int) -> Tensor:
+    """Positions of the ``keep`` highest scores along the last dimension, in ascending position.
+
+    Args:
+        score: ``[..., L]``, floating point, contiguous last dimension.
+        keep: ``1 <= keep <= L``.
+
+    Returns:
+        ``[..., keep]`` int32. Equal scores: the lower position wins. NaN ranks highest.
+    """
+    return torch.ops.lagkv.topk_index(score, keep)
+
+
+def compact(x: Tensor, index: Tensor) -> Tensor:
+    """Gather rows: ``out[b, h, i] = x[b, h, index[b, h, i]]``.
+
+    Args:
+        x: ``[B, H, N, D]``.
+        index: ``[B, H, K]`` int32, in ``[0, N)``, any order, repeats allowed.
+
+    Returns:
+        ``[B, H, K, D]``, contiguous, bit for bit. Gradients add up at the gathered rows.
+
+    Raises:
+        RuntimeError: on the CPU also for a position out of range; on CUDA such a position is a device-side assertion.
+    """
+    return torch.ops.lagkv.compact(x, index)
+
+
+def keep_count(keep_ratio: float, lag_size: int) -> int:
+    """Tokens kept of a partition: ``max(1, int(keep_ratio * lag_size))`` for ``keep_ratio`` in ``(0, 1]``."""
+    if not 0.0 < keep_ratio <= 1.0:
+        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+    return max(1, int(keep_ratio * lag_size))
+
+
+def next_start(length: int, start: int, lag_size: int, keep: int) -> int:
+    """``start`` of the next compression after one of ``length`` tokens: ``start + keep * (P - 1)`` (spec, recursion)."""
+    return start + keep * checks.compressed_count(length, start, lag_size)
+
+
+def _resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> int:
+    if keep is None:
+        return keep_count(DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio, lag_size)
+    if keep_ratio is not None:
+        raise ValueError(f"give keep or keep_ratio, not both; got keep={keep} and keep_ratio={keep_ratio}")
+    return keep
+
+
+# Fake kernels: shapes and dtypes for tracing. Lengths stay symbolic, so that one graph serves every length.
+
+
+@torch.library.register_fake("lagkv::compress")
+def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
+    checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
+    batch, heads, length, key_dim = key.shape
+    rows = checks.output_length(length, start, lag_size, keep)
+    return (
+        key.new_empty((batch, heads, rows, key_dim)),
+        value.new_empty((batch, heads, rows, value.shape[3])),
+        key.new_empty((batch, heads, rows), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("lagkv::compress_")
+def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
+    checks.check_compress_(key, value, start, lag_size, keep, value_weight, score)
+    batch, heads, length, _ = key.shape
+    rows = checks.output_length(length, start, lag_size, keep)
+    return key.new_empty((batch, heads, rows), dtype=torch.int32)
+
+
+@torch.library.register_fake("lagkv::partition_bounds")
+def _(x, start, lag_size):
+    checks.check_partition_bounds(x, start, lag_size)
+    batch, heads, length, dim = x.shape
+    count = checks.partition_count(length, start, lag_size)
+    return x.new_empty((batch, heads, count, 2, dim), dtype=checks.arithmetic_dtype(x.dtype))
+
+
+@torch.library.register_fake("lagkv::lag_score")
+def _(key, value, start, lag_size, *, value_weight=1.0, score="std"):
+    checks.check_lag_score(key, value, start, lag_size, value_weight, score)
+    batch, heads, length, _ = key.shape
+    count = checks.compressed_count(length, start, lag_size)
+    return key.new_empty((batch, heads, count, lag_size), dtype=checks.arithmetic_dtype(key.dtype))
+
+
+@torch.library.register_fake("lagkv::topk_index")
+def _(score, keep):
+    checks.check_topk_index(score, keep)
+    return score.new_empty((*score.shape[:-1], keep), dtype=torch.int32)
+
+
+@torch.library.register_fake("lagkv::compact")
+def _(x, index):
+    checks.check_compact(x, index)
+    return x.new_empty((*index.shape, x.shape[3]))
+
+
+# Autograd: gradients go back to the rows that were kept.
+
+
+def _save_index(ctx: Any, index: Tensor, lengths: tuple[int, ...]) -> None:
+    ctx.save_for_backward(index)
+    ctx.lengths = lengths
+
+
+def _scatter_rows(grad: Tensor | None, index: Tensor, length: int) -> Tensor | None:
+    """``[B, H, K, D]`` rows added into zeros ``[B, H, length, D]`` at ``index``."""
+    if grad is None:
+        return None
+    batch, heads, _, dim = grad.shape
+    zeros = grad.new_zeros((batch, heads, length, dim))
+    return zeros.scatter_add(2, index.long().unsqueeze(-1).expand_as(grad), grad)
+
+
+def _compress_setup(ctx, inputs, output):
+    key, value, *_ = inputs
+    _save_index(ctx, output[2], (key.shape[2], value.shape[2]))
+
+
+def _compress_backward(ctx, grad_key, grad_value, _grad_index):
+    (index,) = ctx.saved_tensors
+    grads = [_scatter_rows(g, index, n) for g, n in zip((grad_key, grad_value), ctx.lengths, strict=True)]
+    return *grads, None, None, None
+
+
+def _compact_setup(ctx, inputs, output):
+    x, index = inputs
+    _save_index(ctx, index, (x.shape[2],))
+
+
+def _compact_backward(ctx, grad):
+    (index,) = ctx.saved_tensors
+    return _scatter_rows(grad, index, ctx.lengths[0]), None
+
+
+torch.library.register_autograd("lagkv::compress", _compress_backward, setup_context=_compress_setup)
+torch.library.register_autograd("lagkv::compact", _compact_backward, setup_context=_compact_setup)
