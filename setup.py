@@ -1,7 +1,8 @@
 """Builds the two operator libraries: ``_C`` (schemas, CPU kernels) and, where nvcc and a CUDA torch are, ``_cuda``.
 
 Environment: ``LAGKV_BUILD_CUDA`` = auto (default) | 0 | 1 (1: fail where CUDA cannot be built);
-``TORCH_CUDA_ARCH_LIST`` = architectures (default: those of a wheel); ``MAX_JOBS``; ``CXX`` and ``PYTORCH_NVCC`` = compilers.
+``TORCH_CUDA_ARCH_LIST`` = architectures (default: those of a wheel); ``MAX_JOBS``; ``CXX`` and ``PYTORCH_NVCC`` =
+compilers.
 Everything else (name, dependencies, extras) is in pyproject.toml.
 """
 

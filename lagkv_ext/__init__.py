@@ -1,7 +1,7 @@
 """LagKV: compression of key-value caches by lag-relative information (arXiv 2504.04704).
 
-``import lagkv_ext`` needs torch alone: it loads the operators ``torch.ops.lagkv.*`` and offers documented functions for
-them. ``LagKVCache`` needs transformers and is imported at its first use.
+``import lagkv_ext`` needs torch alone: it loads the operators ``torch.ops.lagkv.*`` and offers documented functions
+for them. ``LagKVCache`` needs transformers and is imported at its first use.
 """
 
 from __future__ import annotations

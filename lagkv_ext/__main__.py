@@ -1,4 +1,4 @@
-"""``python -m lagkv_ext info``: what was built and what runs here. Needs torch alone; every other command is ``lagkv``."""
+"""``python -m lagkv_ext info``: what was built and what runs here. Needs torch alone; the rest is ``lagkv``."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ _cuda_status = "not loaded"
 def load() -> None:
     """Load ``_C`` (schemas and CPU kernels) and, where torch has CUDA, ``_cuda``. A failure is an ImportError."""
     global _cuda_status
-    # Registering the same schemas twice ends the process, so a second copy (an installed one beside a checkout, say) is
-    # refused here.
+    # Registering the same schemas twice ends the process, so a second copy (an installed one beside a checkout,
+    # say) is refused here.
     if hasattr(torch.ops.lagkv, "compress"):
         others = [path for path in torch.ops.loaded_libraries if Path(path).name.startswith("_C.")]
         raise ImportError(

@@ -6,6 +6,8 @@ The kernels' own checks are in ``csrc/checks.h``; tests hold the two to the same
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +19,12 @@ MAX_LENGTH = 2**31 - 1
 
 def partition_count(length: int, start: int, lag_size: int) -> int:
     """``P``: number of full partitions after ``start``; works on symbolic sizes."""
-    return torch.sym_max((length - start) // lag_size, 0)
+    return _max((length - start) // lag_size, 0)
 
 
 def compressed_count(length: int, start: int, lag_size: int) -> int:
     """Partitions that lose tokens: all but the last; works on symbolic sizes."""
-    return torch.sym_max((length - start) // lag_size - 1, 0)
+    return _max((length - start) // lag_size - 1, 0)
 
 
 def output_length(length: int, start: int, lag_size: int, keep: int) -> int:
@@ -125,7 +127,12 @@ def check_index_range(index: Tensor, length: int) -> None:
     )
 
 
-def _check(condition: bool, op: str, message) -> None:
+def _max(a: Any, b: Any) -> Any:
+    """The builtin ``max`` would ask a symbolic size which is larger, and so fix it; ``torch.sym_max`` does not."""
+    return max(a, b) if type(a) is type(b) is int else torch.sym_max(a, b)
+
+
+def _check(condition: bool, op: str, message: Callable[[], str]) -> None:
     torch._check(condition, lambda: f"lagkv::{op}: {message()}")
 
 
@@ -180,11 +187,15 @@ def _check_pair(op: str, key: Tensor, value: Tensor) -> None:
         lambda: f"value must be on the device of key ({key.device}), got {value.device}",
     )
     for dim, what in enumerate(("batch", "heads", "tokens")):
-        _check(
-            value.shape[dim] == key.shape[dim],
-            op,
-            lambda what=what: f"value must agree with key in {what} {_shape(key)}, got shape {_shape(value)}",
-        )
+        _check_agrees(op, key, value, dim, what)
+
+
+def _check_agrees(op: str, key: Tensor, value: Tensor, dim: int, what: str) -> None:
+    _check(
+        value.shape[dim] == key.shape[dim],
+        op,
+        lambda: f"value must agree with key in {what} {_shape(key)}, got shape {_shape(value)}",
+    )
 
 
 def _check_start(op: str, start: int) -> None:
@@ -206,9 +217,14 @@ def _check_scoring(op: str, value_weight: float, score: str) -> None:
 
 
 def _check_writable(op: str, name: str, x: Tensor) -> None:
+    """A tensor that is written must not hold one element at two places."""
     for dim in range(3):
-        _check(
-            x.stride(dim) != 0 or x.shape[dim] <= 1,
-            op,
-            lambda dim=dim: f"{name} must not overlap itself, got stride 0 in dimension {dim}",
-        )
+        if x.stride(dim) == 0:
+            _check(
+                x.shape[dim] <= 1,
+                op,
+                lambda: (
+                    f"{name} must not overlap itself, got stride 0 in dimension "
+                    f"{[x.stride(d) == 0 and x.shape[d] > 1 for d in range(3)].index(True)}"
+                ),
+            )

@@ -34,7 +34,7 @@ class Compressed(NamedTuple):
 
     key: Tensor  #: ``[B, H, N', Dk]``
     value: Tensor  #: ``[B, H, N', Dv]``
-    index: Tensor  #: ``[B, H, N']`` int32, ascending: input position of every output row
+    index: Tensor  # type: ignore[assignment]  #: ``[B, H, N']`` int32, ascending: input position of every output row
 
 
 def compress(
@@ -50,10 +50,10 @@ def compress(
 ) -> Compressed:
     """Drop the least important tokens of a key-value cache (LagKV, arXiv 2504.04704).
 
-    The tokens after the first ``sink_size`` are cut into partitions of ``lag_size``. Every partition but the last is
-    normalised with the per-channel minimum and maximum of the next one, each token is scored by its standard deviation
-    over channels, and per head the ``keep`` best tokens of the partition stay. The sink, the last full partition and the
-    remainder stay as they are. Fewer than two partitions: nothing is dropped.
+    The tokens after the first ``sink_size`` are cut into partitions of ``lag_size``. Every partition but the last
+    is normalised with the per-channel minimum and maximum of the next one, each token is scored by its standard
+    deviation over channels, and per head the ``keep`` best tokens of the partition stay. The sink, the last full
+    partition and the remainder stay as they are. Fewer than two partitions: nothing is dropped.
 
     Args:
         key: ``[B, H, N, Dk]`` (batch, KV heads, tokens, head dim); float16, bfloat16, float32 or float64; any strides
@@ -63,14 +63,14 @@ def compress(
         keep_ratio: share kept of each partition, in ``(0, 1]``: ``keep = max(1, int(keep_ratio * lag_size))``.
             Default 0.25. Exclusive with ``keep``.
         keep: tokens kept of each partition, ``1 <= keep <= lag_size``. Exclusive with ``keep_ratio``.
-        sink_size: leading tokens kept as they are (the operator's ``start``). To compress a cache again after tokens were
-            appended, pass :func:`next_start` of the compression before.
+        sink_size: leading tokens kept as they are (the operator's ``start``). To compress a cache again after tokens
+            were appended, pass :func:`next_start` of the compression before.
         value_weight: weight of the values' score against the keys'.
         score: ``"std"`` (the paper) or ``"cosine"`` (minus the cosine to the next partition's mean direction).
 
     Returns:
-        :class:`Compressed` ``(key, value, index)`` with ``N' = output_length(N, sink_size, lag_size, keep)`` tokens, rows
-        copied bit for bit, in ascending position. Gradients flow to the kept rows; the choice has none.
+        :class:`Compressed` ``(key, value, index)`` with ``N' = output_length(N, sink_size, lag_size, keep)`` tokens,
+        rows copied bit for bit, in ascending position. Gradients flow to the kept rows; the choice has none.
 
     Raises:
         RuntimeError, ValueError: naming the argument, what it must be and what it got.
@@ -96,15 +96,15 @@ def compress_(
 ) -> Tensor:
     """:func:`compress` in place: the result is in the first ``N'`` rows of ``key`` and ``value``.
 
-    Arguments as for :func:`compress`. Allocates the index and ``O(B * H * N)`` bytes of scratch, nothing else. Rows past
-    ``N'`` are left in an unspecified state. Not differentiable.
+    Arguments as for :func:`compress`. Allocates the index and ``O(B * H * N)`` bytes of scratch, nothing else. Rows
+    past ``N'`` are left in an unspecified state. Not differentiable.
 
     Returns:
         ``index [B, H, N']`` int32, ascending: input position of every row that stayed.
 
     Raises:
-        RuntimeError, ValueError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself (an expanded tensor),
-            both are one memory, or one requires grad while gradients are recorded. Nothing is written then.
+        RuntimeError, ValueError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself (an expanded
+            tensor), both are one memory, or one requires grad while gradients are recorded. Nothing is written then.
     """
     keep = _resolve_keep(keep, keep_ratio, lag_size)
     if torch.is_grad_enabled():
@@ -128,8 +128,8 @@ def partition_bounds(x: Tensor, *, lag_size: int = 128, sink_size: int = 16) -> 
         sink_size: leading tokens that belong to no partition.
 
     Returns:
-        ``[B, H, P, 2, D]`` (minimum, maximum), ``P = max(0, (N - sink_size) // lag_size)``; float32, float64 for float64
-        input. A NaN makes the bounds of its channel NaN.
+        ``[B, H, P, 2, D]`` (minimum, maximum), ``P = max(0, (N - sink_size) // lag_size)``; float32, float64 for
+        float64 input. A NaN makes the bounds of its channel NaN.
     """
     return torch.ops.lagkv.partition_bounds(x, sink_size, lag_size)
 
@@ -190,7 +190,7 @@ def keep_count(keep_ratio: float, lag_size: int) -> int:
 
 
 def next_start(length: int, start: int, lag_size: int, keep: int) -> int:
-    """``start`` of the next compression after one of ``length`` tokens: ``start + keep * (P - 1)`` (spec, recursion)."""
+    """``start`` of the compression after one of ``length`` tokens: ``start + keep * (P - 1)`` (spec, recursion)."""
     return start + keep * checks.compressed_count(length, start, lag_size)
 
 

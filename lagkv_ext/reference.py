@@ -1,8 +1,8 @@
 """LagKV in plain PyTorch: the semantics of record, against which every kernel is tested.
 
-Written to be read next to ``spec`` in README ("The method"; arXiv 2504.04704, section 3), not to be fast. Every function
-has the signature and the result of the operator of the same name in ``torch.ops.lagkv``. Shapes: ``B`` batch, ``H`` KV
-heads, ``N`` tokens, ``D`` head dim, ``P`` partitions of ``L = lag_size`` tokens.
+Written to be read next to the paper (arXiv 2504.04704, section 3), not to be fast. Every function has the signature
+and the result of the operator of the same name in ``torch.ops.lagkv``. Shapes: ``B`` batch, ``H`` KV heads, ``N``
+tokens, ``D`` head dim, ``P`` partitions of ``L = lag_size`` tokens.
 """
 
 from __future__ import annotations

@@ -1,0 +1,66 @@
+# make demo   a real model reads a long text with its cache compressed          make test   every test
+# Each creates its environment (.venv), installs, builds and runs. Another torch: make test TORCH='torch==2.13.0'
+# (give another VENV too to keep both). Other targets: build, lint, format, kernel-report, clean.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# A checkout builds for the architectures that the checks look at; a wheel's longer list is in setup.py.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
+export MAX_JOBS ?= $(shell nproc)
+ifneq ($(wildcard /usr/local/cuda/bin/nvcc),)
+export CUDA_HOME ?= /usr/local/cuda
+endif
+ifneq ($(wildcard /usr/lib/ccache/g++),)
+export PATH := /usr/lib/ccache:$(PATH)
+export PYTORCH_NVCC ?= ccache $(CUDA_HOME)/bin/nvcc
+endif
+
+.PHONY: demo test lint format env build kernel-report clean
+
+# The stamp's name holds the torch that was asked for, so that asking for another one installs it.
+ENV_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,-,$(TORCH)))
+BUILD_STAMP := $(VENV)/.built
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+C_FILES = $$(git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
+
+demo: build
+	$(BIN)/lagkv demo $(DEMO)
+
+test: build
+	$(BIN)/python -m pytest --hypothesis-profile=ci $(TESTS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+env: $(ENV_STAMP)
+
+build: $(BUILD_STAMP)
+
+$(ENV_STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja
+	rm -f $(VENV)/.torch-* $(BUILD_STAMP)
+	touch '$@'
+
+$(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m lagkv_ext info
+	touch $@
+
+kernel-report: build
+	$(BIN)/python tools/kernel_report.py
+
+clean:
+	rm -rf build dist *.egg-info lagkv_ext/*.so lagkv_ext/_build_info.json
