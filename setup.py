@@ -14,9 +14,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:
+    raise SystemExit(
+        f"building lagkv_ext needs torch >= 2.10 ({error}): pip install it first, or drop --no-build-isolation"
+    ) from error
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]

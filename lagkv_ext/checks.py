@@ -28,8 +28,13 @@ def compressed_count(length: int, start: int, lag_size: int) -> int:
 
 
 def output_length(length: int, start: int, lag_size: int, keep: int) -> int:
-    """``N' = N - (P - 1) (L - k)``, or ``N`` where ``P < 2``; works on symbolic sizes."""
-    return length - compressed_count(length, start, lag_size) * (lag_size - keep)
+    """``N' = N - (P - 1) (L - k)``, or ``N`` where ``P < 2``; works on symbolic sizes.
+
+    Written as a sum of terms that cannot be negative (prefix, last partition and remainder; kept tokens): only so can
+    ``torch.export`` see that no length makes the output's size negative, 0 or 1.
+    """
+    untouched = _min(length, start + lag_size + (length - start) % lag_size)
+    return untouched + keep * compressed_count(length, start, lag_size)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,9 +132,15 @@ def check_index_range(index: Tensor, length: int) -> None:
     )
 
 
+# The builtin max and min would ask a symbolic size which is larger, and so fix it.
+
+
 def _max(a: Any, b: Any) -> Any:
-    """The builtin ``max`` would ask a symbolic size which is larger, and so fix it; ``torch.sym_max`` does not."""
     return max(a, b) if type(a) is type(b) is int else torch.sym_max(a, b)
+
+
+def _min(a: Any, b: Any) -> Any:
+    return min(a, b) if type(a) is type(b) is int else torch.sym_min(a, b)
 
 
 def _check(condition: bool, op: str, message: Callable[[], str]) -> None:

@@ -270,7 +270,7 @@ def _scatter_rows(grad: Tensor | None, index: Tensor, length: int) -> Tensor | N
     return zeros.scatter_add(2, index.long().unsqueeze(-1).expand_as(grad), grad)
 
 
-def _compress_setup(ctx, inputs, output):
+def _compress_setup(ctx, inputs, keyword_only_inputs, output):
     key, value, *_ = inputs
     _save_index(ctx, output[2], (key.shape[2], value.shape[2]))
 
@@ -293,3 +293,18 @@ def _compact_backward(ctx, grad):
 
 torch.library.register_autograd("lagkv::compress", _compress_backward, setup_context=_compress_setup)
 torch.library.register_autograd("lagkv::compact", _compact_backward, setup_context=_compact_setup)
+
+
+# Scores and bounds serve the choice of tokens, which has no gradient: their outputs never require one.
+
+
+def _constant_setup(ctx, inputs, output, keyword_only_inputs=None):
+    ctx.mark_non_differentiable(output)
+
+
+def _constant_backward(ctx, grad):
+    raise RuntimeError("lagkv: scores and bounds have no gradient")  # unreachable: marked non-differentiable
+
+
+torch.library.register_autograd("lagkv::lag_score", _constant_backward, setup_context=_constant_setup)
+torch.library.register_autograd("lagkv::partition_bounds", _constant_backward, setup_context=_constant_setup)
