@@ -130,7 +130,7 @@ inline Score check_scoring(const char* op, double value_weight, const std::strin
 /// A tensor that is written must not hold one element at two places.
 inline void check_writable(const char* op, const char* name, const Tensor& x) {
   for (int64_t dim = 0; dim < 3; ++dim) {
-    check(x.stride(dim) != 0 || x.size(dim) <= 1, op, name,
+    check(x.stride(dim) != 0 || x.size(dim) <= 1 || x.numel() == 0, op, name,
           " must not overlap itself, got stride 0 in dimension ", dim);
   }
 }
