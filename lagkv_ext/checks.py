@@ -232,7 +232,7 @@ def _check_writable(op: str, name: str, x: Tensor) -> None:
     for dim in range(3):
         if x.stride(dim) == 0:
             _check(
-                x.shape[dim] <= 1,
+                x.shape[dim] <= 1 or x.numel() == 0,
                 op,
                 lambda: (
                     f"{name} must not overlap itself, got stride 0 in dimension "
