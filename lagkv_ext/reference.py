@@ -42,7 +42,10 @@ def compact(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x [B, H, N, D]`` at the positions ``index [B, H, K]``: ``[B, H, K, D]``."""
     checks.check_compact(x, index)
     checks.check_index_range(index, x.shape[2])
-    return x.gather(2, index.long().unsqueeze(-1).expand(*index.shape, x.shape[3]))
+    # Not torch.gather: on the CPU that rewrites the bits of a bfloat16 NaN.
+    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    head = torch.arange(x.shape[1], device=x.device)[:, None]
+    return x[batch, head, index.long()]
 
 
 def compress(
