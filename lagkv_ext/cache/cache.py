@@ -1,0 +1,210 @@
+"""``LagKVCache``: the cache that is handed to a transformers model."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.mask import FittingMask, refuse_padding
+from lagkv_ext.cache.report import CacheReport, LayerReport, storage_bytes
+from lagkv_ext.cache.settings import check_config, layer_settings, settings_per_layer
+
+
+class LagKVCache(DynamicCache):
+    """Key-value cache for transformers models, compressed by LagKV as it grows (arXiv 2504.04704).
+
+    Use it where a `DynamicCache` would be used: ``model.generate(..., past_key_values=LagKVCache(model.config))``.
+    Full-attention layers are compressed recursively, in the prompt (in one piece or in chunks) and in decoding:
+    whenever two full partitions have come together, every partition but the last loses all but its ``keep`` best
+    tokens. Layers of other kinds (sliding window, chunked, linear attention, shared) keep the cache that `DynamicCache`
+    gives them. ``get_seq_length()`` counts the tokens seen; how many rows a layer still holds is in `report`.
+
+    Args:
+        config: ``model.config`` of a decoder-only model.
+        lag_size: tokens per partition, at least 1.
+        keep_ratio: share kept of each partition, in (0, 1]; default 0.25. Exclusive with ``keep``. With 1 nothing is
+            ever dropped and generation is that of `DynamicCache`.
+        keep: tokens kept of each partition, ``1 <= keep <= lag_size``.
+        sink_size: leading tokens that are always kept, at least 0.
+        score: "std" (the paper) or "cosine".
+        value_weight: weight of the value score against the key score, finite.
+        order: "use_then_compress" (the paper): attention of a step sees the cache as it was before the compression
+            that this step sets off. "compress_then_use": it sees the result, but always every token of its own step, or
+            tokens would look at what comes after them; so a prompt given in one piece is attended in full. Both
+            drop the same tokens, given the same keys and values.
+        layer_keep_ratio: layers with a ``keep_ratio`` of their own, ``{layer: ratio}``; a negative index counts from
+            the last layer of the model; only full-attention layers.
+        skip_layers: layers that are never compressed; negative indices as above.
+
+    Raises:
+        TypeError, ValueError: when made: a wrong argument, a config that is no transformers configuration, or a
+            model that it does not serve: no full-attention layer, encoder-decoder, multi-head latent attention,
+            attention biases that count rows (ALiBi).
+
+    Limits, each refused when met: batches with padding (`check_attention_mask`); states that require grad (run under
+    ``torch.no_grad()``); `crop` into what a compression left. A custom 4-D attention mask must have as many
+    columns as `get_mask_sizes` says. Read `kept_positions` and `kept_hash` between forward passes, not inside one.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        lag_size: int = 128,
+        keep_ratio: float | None = None,
+        keep: int | None = None,
+        sink_size: int = 16,
+        score: str = "std",
+        value_weight: float = 1.0,
+        order: str = "use_then_compress",
+        layer_keep_ratio: Mapping[int, float] | None = None,
+        skip_layers: Iterable[int] = (),
+    ):
+        check_config(config)
+        base = layer_settings(
+            lag_size=lag_size,
+            keep_ratio=keep_ratio,
+            keep=keep,
+            sink_size=sink_size,
+            value_weight=value_weight,
+            score=score,
+            order=order,
+        )
+        super().__init__(config=config)
+        full_layers = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not full_layers:
+            kinds = sorted({type(layer).__name__ for layer in self.layers})
+            raise ValueError(
+                f"{type(config).__name__} has no full-attention layer that could be compressed; the caches of its "
+                f"{len(self.layers)} layers are {', '.join(kinds)}"
+            )
+        settings = settings_per_layer(base, full_layers, len(self.layers), layer_keep_ratio, skip_layers)
+        for i in full_layers:
+            self.layers[i] = LagKVLayer(settings[i])
+        self._compresses = any(x.compresses for x in settings.values())
+        # Layers with linear and full attention in one are not compressed, but share the mask of full-attention layers.
+        other = zip(self.is_sliding, self.is_linear, self.is_dummy, strict=True)
+        self._sharing_mask = tuple(i for i, kinds in enumerate(other) if not any(kinds))
+        self._uniform = len({settings.get(i) for i in self._sharing_mask}) == 1
+
+    # -- masks
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """``(columns, position of the first)`` of the attention mask for ``query_length`` new tokens.
+
+        A full-attention layer answers for all of them, since they share one mask: with the longest (see `FittingMask`).
+        """
+        if self._compresses and not torch.compiler.is_compiling():
+            # transformers never shows a cache the attention mask, and a padded batch would go wrong without a word. So
+            # look at the mask of the function that builds masks, which is what asks for sizes; where a version of
+            # transformers names it otherwise, nothing is found here (and a test fails).
+            refuse_padding(sys._getframe(1).f_locals.get("attention_mask"))
+        if layer_idx not in self._sharing_mask:
+            return super().get_mask_sizes(query_length, layer_idx)
+        return max(
+            cast(CacheLayerMixin, self.layers[i]).get_mask_sizes(query_length) for i in self._sharing_mask
+        )
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override] # transformers itself returns a tensor for static caches
+        offset = super().get_query_offset(layer_idx)
+        if layer_idx in self._sharing_mask and not self._uniform:
+            return torch.tensor(offset).as_subclass(FittingMask)
+        return offset
+
+    @staticmethod
+    def check_attention_mask(attention_mask: Tensor | None) -> None:
+        """ValueError if ``attention_mask [B, N]`` has zeros: padded batches are not supported."""
+        refuse_padding(attention_mask)
+
+    # -- changes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens (transformers >= 5 counts them negatively).
+
+        Raises:
+            ValueError: where it would cut into what a compression left; no layer is changed then.
+        """
+        for layer in self._lagkv_layers().values():
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LagKVCache:
+        """Move the full-attention layers, or convert what they hold; the other layers follow their own states."""
+        for layer in self._lagkv_layers().values():
+            layer.to(None if device is None else torch.device(device), dtype)
+        return self
+
+    # -- reports
+
+    @property
+    def compressed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are compressed."""
+        return tuple(i for i, layer in self._lagkv_layers().items() if layer.settings.compresses)
+
+    def report(self) -> CacheReport:
+        """Tokens seen and kept, bytes held and saved, compressions: per layer and in total. Changes nothing."""
+        return CacheReport(tuple(_report(i, layer) for i, layer in enumerate(self.layers)))
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """int32 ``[B, H, rows]``: position of every row that a full-attention layer holds, ascending per head."""
+        layers = self._lagkv_layers()
+        index = layer + len(self.layers) if layer < 0 else layer
+        if index not in layers:
+            raise ValueError(f"layer must be one of the full-attention layers {list(layers)}, got {layer}")
+        return layers[index].kept_positions()
+
+    def kept_hash(self) -> str:
+        """Hexadecimal hash of the kept positions of all full-attention layers: equal if and only if they are."""
+        digest = hashlib.blake2b(digest_size=16)
+        for i, layer in self._lagkv_layers().items():
+            if layer.is_initialized:
+                positions = layer.kept_positions().cpu().numpy().astype("<i4")
+                digest.update(f"{i} {positions.shape};".encode())
+                digest.update(positions.tobytes())
+        return digest.hexdigest()
+
+    def _lagkv_layers(self) -> dict[int, LagKVLayer]:
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, LagKVLayer)}
+
+
+def _report(index: int, layer: Any) -> LayerReport:
+    if isinstance(layer, LagKVLayer):
+        return LayerReport(
+            layer=index,
+            kind="lagkv" if layer.settings.compresses else "full",
+            tokens_seen=layer.seen,
+            tokens_kept=layer.rows,
+            bytes_held=storage_bytes(layer.storages()),
+            bytes_uncompressed=layer.uncompressed_bytes(),
+            compressions=layer.compressions,
+        )
+    held = storage_bytes(_tensors(vars(layer)))
+    keys = getattr(layer, "keys", None)
+    return LayerReport(
+        layer=index,
+        kind=type(layer).__name__,
+        tokens_seen=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
+        tokens_kept=keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0,
+        bytes_held=held,
+        bytes_uncompressed=held,
+        compressions=0,
+    )
+
+
+def _tensors(state: Mapping) -> list[Tensor]:
+    """The tensors in a layer's attributes, and in dictionaries among them; numbers kept as tensors do not count."""
+    found = []
+    for x in state.values():
+        if isinstance(x, Tensor) and x.dim():
+            found.append(x)
+        elif isinstance(x, dict):
+            found.extend(_tensors(x))
+    return found

@@ -1,0 +1,298 @@
+"""One full-attention layer: a growth buffer, the recursion of LagKV, and the positions of the rows that stayed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from lagkv_ext.cache.buffer import RowBuffer, check_new_states, plain_tensors
+from lagkv_ext.cache.settings import LayerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """A compression that is accounted for while its rows are still in place."""
+
+    rows: int
+    start: int
+
+
+class LagKVLayer(CacheLayerMixin):
+    """Keys and values of one layer, compressed as they grow.
+
+    Two lengths, never mixed: ``seen`` is the number of tokens this layer was given (what positions count), ``rows``
+    the number of rows it holds. A row before ``start`` is a sink row or was chosen by a compression; the rows from
+    ``start`` on are the most recent tokens, all of them.
+
+    Memory. A new token is written behind the last row. A compression that comes due while the new rows fit the buffer
+    (as in decoding) runs in place, at the beginning of the next step: until then attention may still read the rows.
+    Where they do not fit (a prompt, a long chunk), attention gets the full states, only a compressed copy is
+    kept, and the full states die when the model lets go of them: a prompt costs the compressed cache plus the states of
+    one layer. The lengths are those after the compression as soon as it is due; only the rows come later.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False  # a compression cannot be taken back, so a rollback may leave a trace
+
+    def __init__(self, settings: LayerSettings):
+        # Not the base class's __init__: it assigns keys and values, which are properties here.
+        self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self.is_initialized = False
+        self._buffer: RowBuffer | None = None
+        self._due: _Due | None = None
+        # int32 [B, H, start - sink_size]: positions of the rows that compressions chose
+        self._chosen: Tensor | None = None
+        self.seen = 0
+        self.rows = 0
+        self.start = self.settings.sink_size
+        self.compressions = 0
+
+    # -- what transformers asks
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, which is what positions count."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """``(rows that attention will see, position of the first if they were contiguous)``.
+
+        The offset puts the ``query_length`` new rows at their true positions, so that they are causal among
+        themselves; every older row comes out at a position before them, so that all new tokens see it.
+        """
+        rows = self.rows + query_length - self._dropped(self._count_before_use(query_length))
+        return rows, self.seen + query_length - rows
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._buffer = RowBuffer.empty(key_states, value_states)
+        self.is_initialized = True
+
+    @property  # type: ignore[override] # an attribute in the base class, assigned by nobody else
+    def keys(self) -> Tensor | None:
+        """The held keys ``[B, H, rows, Dk]``, a view."""
+        self.settle()
+        return None if self._buffer is None else self._buffer.key
+
+    @property  # type: ignore[override]
+    def values(self) -> Tensor | None:
+        """The held values ``[B, H, rows, Dv]``, a view."""
+        self.settle()
+        return None if self._buffer is None else self._buffer.value
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Take in new tokens ``[B, H, n, D]``; returns the keys and values that attention of this step sees.
+
+        Raises:
+            RuntimeError: states that require grad while gradients are recorded.
+            ValueError: states unlike those held (batch, heads, head dim, dtype, device).
+        """
+        check_new_states(key_states, value_states)
+        if self._buffer is not None:
+            self._buffer.check_states(key_states, value_states)
+        self.settle()
+        if self._buffer is None:
+            self.lazy_initialization(key_states, value_states)
+        buffer = self._buffer
+        assert buffer is not None
+        new = key_states.shape[2]
+        total = self.rows + new
+        count = self.settings.compressed_count(total, self.start)
+        before_use = self._count_before_use(new)
+        self.seen += new
+        if count and (total > buffer.capacity or 0 < before_use < count):
+            return self._replace(key_states, value_states, count, before_use)
+        if total > buffer.capacity:
+            buffer.reallocate(self._capacity_for(total))
+        buffer.append(key_states, value_states)
+        self.rows = total
+        if count:
+            self._due = self._account(count)
+            if before_use:
+                self.settle()
+        return buffer.key, buffer.value
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens, all of them if there are fewer; errors as in `check_crop`."""
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove == 0 or self._buffer is None:
+            return
+        self.settle()
+        removed = min(-tokens_to_remove, self.rows)
+        self.rows -= removed
+        self.seen -= removed
+        self._buffer.rows = self.rows
+        if self._buffer.capacity > 2 * self._capacity_for(self.rows):
+            self._buffer.reallocate(self._capacity_for(self.rows))
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """ValueError for a positive number (transformers >= 5 counts negatively) and where a compression would have
+        to be undone: the tokens it chose from are gone."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "crop takes the number of tokens to remove as a negative number (as transformers does), "
+                f"got {tokens_to_remove}"
+            )
+        recent = self.rows - self.start
+        if self.compressions and -tokens_to_remove > recent:
+            raise ValueError(
+                f"crop would undo a compression: asked to remove {-tokens_to_remove} tokens, but only the last "
+                f"{recent} of the {self.seen} tokens seen are all still there (compressions so far: "
+                f"{self.compressions}, rows held: {self.rows})"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    # -- what the cache asks beyond that
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Move or convert what is held; later states must come on that device and in that dtype."""
+        self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+        if self._buffer is not None:
+            self.device, self.dtype = self._buffer.key.device, self._buffer.key.dtype
+
+    def kept_positions(self) -> Tensor:
+        """int32 ``[B, H, rows]``: position of every held row, ascending."""
+        self.settle()
+        if self._buffer is None:
+            raise ValueError("kept_positions: this layer has seen no token yet")
+        key = self._buffer.key
+
+        def span(begin: int, end: int) -> Tensor:
+            positions = torch.arange(begin, end, dtype=torch.int32, device=key.device)
+            return positions.expand(*key.shape[:2], end - begin)
+
+        if self._chosen is None:
+            return span(0, self.rows).contiguous()
+        recent = self.rows - self.start
+        return torch.cat(
+            [span(0, self.settings.sink_size), self._chosen, span(self.seen - recent, self.seen)], 2
+        )
+
+    def storages(self) -> list[Tensor]:
+        """The tensors that this layer keeps alive."""
+        tensors = [] if self._buffer is None else self._buffer.storages
+        return tensors if self._chosen is None else [*tensors, self._chosen]
+
+    def uncompressed_bytes(self) -> int:
+        """Bytes of the keys and values of every token seen."""
+        return 0 if self._buffer is None else self.seen * self._buffer.bytes_per_row
+
+    def settle(self) -> None:
+        """Run the compression that the last step left due; only once attention of that step has run."""
+        if self._due is None:
+            return
+        assert self._buffer is not None
+        due, self._due = self._due, None
+        with plain_tensors():
+            index = torch.ops.lagkv.compress_(
+                self._buffer.key,
+                self._buffer.value,
+                due.start,
+                self.settings.lag_size,
+                self.settings.keep,
+                value_weight=self.settings.value_weight,
+                score=self.settings.score,
+            )
+            self._buffer.rows = self.rows
+            self._record(index, due)
+
+    # -- compression
+
+    def _count_before_use(self, new: int) -> int:
+        """Partitions compressed before attention of this step: those without new tokens, which all must be seen."""
+        if self.settings.order == "use_then_compress":
+            return 0
+        old = max(self.rows - self.start, 0) // self.settings.lag_size
+        return min(old, self.settings.compressed_count(self.rows + new, self.start))
+
+    def _dropped(self, count: int) -> int:
+        return count * (self.settings.lag_size - self.settings.keep)
+
+    def _account(self, count: int) -> _Due:
+        """Set the lengths to those after a compression of ``count`` partitions; returns what it starts from."""
+        due = _Due(self.rows, self.start)
+        self.rows -= self._dropped(count)
+        self.start += count * self.settings.keep
+        self.compressions += 1
+        return due
+
+    def _replace(self, key: Tensor, value: Tensor, count: int, before_use: int) -> tuple[Tensor, Tensor]:
+        """Compress into new storage of exactly the rows that stay. The full states belong to the caller alone."""
+        assert self._buffer is not None
+        with plain_tensors():
+            if self.rows:
+                key = torch.cat([self._buffer.key, key], dim=2)
+                value = torch.cat([self._buffer.value, value], dim=2)
+            self._buffer = None  # the old rows are free before the new ones come
+            self.rows = key.shape[2]
+            due = self._account(count)
+            new_key, new_value, index = self._compress(key, value, due.start)
+            self._buffer = RowBuffer(new_key, new_value)
+            self._record(index, due)
+            if before_use == 0:
+                return key, value
+            if before_use == count:
+                return new_key, new_value
+            # Some new tokens are among what is dropped: for this step compress only the partitions before them.
+            end = due.start + (before_use + 1) * self.settings.lag_size
+            old_key, old_value, _ = self._compress(key[:, :, :end], value[:, :, :end], due.start)
+            key = torch.cat([old_key, key[:, :, end:]], dim=2)
+            return key, torch.cat([old_value, value[:, :, end:]], dim=2)
+
+    def _compress(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.lagkv.compress(
+            key,
+            value,
+            start,
+            self.settings.lag_size,
+            self.settings.keep,
+            value_weight=self.settings.value_weight,
+            score=self.settings.score,
+        )
+
+    def _record(self, index: Tensor, due: _Due) -> None:
+        """Positions of the rows that were chosen: among ``due.rows`` rows, of which those from its start on were the
+        last tokens seen, in order."""
+        chosen = index[:, :, due.start : self.start] + (self.seen - due.rows)
+        self._chosen = chosen if self._chosen is None else torch.cat([self._chosen, chosen], dim=2)
+
+    # -- memory
+
+    def _capacity_for(self, rows: int) -> int:
+        """Room behind the rows: doubling while the cache is small, then a partition at a time (about what decoding
+        needs until a compression makes room), and a sixteenth where that is more, so that appending stays cheap."""
+        return rows + max(rows // 16, min(self.settings.lag_size, max(rows, 64)))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._buffer is None:
+            return
+        self.settle()
+        self._buffer.map(change)
+        if self._chosen is not None:
+            with plain_tensors():
+                self._chosen = change(self._chosen)

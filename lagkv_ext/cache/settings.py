@@ -1,0 +1,164 @@
+"""What a cache was asked to do, checked once when it is made: parameters per layer, and the models that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lagkv_ext import checks, ops
+
+ORDERS = ("use_then_compress", "compress_then_use")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """How one full-attention layer is compressed (spec, section 1). ``keep == lag_size``: nothing is ever dropped."""
+
+    lag_size: int
+    keep: int
+    sink_size: int
+    value_weight: float
+    score: str
+    order: str
+
+    @property
+    def compresses(self) -> bool:
+        return self.keep < self.lag_size
+
+    def compressed_count(self, rows: int, start: int) -> int:
+        """Partitions that lose tokens when ``rows`` rows are compressed from ``start`` on."""
+        return checks.compressed_count(rows, start, self.lag_size) if self.compresses else 0
+
+
+def layer_settings(
+    *,
+    lag_size: int,
+    keep_ratio: float | None,
+    keep: int | None,
+    sink_size: int,
+    value_weight: float,
+    score: str,
+    order: str,
+) -> LayerSettings:
+    """The settings of every layer that has none of its own. ValueError or TypeError names what was wrong."""
+    lag_size = _integer("lag_size", lag_size, minimum=1)
+    sink_size = _integer("sink_size", sink_size, minimum=0)
+    if keep is not None:
+        if keep_ratio is not None:
+            raise ValueError(
+                f"give keep or keep_ratio, not both; got keep={keep} and keep_ratio={keep_ratio}"
+            )
+        keep = _integer("keep", keep, minimum=1)
+        if keep > lag_size:
+            raise ValueError(f"keep must be at most lag_size ({lag_size}), got {keep}")
+    else:
+        keep = keep_count(
+            "keep_ratio", ops.DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio, lag_size
+        )
+    if not math.isfinite(_number("value_weight", value_weight)):
+        raise ValueError(f"value_weight must be finite, got {value_weight}")
+    _one_of("score", score, checks.SCORES)
+    _one_of("order", order, ORDERS)
+    return LayerSettings(lag_size, keep, sink_size, float(value_weight), score, order)
+
+
+def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:
+    if not 0.0 < _number(name, keep_ratio) <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}")
+    return ops.keep_count(keep_ratio, lag_size)
+
+
+def settings_per_layer(
+    base: LayerSettings,
+    full_layers: list[int],
+    layer_count: int,
+    layer_keep_ratio: Mapping[int, float] | None,
+    skip_layers: Iterable[int],
+) -> dict[int, LayerSettings]:
+    """Settings of every full-attention layer; a negative index counts from the model's last layer."""
+    settings = dict.fromkeys(full_layers, base)
+    named: dict[int, str] = {}
+    for index in skip_layers:
+        layer = _layer_index("skip_layers", index, layer_count, named)
+        # A layer of another kind is never compressed: to skip it asks for what is so already.
+        if layer in settings:
+            settings[layer] = dataclasses.replace(base, keep=base.lag_size)
+    for index, ratio in (layer_keep_ratio or {}).items():
+        layer = _layer_index("layer_keep_ratio", index, layer_count, named)
+        if layer not in settings:
+            raise ValueError(
+                f"layer_keep_ratio names layer {index}, which is no full-attention layer; "
+                f"the full-attention layers of this model are {full_layers}"
+            )
+        keep = keep_count(f"layer_keep_ratio[{index}]", ratio, base.lag_size)
+        settings[layer] = dataclasses.replace(base, keep=keep)
+    return settings
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no configuration of transformers, and models whose cache does not hold keys and values by row."""
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        hint = " (pass model.config)" if isinstance(getattr(config, "config", None), PreTrainedConfig) else ""
+        raise TypeError(f"config must be a transformers configuration, got {type(config).__name__}{hint}")
+    text = config.get_text_config(decoder=True)
+    model = f"{type(config).__name__} (model_type {text.model_type!r})"
+    if config.is_encoder_decoder or text.is_encoder_decoder:
+        raise ValueError(f"{model} is an encoder-decoder model; LagKVCache serves decoder-only models")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{model} has multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): its cache holds "
+            "latents that all heads share, which LagKV does not score"
+        )
+    if (
+        text.model_type in ("bloom", "mpt")
+        or text.model_type.startswith("inkling")
+        or getattr(text, "alibi", False)
+    ):
+        raise ValueError(
+            f"{model} derives an attention bias from row numbers of the cache (ALiBi or relative logits), which no "
+            "longer are positions once tokens were dropped"
+        )
+
+
+def _layer_index(name: str, index: Any, layer_count: int, named: dict[int, str]) -> int:
+    index = _integer(f"a layer index in {name}", index)
+    if not -layer_count <= index < layer_count:
+        raise ValueError(
+            f"{name} must hold layer indices between {-layer_count} and {layer_count - 1}, got {index}"
+        )
+    layer = index % layer_count
+    if layer in named:
+        raise ValueError(f"layer {layer} is named twice: by {named[layer]} and by {name} (as {index})")
+    named[layer] = name
+    return layer
+
+
+def _integer(name: str, value: Any, minimum: int | None = None) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value}")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
