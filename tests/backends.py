@@ -1,7 +1,7 @@
 """The six operators behind one face for every backend, so that one suite drives them all.
 
-``reference`` is plain PyTorch (it tests the tests), ``cpu-*`` the C++ kernels at each instruction set, ``simt`` the CUDA
-kernels in the executor, ``cuda`` the CUDA kernels on a card.
+``reference`` is plain PyTorch (it tests the tests), ``cpu-*`` the C++ kernels at each instruction set, ``simt`` the
+CUDA kernels in the executor, ``cuda`` the CUDA kernels on a card.
 """
 
 from __future__ import annotations

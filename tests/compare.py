@@ -1,8 +1,8 @@
 """The tolerance policy: what a backend's scores and selection may differ in, and nothing else may differ at all.
 
 The yardstick is the reference in float64 on the same stored values. A score may be off by twice what plain PyTorch in
-the operator's own arithmetic is off in the same partition, plus one unit of the first-order rounding bound of that score
-(plain PyTorch is exact by luck where a partition holds a handful of numbers). A selection may differ from the
+the operator's own arithmetic is off in the same partition, plus one unit of the first-order rounding bound of that
+score (plain PyTorch is exact by luck where a partition holds a handful of numbers). A selection may differ from the
 yardstick's only among tokens whose scores those tolerances cannot tell apart.
 """
 
@@ -81,13 +81,13 @@ def assert_scores(actual: Tensor, band: Band) -> None:
     error = (actual - band.exact).abs()
     bad = judged & ~(error <= band.tolerance)
     assert not bad.any(), (
-        f"score of {_first(bad)} is {actual[bad][0]:.9g}, exactly {band.exact[bad][0]:.9g}: off by {error[bad][0]:.3g}, "
-        f"allowed {band.tolerance[bad][0]:.3g}; {int(bad.sum())} of {bad.numel()} are beyond their tolerance"
+        f"score of {_first(bad)} is {actual[bad][0]:.9g}, exactly {band.exact[bad][0]:.9g}: off by "
+        f"{error[bad][0]:.3g}, allowed {band.tolerance[bad][0]:.3g}; {int(bad.sum())} of {bad.numel()} are off by more"
     )
 
 
 def assert_selection(index: Tensor, band: Band, length: int, start: int, lag_size: int, keep: int) -> None:
-    """``index [B, H, N']``: prefix and window exact, ``keep`` of every partition, none left out that is surely better."""
+    """``index [B, H, N']``: prefix and window exact, ``keep`` of every partition, nothing surely better left out."""
     kept = kept_mask(index, length, start, lag_size, keep)
     if not kept.numel():
         return
@@ -104,7 +104,7 @@ def assert_selection(index: Tensor, band: Band, length: int, start: int, lag_siz
 
 
 def kept_mask(index: Tensor, length: int, start: int, lag_size: int, keep: int) -> Tensor:
-    """``[B, H, P-1, L]`` of what ``index`` keeps, after asserting everything about it that does not depend on scores."""
+    """``[B, H, P-1, L]`` of what ``index`` keeps, after asserting all about it that does not depend on scores."""
     assert index.dtype == torch.int32, f"index is {index.dtype}, not int32"
     index = index.cpu().long()
     batch, heads, rows = index.shape
@@ -159,8 +159,8 @@ def _tiles(x: Tensor, start: int, lag_size: int) -> Tensor:
 def _std_rounding(tiles: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """First-order rounding bound of the softmax of s, in units of eps, and where the arithmetic has an answer.
 
-    An error of eps in every y moves s by at most eps times the channels' root mean square r; the softmax p then moves by
-    p (r + sum p r), plus a unit for its own rounding.
+    An error of eps in every y moves s by at most eps times the channels' root mean square r; the softmax p then moves
+    by p (r + sum p r), plus a unit for its own rounding.
     """
     lo, hi = tiles[:, :, 1:].amin(dim=3, keepdim=True), tiles[:, :, 1:].amax(dim=3, keepdim=True)
     y = torch.where(hi == lo, 0.0, (tiles[:, :, :-1] - lo) / (hi - lo))

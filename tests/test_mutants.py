@@ -26,7 +26,10 @@ FAULTS = {
     ),
     "the lowest scores are kept": ("descending=True, stable=True", "descending=False, stable=True"),
     "kept tokens in score order": ("order[..., :keep].sort(dim=-1).values", "order[..., :keep]"),
-    "one token too few is ranked": ("torch.sort(score,", "torch.sort(score[..., :-1] if keep < score.shape[-1] else score,"),
+    "one token too few is ranked": (
+        "torch.sort(score,",
+        "torch.sort(score[..., :-1] if keep < score.shape[-1] else score,",
+    ),
     "no window": ("position[:, :, window:]]", "position[:, :, window + lag_size :]]"),
     "no remainder": ("position[:, :, window:]]", "position[:, :, window : window + lag_size]]"),
     "sink one too short": (
@@ -45,7 +48,10 @@ FAULTS = {
         "    hi = tiles[:, :, 1:].amax(dim=3, keepdim=True)",
         "    hi = tiles[:, :, :1].amax(dim=3, keepdim=True).expand_as(lo)",
     ),
-    "bounds without the last token": ("tiles[:, :, 1:].amax(dim=3", "tiles[:, :, 1:, : max(1, tiles.shape[3] - 1)].amax(dim=3"),
+    "bounds without the last token": (
+        "tiles[:, :, 1:].amax(dim=3",
+        "tiles[:, :, 1:, : max(1, tiles.shape[3] - 1)].amax(dim=3",
+    ),
     "biased deviation": ("y.std(dim=-1)", "y.std(dim=-1, correction=0)"),
     "deviation over one channel too few": ("y.std(dim=-1)", "y[..., : max(2, y.shape[-1] - 1)].std(dim=-1)"),
     "no softmax": ("return torch.softmax(y.std(dim=-1), dim=-1)", "return y.std(dim=-1)"),
@@ -73,15 +79,27 @@ FAULTS = {
     "cosine: kept are the closest": ("s = -(direction", "s = (direction"),
     "cosine: anchor of the own partition": ("direction[:, :, 1:].mean", "direction[:, :, :-1].mean"),
     "cosine: anchor of raw rows": ("direction[:, :, 1:].mean", "tiles[:, :, 1:].mean"),
-    "cosine: not standardised": ("return _divide_or_zero(s - s.mean(dim=-1, keepdim=True), ", "return _divide_or_zero(s * 0 + s, 0 * s[..., :1] + 1 + 0 * "),
-    "cosine: biased deviation": ("s.std(dim=-1, keepdim=True))", "s.std(dim=-1, keepdim=True, correction=0))"),
+    "cosine: not standardised": (
+        "return _divide_or_zero(s - s.mean(dim=-1, keepdim=True), ",
+        "return _divide_or_zero(s * 0 + s, 0 * s[..., :1] + 1 + 0 * ",
+    ),
+    "cosine: biased deviation": (
+        "s.std(dim=-1, keepdim=True))",
+        "s.std(dim=-1, keepdim=True, correction=0))",
+    ),
     "cosine: one token has no deviation": ("if s.shape[-1] == 1:", "if s.shape[-1] == 0:"),
     "cosine: norm 0 divides": ("torch.where(divisor == 0, 0.0,", "torch.where(divisor < 0, 0.0,"),
     "bounds: minimum twice": ("tiles.amax(dim=3)], dim=3)", "tiles.amin(dim=3)], dim=3)"),
     "bounds: NaN ignored": ("torch.stack([tiles.amin", "torch.stack([tiles.nan_to_num(0).amin"),
-    "in place: a row is missing": ("key[:, :, : index.shape[2]] = new_key", "key[:, :, : index.shape[2] - 1] = new_key[:, :, :-1]"),
-    "in place: value from key's rows": ("value[:, :, : index.shape[2]] = new_value", "value[:, :, : index.shape[2] - 1] = new_value[:, :, 1:]"),
-}  # fmt: skip
+    "in place: a row is missing": (
+        "key[:, :, : index.shape[2]] = new_key",
+        "key[:, :, : index.shape[2] - 1] = new_key[:, :, :-1]",
+    ),
+    "in place: value from key's rows": (
+        "value[:, :, : index.shape[2]] = new_value",
+        "value[:, :, : index.shape[2] - 1] = new_value[:, :, 1:]",
+    ),
+}
 
 
 def mutant(old: str, new: str) -> Backend:
