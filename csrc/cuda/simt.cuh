@@ -64,6 +64,10 @@ struct Word<16> { using type = uint4; };
 template <class T>
 using WordOf = typename Word<sizeof(T)>::type;
 
+// Keeps an argument out of deduction: st_global(float_pointer, 1) stores a float.
+template <class T>
+struct Identity { using type = T; };
+
 template <class To, class From>
 __device__ __forceinline__ To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
@@ -136,14 +140,14 @@ __device__ __forceinline__ T ld_global_nc_stream(const T* p) {
 }
 
 template <class T>
-__device__ __forceinline__ void st_global(T* p, const T& v) {
-  *detail::word(p) = detail::bit_cast<detail::WordOf<T>>(v);
+__device__ __forceinline__ void st_global(T* p, const typename detail::Identity<T>::type& v) {
+  *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(v);
 }
 
 /// Store that nobody reads back soon (st.global.cs).
 template <class T>
-__device__ __forceinline__ void st_global_stream(T* p, const T& v) {
-  __stcs(detail::word(p), detail::bit_cast<detail::WordOf<T>>(v));
+__device__ __forceinline__ void st_global_stream(T* p, const typename detail::Identity<T>::type& v) {
+  __stcs(detail::word(p), detail::bit_cast<detail::WordOf<T>, T>(v));
 }
 
 template <class T>
@@ -153,8 +157,8 @@ __device__ __forceinline__ T ld_shared(const T* p) {
 }
 
 template <class T>
-__device__ __forceinline__ void st_shared(T* p, const T& v) {
-  *detail::word(p) = detail::bit_cast<detail::WordOf<T>>(v);
+__device__ __forceinline__ void st_shared(T* p, const typename detail::Identity<T>::type& v) {
+  *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(v);
 }
 
 // Asynchronous copies, global to shared: cp_async(to, from) for T of 4, 8 or 16 bytes, cp_async_commit() closes a group,
