@@ -1,0 +1,27 @@
+// The kernels of one instruction set, put together. Included last by each kernels_*.cpp.
+
+#include "vec_read.h"
+// The kernels read through the above.
+#include "kernels_bounds.h"
+#include "kernels_cosine.h"
+#include "kernels_score.h"
+#include "kernels_select.h"
+#include "kernels_std.h"
+
+namespace lagkv::cpu::LAGKV_ISA {
+
+template <class T>
+constexpr Kernels<T> make_kernels() {
+  using Real = RealOf<T>;
+  return {{std_reference<T>, std_statistic<T>, std_advance<T>, std_score<Real>},
+          {cosine_reference<T>, cosine_statistic<T>, cosine_advance<T>, cosine_score<Real>},
+          bounds<T>,
+          select<Real>,
+          widen<T>,
+          gather<T>};
+}
+
+const KernelSet kernel_set = {make_kernels<Half>(), make_kernels<BFloat16>(), make_kernels<float>(),
+                              make_kernels<double>()};
+
+}  // namespace lagkv::cpu::LAGKV_ISA

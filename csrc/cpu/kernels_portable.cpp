@@ -1,0 +1,18 @@
+// The CPU kernels for the baseline of any machine.
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "dispatch.h"
+#include "tile.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define LAGKV_ISA portable
+#define LAGKV_VECTOR_BYTES 16
+#include "kernels.h"
+#include "vec.h"
+#include "vec_portable.h"

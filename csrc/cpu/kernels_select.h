@@ -1,0 +1,133 @@
+// Selection of the highest scores, and the copy of the rows selected.
+
+namespace lagkv::cpu::LAGKV_ISA {
+
+/// Scores become integers of the same order, in place: NaN highest and all NaN equal, -0 equal to +0. The
+/// padding becomes the least integer, which no score maps to. `least` and `most` are the extremes of the
+/// scores' integers.
+template <class Real>
+inline void order_keys(Real* score, int64_t count, typename LanesOf<Real>::Int& least,
+                       typename LanesOf<Real>::Int& most) {
+  using Reg = RegOf<Real>;
+  using Int = typename LanesOf<Real>::Int;
+  using IntReg = typename LanesOf<Real>::IntReg;
+  constexpr int width = kWidth<Real>, bits = 8 * sizeof(Int);
+  constexpr Int highest = static_cast<Int>(~0ull >> (65 - bits)), lowest = -highest - 1;
+  for (int64_t i = count; i < padded(count); ++i) score[i] = score[0];
+  IntReg low = IntReg{} + highest, high = IntReg{} + lowest;
+  for (int64_t i = 0; i < count; i += width) {
+    const Reg x = load(score + i) + Reg{};  // -0 + 0 = +0
+    const IntReg number = (IntReg)x;
+    const IntReg ordered = number ^ ((number >> (bits - 1)) & highest);
+    const IntReg key = x == x ? ordered : IntReg{} + highest;
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+    store_raw(score + i, key);
+  }
+  least = low[0], most = high[0];
+  for (int lane = 1; lane < width; ++lane) {
+    least = low[lane] < least ? low[lane] : least;
+    most = high[lane] > most ? high[lane] : most;
+  }
+  for (int64_t i = count; i < padded(count); ++i) __builtin_memcpy(score + i, &lowest, sizeof lowest);
+}
+
+/// Number of keys above the bound.
+template <class Int>
+inline int64_t count_greater(const Int* keys, int64_t count, Int bound) {
+  constexpr int width = LAGKV_VECTOR_BYTES / sizeof(Int);
+  int64_t greater = 0;
+  for (int64_t i = 0; i < count; i += width) greater += __builtin_popcountll(greater_bits(keys + i, bound));
+  return greater;
+}
+
+/// Ascending positions, plus `base`, of the `keep` highest scores; of equal ones the lower positions.
+///
+/// Bisection on the keys for a bound that `keep` of them exceed: about log2(count) + 3 counts where scores
+/// differ.
+template <class Real>
+void select(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* index) {
+  using Int = typename LanesOf<Real>::Int;
+  using Unsigned = std::make_unsigned_t<Int>;
+  constexpr int width = kWidth<Real>;
+  Int least, most;
+  order_keys(score, count, least, most);
+  const Int* keys = reinterpret_cast<const Int*>(score);  // read through greater_bits, which may alias
+
+  // At least `keep` keys exceed `low`, fewer than `keep` exceed `high`.
+  Int low = least - 1, high = most, bound = high;
+  int64_t ties = -1;
+  if (keep == count) bound = low, ties = 0;
+  while (ties < 0) {
+    const Unsigned distance = static_cast<Unsigned>(high) - static_cast<Unsigned>(low);
+    if (distance == 1) {  // the keys equal to `high` straddle the boundary
+      bound = high;
+      ties = keep - count_greater(keys, count, bound);
+      break;
+    }
+    const Int middle = static_cast<Int>(static_cast<Unsigned>(low) + distance / 2);
+    const int64_t greater = count_greater(keys, count, middle);
+    if (greater == keep) bound = middle, ties = 0;
+    if (greater >= keep) low = middle;
+    if (greater < keep) high = middle;
+  }
+
+  for (int64_t i = 0; i < count; i += 64) {
+    uint64_t chosen = 0, equal = 0;
+    for (int part = 0; part < 64 && i + part < count; part += width) {
+      chosen |= greater_bits(keys + i + part, bound) << part;
+      if (ties > 0) equal |= greater_bits(keys + i + part, bound - 1) << part;
+    }
+    equal &= ~chosen;
+    for (; ties > 0 && equal != 0; --ties, equal &= equal - 1) chosen |= equal & -equal;
+    for (; chosen != 0; chosen &= chosen - 1) {
+      *index++ = base + static_cast<int32_t>(i) + __builtin_ctzll(chosen);
+    }
+  }
+}
+
+template <class T>
+void widen(const T* row, int64_t count, RealOf<T>* out) {
+  using Real = RealOf<T>;
+  int64_t i = 0;
+  for (; i + kWidth<Real> <= count; i += kWidth<Real>) store(out + i, load(row + i));
+  for (; i < count; ++i) out[i] = to_real(row[i]);
+}
+
+/// Copies `bytes` from one place to another, which must not overlap; `out` of a streamed copy is aligned to a
+/// vector.
+template <bool kStream>
+inline void copy_bytes(const char* from, char* out, int64_t bytes) {
+  constexpr int64_t width = LAGKV_VECTOR_BYTES;
+  int64_t i = 0;
+  for (; i + width <= bytes; i += width) {
+    const Int32Reg x = load_raw<Int32Reg>(from + i);
+    if constexpr (kStream) {
+      stream_raw(out + i, x);
+    } else {
+      store_raw(out + i, x);
+    }
+  }
+  if (i < bytes) __builtin_memcpy(out + i, from + i, static_cast<size_t>(bytes - i));
+}
+
+template <class T>
+void gather(const T* rows, int64_t row_stride, const int32_t* index, int64_t count, int64_t dim, T* out,
+            int64_t out_stride, bool stream) {
+  const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
+  const int64_t out_bytes = out_stride * static_cast<int64_t>(sizeof(T));
+  stream = stream &&
+           (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(out_bytes)) % LAGKV_VECTOR_BYTES == 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = rows + index[i] * row_stride;
+    T* to = out + i * out_stride;
+    if (from == to) continue;
+    if (stream) {
+      copy_bytes<true>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
+    } else {
+      copy_bytes<false>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
+    }
+  }
+}
+
+}  // namespace lagkv::cpu::LAGKV_ISA

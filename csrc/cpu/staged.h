@@ -1,0 +1,97 @@
+// The operators that are single stages of `compress`: the same kernels, each behind its own loop over tasks.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "walk.h"
+
+namespace lagkv::cpu {
+
+template <class T>
+void run_partition_bounds(const BoundsParams<T, RealOf<T>>& p, const Kernels<T>& kernels) {
+  using Real = RealOf<T>;
+  const int64_t partitions = partition_count(p.length, p.start, p.lag_size), dim = p.x.dim;
+  const int64_t tasks = p.batch * p.heads * partitions;
+  const int64_t workers = worker_count(tasks, tasks * p.lag_size * dim * static_cast<int64_t>(sizeof(T)));
+  const Scratch<Real> scratch(workers, 2 * padded(dim));
+  run_tasks(tasks, workers, [&](int64_t worker, int64_t task) {
+    const int64_t head = task / partitions, partition = task % partitions;
+    const T* rows = p.x.row(head / p.heads, head % p.heads, p.start + partition * p.lag_size);
+    Real *lo = scratch.of(worker), *hi = lo + padded(dim);
+    kernels.bounds({rows, p.x.row_stride, p.lag_size, dim, {}}, lo, hi);
+    std::copy_n(lo, dim, p.bounds + 2 * task * dim);
+    std::copy_n(hi, dim, p.bounds + (2 * task + 1) * dim);
+  });
+}
+
+template <class T>
+void run_lag_score(const ScoreParams<T, RealOf<T>>& p, const Kernels<T>& kernels) {
+  using Real = RealOf<T>;
+  const int64_t partitions = compressed_count(p.length, p.start, p.lag_size), heads = p.batch * p.heads;
+  if (heads * partitions == 0) return;
+  const int64_t row_bytes = (p.key.dim + p.value.dim) * static_cast<int64_t>(sizeof(T));
+  int64_t workers = worker_count(heads * partitions, heads * p.length * row_bytes);
+  const Runs runs = plan_runs(heads, partitions, workers);
+  workers = std::min(workers, heads * runs.count);
+  const Scratch<Real> scratch(workers, WalkScratch<Real>::size(p.key.dim, p.value.dim, p.lag_size));
+  const Method<T>& method = p.kind == Score::kStd ? kernels.std : kernels.cosine;
+  run_tasks(heads * runs.count, workers, [&](int64_t worker, int64_t task) {
+    const int64_t head = task / runs.count, begin = task % runs.count * runs.length;
+    const HeadTiles<T> tiles{p.key, p.value, head / p.heads, head % p.heads, p.start, p.lag_size};
+    const WalkScratch<Real> memory(scratch.of(worker), p.key.dim, p.value.dim, p.lag_size);
+    walk(tiles, method, memory, begin, std::min(begin + runs.length, partitions), false, p.value_weight,
+         [&](int64_t partition, const Real* score) {
+           std::copy_n(score, p.lag_size, p.score + (head * partitions + partition) * p.lag_size);
+         });
+  });
+}
+
+/// `row(i)` is the address of row i of the scores.
+template <class T, class Row>
+void run_topk_index(const Row& row, int64_t rows, int64_t lag_size, int64_t keep, int32_t* index,
+                    const Kernels<T>& kernels) {
+  using Real = RealOf<T>;
+  const int64_t workers = worker_count(rows, rows * lag_size * static_cast<int64_t>(sizeof(T)));
+  const int64_t chunk = std::max<int64_t>(1, std::min(rows / (4 * workers), kBytesPerWorker / lag_size));
+  const Scratch<Real> scratch(workers, padded(lag_size));
+  run_tasks((rows + chunk - 1) / chunk, workers, [&](int64_t worker, int64_t task) {
+    for (int64_t i = task * chunk; i < std::min(rows, (task + 1) * chunk); ++i) {
+      kernels.widen(row(i), lag_size, scratch.of(worker));
+      kernels.select(scratch.of(worker), lag_size, keep, 0, index + i * keep);
+    }
+  });
+}
+
+/// The first index outside 0 .. length-1 in row-major order, or null.
+template <class T>
+const int32_t* index_out_of_range(const CompactParams<T>& p) {
+  for (int64_t head = 0; head < p.batch * p.heads; ++head) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      const int32_t* position = p.index.row(head / p.heads, head % p.heads, i);
+      if (*position < 0 || *position >= p.length) return position;
+    }
+  }
+  return nullptr;
+}
+
+template <class T>
+void run_compact(const CompactParams<T>& p, const Kernels<T>& kernels) {
+  const int64_t row_bytes = p.x.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t heads = p.batch * p.heads;
+  constexpr int64_t kRows = 128;
+  const int64_t parts = (p.count + kRows - 1) / kRows;
+  run_tasks(
+      heads * parts, worker_count(heads * parts, heads * p.count * row_bytes), [&](int64_t, int64_t task) {
+        const int64_t b = task / parts / p.heads, h = task / parts % p.heads, first = task % parts * kRows;
+        const int64_t count = std::min(kRows, p.count - first);
+        int32_t positions[kRows];
+        for (int64_t i = 0; i < count; ++i) positions[i] = *p.index.row(b, h, first + i);
+        kernels.gather(p.x.row(b, h, 0), p.x.row_stride, positions, count, p.x.dim, p.out.row(b, h, first),
+                       p.out.row_stride, false);
+      });
+}
+
+}  // namespace lagkv::cpu

@@ -1,0 +1,160 @@
+// Vector types and operations that read the same on every instruction set: GCC's vector extensions, so + - *
+// / and comparisons are written plainly. Included once by each kernels_*.cpp, after LAGKV_ISA (the namespace)
+// and LAGKV_VECTOR_BYTES are defined; what differs follows in vec_<isa>.h.
+//
+// Code in this namespace must not instantiate functions of the standard library: the linker keeps one copy of
+// such a function, and it could be the one compiled for the wider machine.
+
+namespace lagkv::cpu::LAGKV_ISA {
+
+#define LAGKV_VECTOR __attribute__((vector_size(LAGKV_VECTOR_BYTES)))
+typedef float FloatReg LAGKV_VECTOR;
+typedef double DoubleReg LAGKV_VECTOR;
+typedef int16_t Int16Reg LAGKV_VECTOR;
+typedef int32_t Int32Reg LAGKV_VECTOR;
+typedef int64_t Int64Reg LAGKV_VECTOR;
+
+template <class Real>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using Reg = FloatReg;
+  using Int = int32_t;
+  using IntReg = Int32Reg;
+  static constexpr int kMantissa = 23, kBias = 127;
+};
+template <>
+struct LanesOf<double> {
+  using Reg = DoubleReg;
+  using Int = int64_t;
+  using IntReg = Int64Reg;
+  static constexpr int kMantissa = 52, kBias = 1023;
+};
+
+template <class Real>
+using RegOf = typename LanesOf<Real>::Reg;
+template <class Real>
+constexpr int kWidth = LAGKV_VECTOR_BYTES / sizeof(Real);
+template <class Real>
+constexpr int kLevels = __builtin_ctz(kWidth<Real>);
+
+template <class Reg>
+inline Reg load_raw(const void* p) {
+  Reg x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class Reg>
+inline void store_raw(void* p, Reg x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+inline FloatReg load(const float* p) { return load_raw<FloatReg>(p); }
+inline DoubleReg load(const double* p) { return load_raw<DoubleReg>(p); }
+inline void store(float* p, FloatReg x) { store_raw(p, x); }
+inline void store(double* p, DoubleReg x) { store_raw(p, x); }
+
+template <class Real>
+inline RegOf<Real> set1(Real x) {
+  return x - RegOf<Real>{};
+}
+
+/// Minimum and maximum return the second operand where either is NaN, as x86's instructions do.
+template <class Reg>
+inline Reg min_generic(Reg a, Reg b) {
+  return a < b ? a : b;
+}
+template <class Reg>
+inline Reg max_generic(Reg a, Reg b) {
+  return a > b ? a : b;
+}
+
+/// The lane of a (0 .. W-1) or b (W .. 2W-1) that lane `lane` of pair<level> takes.
+///
+/// Folding W vectors of W partial results, one vector a row, into one vector with a result per lane goes in
+/// log2(W) levels; each puts one half of every row's partial results beside the other half. The first levels
+/// move 128-bit blocks, the last ones stay inside a block: both are single instructions.
+template <class Real>
+constexpr int pair_lane(int level, bool high, int lane) {
+  constexpr int width = kWidth<Real>, block = 16 / sizeof(Real), blocks = width / block;
+  const int block_levels = __builtin_ctz(blocks), within = lane % block, out_block = lane / block;
+  if (level < block_levels) {
+    const int per_row = blocks >> level, half = per_row / 2, rows = 1 << level;
+    const int row = out_block / half;
+    const int source = row % rows * per_row + out_block % half + (high ? half : 0);
+    return (row < rows ? 0 : width) + source * block + within;
+  }
+  const int per_row = block >> (level - block_levels), half = per_row / 2;  // of a block
+  const int entry = within % (block / 2);
+  const int source = entry / half * per_row + entry % half + (high ? half : 0);
+  return (within < block / 2 ? 0 : width) + out_block * block + source;
+}
+
+/// Where row i of W must stand so that its result ends in lane i.
+template <class Real>
+constexpr int slot(int row) {
+  constexpr int block = 16 / sizeof(Real), blocks = kWidth<Real> / block;
+  return row / block + row % block * blocks;
+}
+
+template <class Real, int kLevel, bool kHigh, size_t... kLane>
+inline RegOf<Real> pair_half(RegOf<Real> a, RegOf<Real> b, std::index_sequence<kLane...>) {
+  using IntReg = typename LanesOf<Real>::IntReg;
+  return __builtin_shuffle(a, b, IntReg{pair_lane<Real>(kLevel, kHigh, static_cast<int>(kLane))...});
+}
+
+template <class Real, int kLevel>
+inline void pair(RegOf<Real> a, RegOf<Real> b, RegOf<Real>& low, RegOf<Real>& high) {
+  constexpr auto lanes = std::make_index_sequence<kWidth<Real>>();
+  low = pair_half<Real, kLevel, false>(a, b, lanes);
+  high = pair_half<Real, kLevel, true>(a, b, lanes);
+}
+
+/// Sum over each row's partial results: `rows` holds row i at slot(i); the sum of row i comes out in lane i.
+template <class Real, int kLevel = 0>
+inline RegOf<Real> fold_sum(RegOf<Real>* rows) {
+  if constexpr (kLevel == kLevels<Real>) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 8
+    for (int k = 0; k < (kWidth<Real> >> (kLevel + 1)); ++k) {
+      RegOf<Real> low, high;
+      pair<Real, kLevel>(rows[2 * k], rows[2 * k + 1], low, high);
+      rows[k] = low + high;
+    }
+    return fold_sum<Real, kLevel + 1>(rows);
+  }
+}
+
+template <class Real>
+inline double sum_lanes(RegOf<Real> x) {
+  double sum = 0;
+  for (int lane = 0; lane < kWidth<Real>; ++lane) sum += x[lane];
+  return sum;
+}
+
+/// All ones in the first `count` lanes.
+template <class Real>
+inline typename LanesOf<Real>::IntReg first_lanes(int64_t count) {
+  using Int = typename LanesOf<Real>::Int;
+  typename LanesOf<Real>::IntReg lane;
+  for (int i = 0; i < kWidth<Real>; ++i) lane[i] = i;
+  return lane < static_cast<Int>(count);
+}
+
+template <class Real>
+inline RegOf<Real> keep_lanes(RegOf<Real> x, typename LanesOf<Real>::IntReg mask) {
+  return (RegOf<Real>)((typename LanesOf<Real>::IntReg)x & mask);
+}
+
+/// Brings `count` rows from `first` on into the L2 cache.
+inline void prefetch(const Ahead& ahead, int64_t first, int64_t count) {
+  if (ahead.rows == nullptr) return;
+  for (int64_t t = first; t < first + count; ++t) {
+    const char* row = ahead.rows + t * ahead.row_stride;
+    for (int64_t offset = 0; offset < ahead.row_bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+  }
+}
+
+}  // namespace lagkv::cpu::LAGKV_ISA
