@@ -1,14 +1,19 @@
-// The one header every kernel file includes: CUDA's own names, and memory accesses through wrappers that are the
-// identity on the device and observable in the executor of tests/simt (LAGKV_SIMT), which runs these files on the CPU.
+// The one header every kernel file includes: CUDA's own names, and memory accesses through wrappers that are
+// the identity on the device and observable in the executor of tests/simt (LAGKV_SIMT), which runs these
+// files on the CPU.
 //
 // What kernel code may use:
-//   * threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_and|_or|_count], __syncwarp, __shfl[_up|_down|_xor]_sync,
-//     __ballot_sync, __any_sync, __all_sync, __match_any_sync, __match_all_sync, __reduce_*_sync, atomics, __popc, __ffs,
+//   * threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_and|_or|_count], __syncwarp,
+//   __shfl[_up|_down|_xor]_sync,
+//     __ballot_sync, __any_sync, __all_sync, __match_any_sync, __match_all_sync, __reduce_*_sync, atomics,
+//     __popc, __ffs,
 //     __clz, bit casts, math and the half / bfloat16 conversions: plain CUDA.
-//   * memory: ld_*, st_* and cp_async below. A plain dereference of a global or shared pointer works on the device but
+//   * memory: ld_*, st_* and cp_async below. A plain dereference of a global or shared pointer works on the
+//   device but
 //     faults in the executor (on purpose: what it cannot see it cannot check).
 //   * shared memory: LAGKV_DYNAMIC_SHARED and LAGKV_SHARED below, nowhere else.
-// A kernel takes one params struct by value:  template <class T> __global__ void __launch_bounds__(256) k(const P<T> params).
+// A kernel takes one params struct by value:  template <class T> __global__ void __launch_bounds__(256)
+// k(const P<T> params).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,11 +29,13 @@
 
 // Dynamic shared memory as `unsigned char* name`, aligned to 16 bytes.
 #define LAGKV_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-// Static shared memory as an array `type name[count]`; `count` is a constant, `type` must not hold a bare comma.
+// Static shared memory as an array `type name[count]`; `count` is a constant, `type` must not hold a bare
+// comma.
 #define LAGKV_SHARED(type, name, count) __shared__ type name[count]
 
-// For a device function that wraps accesses: `T get(const T* p LAGKV_SITE_PARAM) { return ld_global(p LAGKV_SITE_ARG); }`
-// lets the executor name and count the caller's line instead of the wrapper's. Nothing on the device.
+// For a device function that wraps accesses: `T get(const T* p LAGKV_SITE_PARAM) { return ld_global(p
+// LAGKV_SITE_ARG); }` lets the executor name and count the caller's line instead of the wrapper's. Nothing on
+// the device.
 #define LAGKV_SITE_PARAM
 #define LAGKV_SITE_ARG
 
@@ -52,21 +59,33 @@ namespace detail {
 template <int bytes>
 struct Word;
 template <>
-struct Word<1> { using type = unsigned char; };
+struct Word<1> {
+  using type = unsigned char;
+};
 template <>
-struct Word<2> { using type = unsigned short; };
+struct Word<2> {
+  using type = unsigned short;
+};
 template <>
-struct Word<4> { using type = unsigned int; };
+struct Word<4> {
+  using type = unsigned int;
+};
 template <>
-struct Word<8> { using type = uint2; };
+struct Word<8> {
+  using type = uint2;
+};
 template <>
-struct Word<16> { using type = uint4; };
+struct Word<16> {
+  using type = uint4;
+};
 template <class T>
 using WordOf = typename Word<sizeof(T)>::type;
 
 // Keeps an argument out of deduction: st_global(float_pointer, 1) stores a float.
 template <class T>
-struct Identity { using type = T; };
+struct Identity {
+  using type = T;
+};
 
 template <class To, class From>
 __device__ __forceinline__ To bit_cast(From from) {
@@ -85,11 +104,14 @@ __device__ __forceinline__ WordOf<T>* word(T* p) {
   return reinterpret_cast<WordOf<T>*>(p);
 }
 
-// Non-volatile on purpose: data read through .nc do not change, so the compiler may move and merge these loads.
+// Non-volatile on purpose: data read through .nc do not change, so the compiler may move and merge these
+// loads.
 #define LAGKV_LD_NC "ld.global.nc.L1::no_allocate.L2::128B"
 __device__ __forceinline__ uint4 ld_nc_stream(const uint4* p) {
   uint4 v;
-  asm(LAGKV_LD_NC ".v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)));
+  asm(LAGKV_LD_NC ".v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(__cvta_generic_to_global(p)));
   return v;
 }
 __device__ __forceinline__ uint2 ld_nc_stream(const uint2* p) {
@@ -121,7 +143,8 @@ __device__ __forceinline__ T ld_global(const T* p) {
   return detail::bit_cast<T>(bits);
 }
 
-/// Coherent load of data that is read once (ld.global.cs: first to be evicted). For tensors that this kernel also writes.
+/// Coherent load of data that is read once (ld.global.cs: first to be evicted). For tensors that this kernel
+/// also writes.
 template <class T>
 __device__ __forceinline__ T ld_global_stream(const T* p) {
   return detail::bit_cast<T>(__ldcs(detail::word(p)));
@@ -161,9 +184,9 @@ __device__ __forceinline__ void st_shared(T* p, const typename detail::Identity<
   *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(v);
 }
 
-// Asynchronous copies, global to shared: cp_async(to, from) for T of 4, 8 or 16 bytes, cp_async_commit() closes a group,
-// cp_async_wait<n>() waits until at most n groups of this thread are in flight. A barrier must follow before other
-// threads read what was copied.
+// Asynchronous copies, global to shared: cp_async(to, from) for T of 4, 8 or 16 bytes, cp_async_commit()
+// closes a group, cp_async_wait<n>() waits until at most n groups of this thread are in flight. A barrier
+// must follow before other threads read what was copied.
 template <class T>
 __device__ __forceinline__ void cp_async(T* to_shared, const T* from_global) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async moves 4, 8 or 16 bytes");

@@ -1,0 +1,3 @@
+#include "compress_instances.h"
+
+LAGKV_COMPRESS_INSTANCES(__nv_bfloat16)

@@ -1,0 +1,87 @@
+// The cosine statistic (spec section 2): direction u_t = x_t / |x_t| (0 where |x_t| = 0), anchor of the next partition
+// a = mean_t u_t, s = -cos(x, a) = -(u . a / |a|). The same rows add to the anchor of their own partition.
+#pragma once
+
+#include "rows.cuh"
+
+namespace lagkv::cuda {
+
+template <class Real>
+__device__ __forceinline__ Real inverse_or_zero(Real norm) {
+  return norm == Real(0) ? Real(0) : Real(1) / norm;
+}
+
+template <class Layout>
+struct CosineTerms {
+  using T = typename Layout::T;
+  using Real = typename Layout::Real;
+  static constexpr int kPartials = 1;
+  using Partial = Real;
+
+  Real anchor[Layout::kChannels], total[Layout::kChannels];
+
+  __device__ __forceinline__ explicit CosineTerms(int /*dim*/) {
+#pragma unroll
+    for (int c = 0; c < Layout::kChannels; ++c) anchor[c] = total[c] = Real(0);
+  }
+
+  /// `reference` holds the anchor as it was summed; here it gets its norm of 1.
+  __device__ __forceinline__ void load(const Store<Real>& reference, int dim) {
+    Real squares = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+      if (Layout::channel(chunk) < dim) {
+        get_row<Layout::kElements>(reference, Layout::channel(chunk), anchor + chunk * Layout::kElements);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < Layout::kChannels; ++c) squares += anchor[c] * anchor[c];
+    const Real inverse = inverse_or_zero(square_root(lanes_sum<Layout::kLanes>(squares)));
+#pragma unroll
+    for (int c = 0; c < Layout::kChannels; ++c) anchor[c] *= inverse;
+  }
+
+  /// s, known to every lane of the row. A missing row is all zeros, has no direction and adds nothing.
+  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int /*dim*/, bool /*exists*/, bool /*scored*/) {
+    Real squares = 0;
+#pragma unroll
+    for (int c = 0; c < Layout::kChannels; ++c) {
+      const Real value = to_real(x.chunk[c / Layout::kElements][c % Layout::kElements]);
+      squares += value * value;
+    }
+    const Real inverse = inverse_or_zero(square_root(lanes_sum<Layout::kLanes>(squares)));
+    Real cosine = 0;
+#pragma unroll
+    for (int c = 0; c < Layout::kChannels; ++c) {
+      const Real direction = to_real(x.chunk[c / Layout::kElements][c % Layout::kElements]) * inverse;
+      cosine += direction * anchor[c];
+      total[c] += direction;
+    }
+    return -lanes_sum<Layout::kLanes>(cosine);
+  }
+
+  /// This warp's sum of directions to shared memory, [D] of `partial`.
+  __device__ __forceinline__ void share(Real* partial, int dim) {
+    const Store<Real> mine{partial, nullptr, false};
+#pragma unroll
+    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+      Real* own = total + chunk * Layout::kElements;
+#pragma unroll
+      for (int e = 0; e < Layout::kElements; ++e) {
+#pragma unroll
+        for (int offset = Layout::kLanes; offset < 32; offset *= 2) own[e] += __shfl_xor_sync(kFullWarp, own[e], offset);
+      }
+      const int channel = Layout::channel(chunk);
+      if (lane_of_warp() < Layout::kLanes && channel < dim) set_row<Layout::kElements>(mine, channel, own);
+    }
+  }
+
+  static __device__ __forceinline__ void gather(const Real* partial, int dim, int channel, const Store<Real>& reference,
+                                                int64_t rows) {
+    Real sum = 0;
+    for (int warp = 0; warp < warps_of_block(); ++warp) sum += ld_shared(partial + warp * dim + channel);
+    reference.set(channel, sum / static_cast<Real>(rows));
+  }
+};
+
+}  // namespace lagkv::cuda

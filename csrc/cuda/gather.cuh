@@ -1,0 +1,118 @@
+// Rows gathered by index: compact (into another tensor) and the second step of compress_ (down in the same tensor). Rows are
+// moved as machine words W of 2 to 16 bytes, whatever they hold: dims, strides and pointers are in units of W.
+#pragma once
+
+#include "block.cuh"
+
+#if !defined(LAGKV_SIMT)
+// CUDA's own, behind assert(), which NDEBUG would switch off.
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
+                                                  const char* function) noexcept __attribute__((__noreturn__));
+#endif
+
+namespace lagkv::cuda {
+
+template <class W>
+struct CompactLaunch {
+  CompactParams<W> args;
+  CompactPlan plan;
+};
+
+/// A position outside x cannot raise an error without waiting for the device: it is a device-side assertion, as in torch's
+/// own gather (in the executor: a trap).
+__device__ __forceinline__ void check_position(int64_t position, int64_t length) {
+  if (position >= 0 && position < length) return;
+#if defined(LAGKV_SIMT)
+  __trap();
+#else
+  __assert_fail("lagkv::compact: index must hold positions between 0 and N - 1", __FILE__, __LINE__, "compact");
+#endif
+}
+
+/// The rows of a head that a thread takes, where neighbouring threads take neighbouring columns.
+struct Share {
+  int row, rows_per_step, column;
+  bool works;  // threads behind the last whole row rest
+
+  __device__ __forceinline__ explicit Share(int columns)
+      : row(static_cast<int>(threadIdx.x) / columns),
+        rows_per_step(static_cast<int>(blockDim.x) / columns),
+        column(static_cast<int>(threadIdx.x) % columns),
+        works(row < rows_per_step) {}
+};
+
+/// out[b, h, j] = x[b, h, index[b, h, j]]. Traffic: the gathered rows and the index read, the output written.
+template <class W>
+__global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W> launch) {
+  constexpr int kFlight = 4;
+  const auto& args = launch.args;
+  for (int64_t job = blockIdx.x; job < launch.plan.blocks; job += gridDim.x) {
+    const int64_t head = job / launch.plan.tiles, batch = head / args.heads, part = head % args.heads;
+    const int64_t first = job % launch.plan.tiles * kCopyRows;
+    const int rows = static_cast<int>(args.count - first < kCopyRows ? args.count - first : kCopyRows);
+    for (int64_t left = 0; left < args.x.dim; left += blockDim.x) {
+      const Share share(static_cast<int>(args.x.dim - left < blockDim.x ? args.x.dim - left : blockDim.x));
+      const int64_t column = left + share.column;
+      for (int row = share.row; share.works && row < rows; row += share.rows_per_step * kFlight) {
+        W x[kFlight];
+#pragma unroll
+        for (int n = 0; n < kFlight; ++n) {
+          const int j = row + n * share.rows_per_step;
+          if (j >= rows) continue;
+          const int64_t position = ld_global_nc(args.index.row(batch, part, first + j));
+          check_position(position, args.length);
+          x[n] = ld_global_nc_stream(args.x.row(batch, part, position) + column);
+        }
+#pragma unroll
+        for (int n = 0; n < kFlight; ++n) {
+          const int j = row + n * share.rows_per_step;
+          if (j < rows) st_global(args.out.row(batch, part, first + j) + column, x[n]);
+        }
+      }
+    }
+  }
+}
+
+template <class W>
+struct MoveLaunch {
+  StridedRows<W> key, value;  // [B, H, N, D]
+  const int32_t* index;       // [B, H, N'] ascending, index[j] >= j
+  int64_t batch, heads;
+  MovePlan plan;
+};
+
+/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and goes up in passes:
+/// all sources of a pass are in registers before any of its rows is written (the barrier), and sources of later passes lie
+/// above everything that is written by then, for index[j] >= j and ascending. Traffic: moved rows once in, once out.
+template <class W>
+__global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
+  const MovePlan& plan = launch.plan;
+  for (int64_t job = blockIdx.x; job < plan.blocks; job += gridDim.x) {
+    const int64_t slices = plan.key_slices + plan.value_slices;
+    const int64_t head = job / slices, batch = head / launch.heads, part = head % launch.heads;
+    const int64_t slice = job % slices;
+    const bool is_key = slice < plan.key_slices;
+    const StridedRows<W>& x = is_key ? launch.key : launch.value;
+    const int64_t column = (is_key ? slice : slice - plan.key_slices) * plan.slice;
+    const int columns = static_cast<int>(x.dim - column < plan.slice ? x.dim - column : plan.slice);
+    const Share share(columns);
+    W* base = x.row(batch, part, 0) + column + share.column;
+    const int32_t* index = launch.index + head * plan.rows;
+    for (int64_t pass = plan.first; pass < plan.rows; pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
+      W moved[kMoveVectors];
+#pragma unroll
+      for (int n = 0; n < kMoveVectors; ++n) {
+        const int64_t j = pass + n * share.rows_per_step + share.row;
+        if (share.works && j < plan.rows) moved[n] = ld_global(base + ld_global_nc(index + j) * x.row_stride);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int n = 0; n < kMoveVectors; ++n) {
+        const int64_t j = pass + n * share.rows_per_step + share.row;
+        if (share.works && j < plan.rows) st_global(base + j * x.row_stride, moved[n]);
+      }
+    }
+  }
+}
+
+}  // namespace lagkv::cuda

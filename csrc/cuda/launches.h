@@ -1,0 +1,168 @@
+// From tensors as pointers, sizes and strides to kernel launches: what the launchers (.cu) and the executor's bindings share.
+// Each `launch_*` makes the plan, chooses the instantiation and calls run(kernel, grid, threads, shared_bytes, params) for
+// every kernel, in order. Includes device code, so it is compiled by nvcc or for the executor.
+#pragma once
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "bounds.cuh"
+#include "compress.cuh"
+#include "gather.cuh"
+#include "topk.cuh"
+
+namespace lagkv::cuda {
+
+template <class Layout>
+struct LayoutTag {
+  using Type = Layout;
+};
+
+/// Calls f(LayoutTag<..>) for the layout of a shape that `row_shape` gave for T.
+template <class T, class F>
+void with_layout(RowShape shape, const F& f) {
+  const auto is = [&](int elements, int lanes, int chunks) {
+    return shape.elements == elements && shape.lanes == lanes && shape.chunks == chunks;
+  };
+  if (shape.wide()) return f(LayoutTag<WideRow<T>>{});
+  if (shape.elements == 1) return f(LayoutTag<Row<T, 1, 32, 8>>{});
+  constexpr int kElements = 16 / sizeof(T);
+  if constexpr (sizeof(T) == 2) {
+    if (is(kElements, 8, 1)) return f(LayoutTag<Row<T, kElements, 8, 1>>{});
+  }
+  if constexpr (sizeof(T) <= 4) {
+    if (is(kElements, 16, 1)) return f(LayoutTag<Row<T, kElements, 16, 1>>{});
+  }
+  if (is(kElements, 32, 1)) return f(LayoutTag<Row<T, kElements, 32, 1>>{});
+  if (is(kElements, 32, 2)) return f(LayoutTag<Row<T, kElements, 32, 2>>{});
+  if constexpr (sizeof(T) == 8) {
+    if (is(kElements, 32, 4)) return f(LayoutTag<Row<T, kElements, 32, 4>>{});
+  }
+  throw std::logic_error("lagkv: the planner chose a row layout that has no kernel");
+}
+
+/// The layout of two tensors that share a kernel: both aligned or neither, wide enough for the wider one.
+template <class T>
+RowShape shape_of(const StridedRows<const T>& key, const StridedRows<const T>& value) {
+  const bool aligned = rows_aligned(key) && rows_aligned(value) && std::min(key.dim, value.dim) * sizeof(T) % 16 == 0;
+  if (std::min(key.dim, value.dim) < 1) return row_shape(sizeof(T), 0, false);
+  return row_shape(sizeof(T), std::max(key.dim, value.dim), aligned);
+}
+
+/// compress (key_out, value_out given), the first step of compress_ (data null), and lag_score (score given, index null).
+/// `scratch(bytes)` gives device memory that lives until the kernels have run.
+template <class T, class Scratch, class Run>
+void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device, const Scratch& scratch,
+                     const Run& run) {
+  CompressLaunch<T> launch{args, score, nullptr, {}};
+  launch.plan = plan_compress(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
+                              args.batch * args.heads, args.length, args.start, args.lag_size, args.keep,
+                              score != nullptr, device);
+  if (launch.plan.grid == 0) return;
+  if (launch.plan.scratch_bytes > 0) launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
+  with_layout<T>(launch.plan.shape, [&](auto tag) {
+    using Layout = typename decltype(tag)::Type;
+    const auto kernel = args.score == Score::kStd ? compress_kernel<Layout, Score::kStd> : compress_kernel<Layout, Score::kCosine>;
+    run(kernel, launch.plan.grid, kThreads, launch.plan.storage.shared_bytes, launch);
+  });
+}
+
+template <class T, class Run>
+void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Device& device, const Run& run) {
+  const RowShape shape = row_shape(sizeof(T), args.x.dim, rows_aligned(args.x));
+  const BoundsLaunch<T> launch{args, plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads, args.length,
+                                                 args.start, args.lag_size, device)};
+  if (launch.plan.grid == 0) return;
+  with_layout<T>(shape, [&](auto tag) {
+    run(bounds_kernel<typename decltype(tag)::Type>, launch.plan.grid, kThreads, launch.plan.shared_bytes, launch);
+  });
+}
+
+/// `rows` and `args.rows` describe the same rows; args.row_stride is not used.
+template <class T, class Run>
+void launch_topk(const TopkParams<T>& args, const ScoreRows& rows, const Device& device, const Run& run) {
+  const TopkLaunch<T> launch{args, rows, plan_topk(sizeof(BitsOf<T>), args.rows, args.lag_size, device)};
+  if (launch.plan.grid == 0) return;
+  run(topk_kernel<T>, launch.plan.grid, kThreads, launch.plan.shared_bytes, launch);
+}
+
+/// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims are left.
+inline bool merge_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, ScoreRows& rows) {
+  int count = 0;
+  ScoreRows merged{};
+  for (int64_t dim = 0; dim < dims; ++dim) {
+    if (sizes[dim] == 1) continue;
+    if (count > 0 && merged.stride[count - 1] == strides[dim] * sizes[dim]) {
+      merged.size[count - 1] *= sizes[dim];
+      merged.stride[count - 1] = strides[dim];
+      continue;
+    }
+    if (count == kTopkDims) return false;
+    merged.size[count] = sizes[dim];
+    merged.stride[count++] = strides[dim];
+  }
+  for (int dim = 0; dim < kTopkDims; ++dim) {
+    const int from = dim - (kTopkDims - count);
+    rows.size[dim] = from < 0 ? 1 : merged.size[from];
+    rows.stride[dim] = from < 0 ? 0 : merged.stride[from];
+  }
+  return true;
+}
+
+/// Calls f(W()) with the widest machine word that moves rows of `bytes` bytes whose starts are multiples of `alignment`.
+template <class F>
+void with_word(int64_t bytes, int64_t alignment, const F& f) {
+  const auto fits = [&](int64_t size) { return bytes % size == 0 && alignment % size == 0; };
+  if (fits(16)) return f(Vec<uint32_t, 4>{});
+  if (fits(8)) return f(Vec<uint32_t, 2>{});
+  if (fits(4)) return f(uint32_t{});
+  return f(uint16_t{});
+}
+
+/// The largest power of two up to 16 that divides the address and every stride, in bytes.
+template <class T>
+int64_t alignment_of(const StridedRows<T>& rows) {
+  const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | 16 |
+                       ((rows.batch_stride | rows.head_stride | rows.row_stride) * static_cast<int64_t>(sizeof(T)));
+  return bits & -bits;
+}
+
+/// The same rows in units of W.
+template <class W, class T>
+StridedRows<std::conditional_t<std::is_const_v<T>, const W, W>> in_words(const StridedRows<T>& rows) {
+  const auto words = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(W)); };
+  using Word = std::conditional_t<std::is_const_v<T>, const W, W>;
+  return {reinterpret_cast<Word*>(rows.data), words(rows.batch_stride), words(rows.head_stride), words(rows.row_stride),
+          words(rows.dim)};
+}
+
+/// compact for any element type of 2 bytes or more: the rows are moved, not understood.
+template <class T, class Run>
+void launch_compact(const CompactParams<T>& args, const Device& device, const Run& run) {
+  const int64_t alignment = std::min(alignment_of(args.x), alignment_of(args.out));
+  with_word(args.x.dim * sizeof(T), alignment, [&](auto word) {
+    using W = decltype(word);
+    const CompactParams<W> words{in_words<W>(args.x), in_words<W>(args.out), args.index, args.batch,
+                                 args.heads, args.length, args.count};
+    const CompactLaunch<W> launch{words, plan_compact(args.batch * args.heads, args.count, words.x.dim, device)};
+    if (launch.plan.grid > 0) run(compact_kernel<W>, launch.plan.grid, kThreads, 0, launch);
+  });
+}
+
+/// The second step of compress_: index [B, H, rows] says where the first `rows` rows come from.
+template <class T, class Run>
+void launch_move(const StridedRows<T>& key, const StridedRows<T>& value, const int32_t* index, int64_t batch, int64_t heads,
+                 int64_t first, int64_t rows, const Device& device, const Run& run) {
+  const int64_t alignment = std::min(alignment_of(key), alignment_of(value));
+  // Both widths are to be a multiple of the word.
+  const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));
+  with_word(bytes, alignment, [&](auto word) {
+    using W = decltype(word);
+    const MoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), index, batch, heads,
+                               plan_move(sizeof(W), in_words<W>(key).dim, in_words<W>(value).dim, batch * heads, first, rows,
+                                         device)};
+    if (launch.plan.grid > 0) run(move_kernel<W>, launch.plan.grid, kMoveThreads, 0, launch);
+  });
+}
+
+}  // namespace lagkv::cuda

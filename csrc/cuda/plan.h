@@ -1,0 +1,224 @@
+// The launch planner: how many threads, which rows a block takes and how much memory it needs, from the shape and the
+// device. Plain C++, no torch, no CUDA: the launchers and the executor's bindings ask the same functions.
+//
+// The number of threads and the way lanes share a row depend on dtype, D and alignment alone, never on B, H, N or the
+// device: a partition's scores are bit for bit the same in every batch, on every card.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace lagkv::cuda {
+
+constexpr int kThreads = 256;        // of every kernel but move_rows
+constexpr int kMoveThreads = 512;
+constexpr int kMoveVectors = 8;      // accesses in flight per thread of move_rows
+constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int64_t kScalarDim = 256;  // widest row of the element-wise layout
+constexpr int64_t kCopyRows = 64;    // rows of key and value that one copying block takes
+constexpr int64_t kMaxGrid = 2147483647;
+
+/// What a launch may use. The defaults are those that every architecture since sm_80 has.
+struct Device {
+  int64_t multiprocessors = 108;
+  int64_t shared_per_block = 48 * 1024;
+  int64_t shared_per_multiprocessor = 164 * 1024;
+  int64_t max_grid = kMaxGrid;
+};
+
+/// How a row of D elements lies over the lanes of a warp: `chunks` accesses of `elements` elements for each of `lanes`
+/// lanes. elements = 0 is the wide layout: rows of any length, read several times.
+struct RowShape {
+  int32_t elements, lanes, chunks;
+  LAGKV_HOST_DEVICE bool wide() const { return elements == 0; }
+};
+
+inline RowShape row_shape(int element_size, int64_t dim, bool aligned) {
+  const int elements = 16 / element_size;
+  if (dim < 1) return {0, 0, 0};
+  if (aligned && dim % elements == 0) {
+    const int64_t vectors = dim / elements;
+    // Fewest lanes that have an instantiation: 8 for 16-bit types, 16 for float32, 32 for float64 (D = 64).
+    for (int lanes = 4 * element_size; lanes <= 32; lanes *= 2) {
+      if (vectors <= lanes) return {elements, lanes, 1};
+    }
+    if (vectors <= 64) return {elements, 32, 2};
+    if (vectors <= 128 && element_size == 8) return {elements, 32, 4};
+  }
+  if (dim <= kScalarDim) return {1, 32, 8};
+  return {0, 0, 0};
+}
+
+/// True where every row of a tensor starts at a multiple of 16 bytes.
+template <class T>
+bool rows_aligned(const StridedRows<T>& rows) {
+  constexpr int64_t kElements = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % kElements == 0 &&
+         rows.head_stride % kElements == 0 && rows.row_stride % kElements == 0;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/// Statistics of one tensor's partition, padded so that scores can be read four at a time.
+LAGKV_HOST_DEVICE int64_t padded_lag(int64_t lag_size) { return (lag_size + 3) / 4 * 4; }
+
+/// Dynamic shared memory of the scoring kernels, offsets in bytes; what does not fit goes to scratch in global memory.
+struct Storage {
+  int64_t key_reference;    // [3, Dk] Real: lo, hi, scale of the next partition (cosine: anchor in the first Dk)
+  int64_t value_reference;  // [3, Dv] Real
+  int64_t partial;          // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
+  int64_t statistics;       // [2, padded L] Real: s of key and value; the first becomes the ordered scores (wide rows: [3, ..])
+  int64_t shared_bytes;
+  int64_t scratch_bytes;    // of one block
+  bool reference_in_scratch, statistics_in_scratch;
+};
+
+inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim, int64_t lag_size,
+                            const Device& device) {
+  const int64_t real = element_size == 8 ? 8 : 4;
+  const int64_t dim = std::max(key_dim, value_dim);
+  const int64_t key_reference = round_up(3 * key_dim * real, 16);
+  const int64_t references = key_reference + round_up(3 * value_dim * real, 16);
+  const int64_t partial = shape.wide() ? 0 : round_up(kThreads / 32 * dim * std::max<int64_t>(2 * element_size, real), 16);
+  const int64_t statistics = (shape.wide() ? 3 : 2) * padded_lag(lag_size) * real;
+  // Static shared memory (reductions, scans, the histogram of the selection) takes less than 2 KiB.
+  const int64_t room = device.shared_per_block - 2048;
+  Storage plan{};
+  plan.reference_in_scratch = shape.wide() && references > room / 2;
+  plan.statistics_in_scratch = statistics + partial + (plan.reference_in_scratch ? 0 : references) > room;
+  int64_t& first = plan.reference_in_scratch ? plan.scratch_bytes : plan.shared_bytes;
+  plan.key_reference = first;
+  plan.value_reference = first + key_reference;
+  first += references;
+  plan.partial = plan.shared_bytes;
+  plan.shared_bytes += partial;
+  int64_t& second = plan.statistics_in_scratch ? plan.scratch_bytes : plan.shared_bytes;
+  plan.statistics = second;
+  second += statistics;
+  return plan;
+}
+
+/// How long runs of partitions should be: every run reads one partition more than it scores, so long runs move fewer
+/// bytes, while short ones fill the machine. Cost = rounds of blocks x rows that one block moves.
+inline int64_t run_length(int64_t heads, int64_t partitions, int64_t lag_size, int64_t keep, int64_t slots) {
+  int64_t best = 1, best_cost = -1;
+  for (int64_t rounds = 1; rounds <= 64; ++rounds) {
+    const int64_t runs = std::max<int64_t>(1, std::min(partitions, rounds * slots / std::max<int64_t>(1, heads)));
+    const int64_t run = ceil_div(partitions, runs);
+    const int64_t cost = ceil_div(heads * ceil_div(partitions, run), slots) * (run * (lag_size + keep) + lag_size);
+    if (best_cost < 0 || cost < best_cost) {
+      best = run;
+      best_cost = cost;
+    }
+    if (run == 1) break;
+  }
+  return best;
+}
+
+/// The launch of compress, compress_ and lag_score.
+struct CompressPlan {
+  RowShape shape;
+  Storage storage;
+  int64_t partitions;             // that lose rows; 0 where nothing is to be scored
+  int64_t run, runs, run_blocks;  // partitions per run, runs per head, blocks that score
+  int64_t copy_blocks;            // blocks that copy the rows before and after the compressed partitions
+  int64_t copy_tiles;             // of them per head
+  int64_t grid;
+  int64_t scratch_bytes;          // of the whole launch
+};
+
+/// keep = lag_size loses nothing: then nothing is scored unless the scores themselves are wanted (lag_score).
+inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim, int64_t heads,
+                                  int64_t length, int64_t start, int64_t lag_size, int64_t keep, bool scores_wanted,
+                                  const Device& device) {
+  CompressPlan plan{};
+  plan.shape = shape;
+  plan.partitions = keep < lag_size || scores_wanted ? compressed_count(length, start, lag_size) : 0;
+  if (heads > 0 && plan.partitions > 0) {
+    plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, device);
+    const int64_t fit = device.shared_per_multiprocessor / (plan.storage.shared_bytes + 3072);
+    const int64_t slots = device.multiprocessors * std::max<int64_t>(1, std::min<int64_t>(fit, kBlocksPerMultiprocessor));
+    plan.run = run_length(heads, plan.partitions, lag_size, keep, slots);
+    plan.runs = ceil_div(plan.partitions, plan.run);
+    plan.run_blocks = heads * plan.runs;
+  }
+  if (!scores_wanted) {
+    plan.copy_tiles = ceil_div(length - plan.partitions * lag_size, kCopyRows);
+    plan.copy_blocks = heads * plan.copy_tiles;
+  }
+  plan.grid = std::min(plan.run_blocks + plan.copy_blocks, device.max_grid);
+  plan.scratch_bytes = std::min(plan.run_blocks, plan.grid) * plan.storage.scratch_bytes;
+  return plan;
+}
+
+/// The launch of partition_bounds: a block per partition and head.
+struct BoundsPlan {
+  RowShape shape;
+  int64_t partitions, blocks, grid, shared_bytes;
+};
+
+inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int64_t heads, int64_t length, int64_t start,
+                              int64_t lag_size, const Device& device) {
+  BoundsPlan plan{};
+  plan.shape = shape;
+  plan.partitions = partition_count(length, start, lag_size);
+  plan.blocks = dim > 0 ? heads * plan.partitions : 0;
+  plan.grid = std::min(plan.blocks, device.max_grid);
+  plan.shared_bytes = shape.wide() ? 0 : kThreads / 32 * 2 * dim * element_size;
+  return plan;
+}
+
+/// The launch of topk_index: a block per row of scores, which it holds in shared memory where they fit.
+struct TopkPlan {
+  int64_t grid, shared_bytes;  // shared_bytes = 0: scores are read from global memory in every pass
+};
+
+inline TopkPlan plan_topk(int bits_size, int64_t rows, int64_t lag_size, const Device& device) {
+  const int64_t bytes = padded_lag(lag_size) * bits_size;
+  return {std::min(rows, device.max_grid), bytes <= device.shared_per_block - 2048 ? bytes : 0};
+}
+
+/// The launch of compact: a block per kCopyRows gathered rows of one head.
+struct CompactPlan {
+  int64_t tiles, blocks, grid;
+};
+
+inline CompactPlan plan_compact(int64_t heads, int64_t count, int64_t dim, const Device& device) {
+  const int64_t tiles = ceil_div(count, kCopyRows), blocks = dim > 0 ? heads * tiles : 0;
+  return {tiles, blocks, std::min(blocks, device.max_grid)};
+}
+
+/// The launch of compress_'s second step: rows move down within their head. The column slices of a row are independent,
+/// so a block takes one slice of one head and walks it in ascending order; no block ever waits for another.
+struct MovePlan {
+  int64_t first, rows;      // output rows [first, rows) move
+  int64_t key_columns, value_columns;  // accesses per row
+  int64_t slice;            // accesses per row that a block takes
+  int64_t key_slices, value_slices;
+  int64_t blocks, grid;
+};
+
+inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_columns, int64_t heads, int64_t first,
+                          int64_t rows, const Device& device) {
+  MovePlan plan{};
+  plan.first = first;
+  plan.rows = rows;
+  plan.key_columns = key_columns;
+  plan.value_columns = value_columns;
+  // Narrowest slice: a 32-byte sector. Two blocks per multiprocessor fill the machine.
+  const int64_t narrowest = std::max<int64_t>(1, 32 / access_bytes);
+  const int64_t wanted = std::max<int64_t>(1, 2 * device.multiprocessors / std::max<int64_t>(1, 2 * heads));
+  const int64_t columns = std::max<int64_t>({1, key_columns, value_columns});
+  // A block also needs at least one row per pass.
+  plan.slice = std::min<int64_t>(round_up(ceil_div(columns, wanted), narrowest), kMoveThreads);
+  plan.key_slices = ceil_div(key_columns, plan.slice);
+  plan.value_slices = ceil_div(value_columns, plan.slice);
+  plan.blocks = first < rows ? heads * (plan.key_slices + plan.value_slices) : 0;
+  plan.grid = std::min(plan.blocks, device.max_grid);
+  return plan;
+}
+
+}  // namespace lagkv::cuda

@@ -1,0 +1,66 @@
+// topk_index: per row the positions of the `keep` highest scores, ascending (select.cuh). Traffic: every score once (where a
+// row does not fit in shared memory: once per 8 bits of the arithmetic's type and twice more); writes the index.
+#pragma once
+
+#include "select.cuh"
+
+namespace lagkv::cuda {
+
+constexpr int kTopkDims = 4;
+
+/// Where the rows of scores start: leading dimensions merged to at most kTopkDims, outermost first.
+struct ScoreRows {
+  int64_t size[kTopkDims], stride[kTopkDims];
+
+  LAGKV_HOST_DEVICE int64_t offset(int64_t row) const {
+    int64_t offset = 0;
+    for (int dim = kTopkDims - 1; dim > 0; --dim) {
+      offset += row % size[dim] * stride[dim];
+      row /= size[dim];
+    }
+    return offset + row * stride[0];
+  }
+};
+
+template <class T>
+struct TopkLaunch {
+  TopkParams<T> args;  // row_stride is not used: `rows` says where rows start
+  ScoreRows rows;
+  TopkPlan plan;
+};
+
+/// Ordered scores computed from the scores themselves at every read; zeros behind the last one.
+template <class T>
+struct ScoreKeys {
+  const T* score;
+  int count;
+
+  __device__ __forceinline__ BitsOf<T> get(int i) const {
+    return i < count ? ordered(to_real(ld_global_nc(score + i))) : BitsOf<T>(0);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) topk_kernel(const TopkLaunch<T> launch) {
+  using Bits = BitsOf<T>;
+  LAGKV_SHARED(int, count_slots, 4 * kMaxWarps);
+  LAGKV_SHARED(unsigned, histogram, kBins + 2);
+  const int count = static_cast<int>(launch.args.lag_size), keep = static_cast<int>(launch.args.keep);
+  for (int64_t row = blockIdx.x; row < launch.args.rows; row += gridDim.x) {
+    const ScoreKeys<T> scores{launch.args.score + launch.rows.offset(row), count};
+    int32_t* index = launch.args.index + row * launch.args.keep;
+    const auto emit = [&](int slot, int i) { st_global(index + slot, static_cast<int32_t>(i)); };
+    if (launch.plan.shared_bytes > 0) {
+      LAGKV_DYNAMIC_SHARED(shared);
+      const Store<Bits> keys{reinterpret_cast<Bits*>(shared), nullptr, false};
+      for (int i = threadIdx.x; i < padded_lag(count); i += blockDim.x) keys.set(i, scores.get(i));
+      __syncthreads();
+      select<Bits>(keys, count, keep, {count_slots, histogram}, emit);
+    } else {
+      select_by_radix<Bits>(scores, count, keep, {count_slots, histogram}, emit);
+    }
+    __syncthreads();  // before the next row
+  }
+}
+
+}  // namespace lagkv::cuda

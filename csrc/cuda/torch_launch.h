@@ -1,0 +1,101 @@
+// What every launcher needs of torch's stable ABI and of the CUDA runtime: tensors as views, the device, the stream.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "../checks.h"
+#include "plan.h"
+#include "view.h"
+
+namespace lagkv::cuda {
+
+inline View view_of(const Tensor& x) {
+  View view;
+  view.data = x.data_ptr();
+  for (int dim = 0; dim < 4 && dim < x.dim(); ++dim) {
+    view.size[dim] = x.size(dim);
+    view.stride[dim] = x.stride(dim);
+  }
+  return view;
+}
+
+/// An int32 index [B, H, K] as rows of one element, its last dimension of any stride.
+inline StridedRows<const int32_t> index_rows(const Tensor& index) {
+  View view = view_of(index);
+  view.size[3] = 1;
+  return view.rows<const int32_t>();
+}
+
+inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
+  return torch::stable::empty(size, type, std::nullopt, like.device());
+}
+
+inline ScalarType arithmetic_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+/// Makes the device of `x` current, and launches on its current stream. Nothing here waits for the device.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& x) : like_(x), guard_(x.get_device_index()) {
+    const int index = x.get_device_index();
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    device_.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    device_.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  }
+
+  const Device& device() const { return device_; }
+
+  /// Memory that lives as long as this object; the allocator reuses it in the order of the stream.
+  void* scratch(int64_t bytes) {
+    scratch_.push_back(empty_on(like_, {bytes}, ScalarType::Byte));
+    return scratch_.back().data_ptr();
+  }
+
+  template <class Params>
+  void operator()(void (*kernel)(Params), int64_t grid, int threads, int64_t shared_bytes,
+                  const std::remove_const_t<Params>& params) const {
+    kernel<<<dim3(static_cast<unsigned>(grid)), dim3(threads), static_cast<size_t>(shared_bytes), stream_>>>(params);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  static int64_t attribute(cudaDeviceAttr which, int index) {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+    return value;
+  }
+
+  const Tensor& like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  Device device_;
+  std::vector<Tensor> scratch_;
+};
+
+/// Scores, selects and copies as `args` and `score` say (launches.h). One source file per T: they are what takes long to compile.
+template <class T, class Real>
+void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score);
+
+/// Calls f(T()) for the storage type of x, which the checks have found to be one of these.
+template <class F>
+void with_storage_type(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return f(__half{});
+    case ScalarType::BFloat16: return f(__nv_bfloat16{});
+    case ScalarType::Float: return f(float{});
+    default: return f(double{});
+  }
+}
+
+}  // namespace lagkv::cuda

@@ -1,0 +1,85 @@
+// Rows of any length (WideRow): a warp takes a row and reads it once per sum, a thread takes a channel of the reference and
+// walks the rows of the partition. Slower than the streaming layouts (about three reads, most of them from cache), and
+// always right: odd D, D beyond what lanes can hold, D = 0.
+#pragma once
+
+#include "cosine_score.cuh"
+#include "std_score.cuh"
+
+namespace lagkv::cuda {
+
+/// Calls visit(c, x_c) for the channels of a row that belong to this lane.
+template <class T, class Visit>
+__device__ __forceinline__ void for_channels(const T* row, int64_t dim, const Visit& visit) {
+  for (int64_t c = lane_of_warp(); c < dim; c += 32) visit(c, to_real(ld_global_nc(row + c)));
+}
+
+/// 1 / |x|, or 0 where the norm is 0; every lane gets it.
+template <class T, class Real>
+__device__ __forceinline__ Real inverse_norm(const T* row, int64_t dim) {
+  Real squares = 0;
+  for_channels(row, dim, [&](int64_t, Real x) { squares += x * x; });
+  return inverse_or_zero(square_root(lanes_sum<32>(squares)));
+}
+
+/// Bounds of one channel, by one thread.
+template <class T>
+__device__ __forceinline__ Range<T> column_range(const T* column, int64_t row_stride, int count) {
+  Range<T> range{ld_global_nc(column), ld_global_nc(column)};
+  for (int t = 1; t < count; ++t) {
+    const T x = ld_global_nc(column + t * row_stride);
+    range = {min_nan(range.lo, x), max_nan(range.hi, x)};
+  }
+  return range;
+}
+
+template <Score kScore, class T, class Real>
+__device__ __forceinline__ Real wide_statistic(const T* row, int64_t dim, const Store<Real>& reference) {
+  if constexpr (kScore == Score::kStd) {
+    const Bounds<Real> bounds(reference, dim);
+    Real sum = 0, squares = 0;
+    for_channels(row, dim, [&](int64_t c, Real x) { sum += (x - bounds.lo.get(c)) * bounds.scale.get(c); });
+    const Real mean = lanes_sum<32>(sum) / static_cast<Real>(dim);
+    for_channels(row, dim, [&](int64_t c, Real x) {
+      const Real off = (x - bounds.lo.get(c)) * bounds.scale.get(c) - mean;
+      squares += off * off;
+    });
+    return lanes_sum<32>(squares);
+  } else {
+    const Real inverse = inverse_norm<T, Real>(row, dim);
+    Real cosine = 0;
+    for_channels(row, dim, [&](int64_t c, Real x) { cosine += x * inverse * reference.get(c); });
+    return -lanes_sum<32>(cosine);
+  }
+}
+
+/// The reference that the rows of this partition make for the partition before. `inverses` [rows] holds 1/|x| of its rows
+/// (cosine); `slots` [2 * kMaxWarps] shared. Ends without a barrier.
+template <Score kScore, class T, class Real>
+__device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride, int64_t dim, int count,
+                                               const Store<Real>& reference, const Store<Real>& inverses, Real* slots) {
+  if constexpr (kScore == Score::kStd) {
+    for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
+      const Range<T> range = column_range(rows + c, row_stride, count);
+      Bounds<Real>(reference, dim).set(c, to_real(range.lo), to_real(range.hi));
+    }
+  } else {
+    for (int t = warp_of_block(); t < count; t += warps_of_block()) {
+      const Real inverse = inverse_norm<T, Real>(rows + t * row_stride, dim);
+      if (lane_of_warp() == 0) inverses.set(t, inverse);
+    }
+    __syncthreads();
+    Two<Real> squares{0, 0};
+    for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
+      Real sum = 0;
+      for (int t = 0; t < count; ++t) sum += to_real(ld_global_nc(rows + t * row_stride + c)) * inverses.get(t);
+      sum /= static_cast<Real>(count);
+      reference.set(c, sum);
+      squares.key += sum * sum;
+    }
+    const Real inverse = inverse_or_zero(square_root(block_two<false>(squares, slots).key));
+    for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) reference.set(c, reference.get(c) * inverse);
+  }
+}
+
+}  // namespace lagkv::cuda
