@@ -58,7 +58,7 @@ class RowBuffer:
         self.rows = end
 
     def reallocate(self, capacity: int) -> None:
-        """Move the rows to buffers with room for ``capacity``; keys before values, so that one is there twice, not both."""
+        """Move the rows to buffers with room for ``capacity``; keys first, so that never both are there twice."""
         with plain_tensors():
             self._key = _copy_rows(self._key, self.rows, capacity)
             self._value = _copy_rows(self._value, self.rows, capacity)

@@ -28,11 +28,11 @@ class LagKVLayer(CacheLayerMixin):
     the number of rows it holds. A row before ``start`` is a sink row or was chosen by a compression; the rows from
     ``start`` on are the most recent tokens, all of them.
 
-    Memory. A new token is written behind the last row. A compression that comes due while the new rows fit the buffer
-    (as in decoding) runs in place, at the beginning of the next step: until then attention may still read the rows.
-    Where they do not fit (a prompt, a long chunk), attention gets the full states, only a compressed copy is
-    kept, and the full states die when the model lets go of them: a prompt costs the compressed cache plus the states of
-    one layer. The lengths are those after the compression as soon as it is due; only the rows come later.
+    Memory. A new token is written behind the last row. In decoding, a compression that comes due runs in place, at the
+    beginning of the next step: until then attention may still read the rows. After a prompt or a long chunk
+    attention gets the full states, only a compressed copy is kept, and the full states die when the model lets go of
+    them: a prompt costs the compressed cache plus the states of one layer. The lengths are those after the
+    compression as soon as it is due; only the rows come later.
     """
 
     is_sliding = False
@@ -79,14 +79,14 @@ class LagKVLayer(CacheLayerMixin):
         self._buffer = RowBuffer.empty(key_states, value_states)
         self.is_initialized = True
 
-    @property  # type: ignore[override] # an attribute in the base class, assigned by nobody else
-    def keys(self) -> Tensor | None:
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override] # an attribute in the base class
         """The held keys ``[B, H, rows, Dk]``, a view."""
         self.settle()
         return None if self._buffer is None else self._buffer.key
 
-    @property  # type: ignore[override]
-    def values(self) -> Tensor | None:
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """The held values ``[B, H, rows, Dv]``, a view."""
         self.settle()
         return None if self._buffer is None else self._buffer.value
@@ -111,7 +111,7 @@ class LagKVLayer(CacheLayerMixin):
         count = self.settings.compressed_count(total, self.start)
         before_use = self._count_before_use(new)
         self.seen += new
-        if count and (total > buffer.capacity or 0 < before_use < count):
+        if count and (0 < before_use < count or self._is_bulk(total)):
             return self._replace(key_states, value_states, count, before_use)
         if total > buffer.capacity:
             buffer.reallocate(self._capacity_for(total))
@@ -283,10 +283,20 @@ class LagKVLayer(CacheLayerMixin):
 
     # -- memory
 
+    def _most_needed(self) -> int:
+        """Rows that decoding reaches before a compression, for this and the next two compressions; with a sixteenth of
+        the rows as room where that is more, so that buffers are replaced ever more rarely as they grow."""
+        return self.start + 2 * self.settings.lag_size + max(2 * self.settings.keep, self.start // 16)
+
     def _capacity_for(self, rows: int) -> int:
-        """Room behind the rows: doubling while the cache is small, then a partition at a time (about what decoding
-        needs until a compression makes room), and a sixteenth where that is more, so that appending stays cheap."""
-        return rows + max(rows // 16, min(self.settings.lag_size, max(rows, 64)))
+        if not self.settings.compresses:
+            return rows + max(rows // 16, 64)
+        return max(rows, min(rows + max(rows, 64), self._most_needed()))
+
+    def _is_bulk(self, total: int) -> bool:
+        """Whether a compression of ``total`` rows is worth new storage: they fit no buffer that decoding would need."""
+        assert self._buffer is not None
+        return total > self._buffer.capacity and (self.rows == 0 or total > self._most_needed())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffer is None:

@@ -39,9 +39,9 @@ class CacheReport:
 
     @property
     def tokens_kept(self) -> float:
-        """Rows held by a compressed layer, on average over these layers (all layers, if none is compressed)."""
-        layers = [layer for layer in self.layers if layer.kind == "lagkv"] or self.layers
-        return sum(layer.tokens_kept for layer in layers) / max(1, len(layers))
+        """Rows held by a full-attention layer, on average."""
+        layers = [layer for layer in self.layers if layer.kind in ("lagkv", "full")]
+        return sum(layer.tokens_kept for layer in layers) / len(layers)
 
     @property
     def bytes_held(self) -> int:
