@@ -1,8 +1,9 @@
 // The kernels of one instruction set, put together. Included last by each kernels_*.cpp.
 
 #include "vec_read.h"
-// The kernels read through the above.
+
 #include "kernels_bounds.h"
+
 #include "kernels_cosine.h"
 #include "kernels_score.h"
 #include "kernels_select.h"

@@ -15,8 +15,11 @@
 
 #define LAGKV_ISA avx2
 #define LAGKV_VECTOR_BYTES 32
-#include "kernels.h"
+// In this order: each builds on the ones before it.
 #include "vec.h"
+
 #include "vec_avx2.h"
+
+#include "kernels.h"
 
 #endif

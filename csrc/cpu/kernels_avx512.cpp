@@ -19,8 +19,11 @@
 
 #define LAGKV_ISA avx512
 #define LAGKV_VECTOR_BYTES 64
-#include "kernels.h"
+// In this order: each builds on the ones before it.
 #include "vec.h"
+
 #include "vec_avx512.h"
+
+#include "kernels.h"
 
 #endif

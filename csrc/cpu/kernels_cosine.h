@@ -53,9 +53,20 @@ inline void cosine_rows(const T* row, int64_t stride, int64_t dim, const RealOf<
       if constexpr (kStatistic) dot[r] = fma(x, a, dot[r]);
     }
   };
+  Reg panel_square[kRows] = {}, panel_dot[kRows] = {};
   int64_t c = 0;
-  for (; c + width <= dim; c += width) step(c, Whole());
+  for (int64_t panel = kPanel * width; c + width <= dim; panel += kPanel * width) {
+    for (; c + width <= dim && c < panel; c += width) step(c, Whole());
+    if (dim <= kPanel * width) break;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      panel_square[r] += square[r], panel_dot[r] += dot[r];
+      square[r] = dot[r] = Reg{};
+    }
+  }
   if (c < dim) step(c, Part<RealOf<T>>(dim - c));
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) square[r] += panel_square[r], dot[r] += panel_dot[r];
 }
 
 /// partial[c] += sum over rows of x[t, c] / |x[t]|. Products are rounded before they are added, so that

@@ -13,6 +13,9 @@
 
 #define LAGKV_ISA portable
 #define LAGKV_VECTOR_BYTES 16
-#include "kernels.h"
+// In this order: each builds on the ones before it.
 #include "vec.h"
+
 #include "vec_portable.h"
+
+#include "kernels.h"

@@ -89,7 +89,7 @@ inline void std_rows(const T* row, int64_t stride, int64_t dim, const StdReferen
   using Real = RealOf<T>;
   using Reg = RegOf<Real>;
   constexpr int width = kWidth<Real>;
-  Reg shift[kRows], sum[kRows], squares[kRows];
+  Reg shift[kRows], sum[kRows], squares[kRows], panel_sum[kRows] = {}, panel_squares[kRows] = {};
 
   const auto step = [&](int64_t c, auto is_first, const auto& read) {
     const Reg lo = load(reference.lo + c), scale = load(reference.scale + c);
@@ -113,16 +113,24 @@ inline void std_rows(const T* row, int64_t stride, int64_t dim, const StdReferen
   int64_t c = width;
   if (dim >= width) {
     step(0, std::true_type(), Whole());
-    for (; c + width <= dim; c += width) step(c, std::false_type(), Whole());
+    for (int64_t panel = kPanel * width; c + width <= dim; panel += kPanel * width) {
+      for (; c + width <= dim && c < panel; c += width) step(c, std::false_type(), Whole());
+      if (dim <= kPanel * width) break;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        panel_sum[r] += sum[r], panel_squares[r] += squares[r];
+        sum[r] = squares[r] = Reg{};
+      }
+    }
     if (c < dim) step(c, std::false_type(), Part<Real>(dim - c));
   } else {
     step(0, std::true_type(), Part<Real>(dim));
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const Reg average = sum[r] * weights.inverse_count;
+    const Reg total = sum[r] + panel_sum[r], average = total * weights.inverse_count;
     mean[r] = shift[r] + average;
-    square[r] = fnma(average, sum[r], squares[r]);
+    square[r] = fnma(average, total, squares[r] + panel_squares[r]);
   }
 }
 

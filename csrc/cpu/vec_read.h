@@ -2,6 +2,10 @@
 
 namespace lagkv::cpu::LAGKV_ISA {
 
+/// Vectors of a row that are summed before their sum joins that of the vectors before them: the error of a
+/// long sum grows with the longer of the two, not with their product.
+constexpr int64_t kPanel = 64;
+
 /// How a step of a loop over channels reads a vector: whole, or the last channels of a row. (No lambdas: GCC
 /// 12 settles the ABI of a lambda's vectors before it sees the target pragma.)
 struct Whole {
