@@ -9,8 +9,8 @@ using simt::Session;
 using simt::TensorArg;
 
 template <class T, class Kernel>
-void run(Session& session, const char* name, Kernel kernel, const TensorArg& x, const TensorArg& y, bool keeps_y, dim3 grid,
-         dim3 block, size_t shared_bytes, int64_t count, int32_t option) {
+void run(Session& session, const char* name, Kernel kernel, const TensorArg& x, const TensorArg& y,
+         bool keeps_y, dim3 grid, dim3 block, size_t shared_bytes, int64_t count, int32_t option) {
   samples::Arrays<T> params{};
   params.x = session.in<T>("x", x);
   params.y = keeps_y ? session.inout<T>("y", y) : session.out<T>("y", y);
@@ -26,13 +26,16 @@ void define(pybind11::module_& module, const char* name, void (*kernel)(samples:
   using Size = std::vector<uint32_t>;
   module.def(
       name,
-      [name, kernel](Session& session, const TensorArg& x, const TensorArg& y, const Size& grid, const Size& block,
-                     size_t shared_bytes, int64_t count, int32_t option, bool keeps_y) {
-        const auto size = [](const Size& s) { return dim3(s.at(0), s.size() > 1 ? s[1] : 1, s.size() > 2 ? s[2] : 1); };
+      [name, kernel](Session& session, const TensorArg& x, const TensorArg& y, const Size& grid,
+                     const Size& block, size_t shared_bytes, int64_t count, int32_t option, bool keeps_y) {
+        const auto size = [](const Size& s) {
+          return dim3(s.at(0), s.size() > 1 ? s[1] : 1, s.size() > 2 ? s[2] : 1);
+        };
         run<T>(session, name, kernel, x, y, keeps_y, size(grid), size(block), shared_bytes, count, option);
       },
-      py::arg("session"), py::arg("x"), py::arg("y"), py::kw_only(), py::arg("grid") = Size{1}, py::arg("block") = Size{32},
-      py::arg("shared_bytes") = 0, py::arg("count") = -1, py::arg("option") = 0, py::arg("keeps_y") = false);
+      py::arg("session"), py::arg("x"), py::arg("y"), py::kw_only(), py::arg("grid") = Size{1},
+      py::arg("block") = Size{32}, py::arg("shared_bytes") = 0, py::arg("count") = -1, py::arg("option") = 0,
+      py::arg("keeps_y") = false);
 }
 
 }  // namespace
@@ -52,6 +55,7 @@ SIMT_BINDINGS(samples, parent) {
   define(module, "warp_reverse", samples::warp_reverse<float>);
   define(module, "copy_async", samples::copy_async<float>);
   define(module, "collectives", samples::collectives<float>);
+  define(module, "tickets", samples::tickets<int>);
   define(module, "many_shuffles", samples::many_shuffles<float>);
   define(module, "many_reads", samples::many_reads<float>);
 }

@@ -13,8 +13,9 @@
 #error "the SIMT executor's context switch is written for x86-64"
 #endif
 
-// simt_switch(void** save /*rdi*/, void* load /*rsi*/): the registers that the System V ABI makes a callee keep go on the
-// stack, the stack is exchanged, and the others come back. The jump instead of `ret` keeps the return predictor aligned.
+// simt_switch(void** save /*rdi*/, void* load /*rsi*/): the registers that the System V ABI makes a callee
+// keep go on the stack, the stack is exchanged, and the others come back. The jump instead of `ret` keeps the
+// return predictor aligned.
 asm(R"(
 .text
 .p2align 4
@@ -102,8 +103,8 @@ void Stacks::prepare(size_t index, void (*entry)(), Context& context) {
   context.stack_bottom = bottom;
   context.stack_size = kStackBytes;
   context.fake_stack = nullptr;
-  // Six registers, the entry, and a return address of 0 for unwinders; at entry rsp is 8 below a multiple of 16. Neighbouring
-  // stacks start at different cache sets.
+  // Six registers, the entry, and a return address of 0 for unwinders; at entry rsp is 8 below a multiple
+  // of 16. Neighbouring stacks start at different cache sets.
   void** top = reinterpret_cast<void**>(bottom + kStackBytes - 64 - (index % 16) * 128);
   top[0] = nullptr;
   *--top = nullptr;

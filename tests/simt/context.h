@@ -7,7 +7,8 @@
 
 namespace simt {
 
-/// Where a suspended flow of control goes on: its stack pointer, with the callee-saved registers on that stack.
+/// Where a suspended flow of control goes on: its stack pointer, with the callee-saved registers on that
+/// stack.
 struct Context {
   void* stack_pointer = nullptr;
   // What AddressSanitizer must know to follow a switch; unused otherwise.
@@ -31,7 +32,8 @@ class Stacks {
   static constexpr size_t kStackBytes = 128 << 10;
 
   ~Stacks();
-  /// Makes `context` start at `entry` on stack number `index` when it is switched to. `entry` must not return.
+  /// Makes `context` start at `entry` on stack number `index` when it is switched to. `entry` must not
+  /// return.
   void prepare(size_t index, void (*entry)(), Context& context);
   /// Whether the address is in the guard page of a stack: an overflow.
   bool is_guard(uintptr_t address) const;

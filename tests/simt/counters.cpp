@@ -27,7 +27,8 @@ AccessCounts LaunchCounts::total(Space space, Kind kind) const {
 }
 
 uint64_t SiteTable::hash(const SiteCounts& entry) {
-  const uint64_t what = entry.size << 4 | static_cast<uint32_t>(entry.space) << 2 | static_cast<uint32_t>(entry.kind);
+  const uint64_t what =
+      entry.size << 4 | static_cast<uint32_t>(entry.space) << 2 | static_cast<uint32_t>(entry.kind);
   return ((reinterpret_cast<uintptr_t>(key(entry.site)) ^ what) * 0x9E3779B97F4A7C15u) >> 32;
 }
 
@@ -43,7 +44,8 @@ uint32_t SiteTable::id(const Site& site, Space space, Kind kind, uint32_t size) 
       return id;
     }
     const SiteCounts& entry = counts_.sites[found];
-    if (key(entry.site) == key(site) && entry.size == size && entry.space == space && entry.kind == kind) return found;
+    if (key(entry.site) == key(site) && entry.size == size && entry.space == space && entry.kind == kind)
+      return found;
   }
 }
 
@@ -67,7 +69,8 @@ size_t distinct(uint64_t* addresses, size_t count) {
   return static_cast<size_t>(std::unique(addresses, addresses + count) - addresses);
 }
 
-/// Passes over the banks that distinct ascending addresses of one phase need: the most words that share a bank.
+/// Passes over the banks that distinct ascending addresses of one phase need: the most words that share a
+/// bank.
 uint32_t wavefronts_of(const uint64_t* addresses, size_t count, uint32_t size) {
   uint8_t words[32] = {};
   uint64_t last_word = UINT64_MAX;
@@ -97,7 +100,8 @@ void RequestLog::count(LaunchCounts& counts) {
     uint64_t addresses[32];
     if (site.space == Space::kGlobal) {
       size_t n = 0;
-      for (uint32_t rest = request.lanes; rest != 0; rest &= rest - 1) addresses[n++] = request.addresses[__builtin_ctz(rest)];
+      for (uint32_t rest = request.lanes; rest != 0; rest &= rest - 1)
+        addresses[n++] = request.addresses[__builtin_ctz(rest)];
       n = distinct(addresses, n);
       uint64_t sectors = 0;
       uint64_t last = UINT64_MAX;
@@ -122,8 +126,8 @@ void RequestLog::count(LaunchCounts& counts) {
       n = distinct(addresses, n);
       sum.useful_bytes += n * size;
       // Atomics to one address are done one after the other.
-      const uint32_t passes =
-          wavefronts_of(addresses, n, size) + (site.kind == Kind::kAtomic ? static_cast<uint32_t>(all - n) : 0);
+      const uint32_t passes = wavefronts_of(addresses, n, size) +
+                              (site.kind == Kind::kAtomic ? static_cast<uint32_t>(all - n) : 0);
       sum.wavefronts += passes;
       sum.extra_wavefronts += passes - 1;
     }

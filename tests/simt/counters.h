@@ -1,4 +1,5 @@
-// What a profiler would count: bytes, warp requests, 32-byte sectors, shared-memory wavefronts, per call site and in all.
+// What a profiler would count: bytes, warp requests, 32-byte sectors, shared-memory wavefronts, per call site
+// and in all.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +15,12 @@ enum class Kind : uint8_t { kRead, kWrite, kAtomic };
 
 /// Counters of one call site, or sums of them.
 struct AccessCounts {
-  uint64_t lanes = 0;     // accesses of single threads
-  uint64_t bytes = 0;     // what they asked for
-  uint64_t requests = 0;  // warp instructions: the same site's n-th execution by the lanes of one warp
-  uint64_t useful_bytes = 0;     // distinct bytes, request by request
-  uint64_t sectors = 0;          // global: distinct 32-byte sectors, request by request
-  uint64_t wavefronts = 0;       // shared: passes over the 32 banks
+  uint64_t lanes = 0;         // accesses of single threads
+  uint64_t bytes = 0;         // what they asked for
+  uint64_t requests = 0;      // warp instructions: the same site's n-th execution by the lanes of one warp
+  uint64_t useful_bytes = 0;  // distinct bytes, request by request
+  uint64_t sectors = 0;       // global: distinct 32-byte sectors, request by request
+  uint64_t wavefronts = 0;    // shared: passes over the 32 banks
   uint64_t extra_wavefronts = 0;  // shared: those that bank conflicts cost
 
   void add(const AccessCounts& other);
@@ -40,12 +41,12 @@ struct LaunchCounts {
   uint32_t grid[3]{}, block[3]{};
   uint64_t dynamic_shared_bytes = 0, static_shared_bytes = 0;
   uint64_t unique_bytes_read = 0, unique_bytes_written = 0;  // global
-  uint64_t barriers = 0;        // __syncthreads, per block
-  uint64_t warp_barriers = 0;   // __syncwarp, per warp
-  uint64_t shuffles = 0;        // per warp and 4 bytes
-  uint64_t votes = 0;           // ballot, any, all, match, reduce; per warp
-  uint64_t async_copies = 0;    // cp.async, per thread
-  uint64_t switches = 0;        // of fibres: the executor's own work
+  uint64_t barriers = 0;                                     // __syncthreads, per block
+  uint64_t warp_barriers = 0;                                // __syncwarp, per warp
+  uint64_t shuffles = 0;                                     // per warp and 4 bytes
+  uint64_t votes = 0;                                        // ballot, any, all, match, reduce; per warp
+  uint64_t async_copies = 0;                                 // cp.async, per thread
+  uint64_t switches = 0;                                     // of fibres: the executor's own work
   std::vector<SiteCounts> sites;
 
   AccessCounts total(Space space, Kind kind) const;
@@ -73,8 +74,9 @@ class SiteTable {
   std::vector<uint32_t> slots_;  // open addressing into counts_.sites
 };
 
-/// The accesses of one warp since its lanes last met. Lane accesses become warp requests by call site and by how often the
-/// lane has been there, so that lanes which took another path, or fewer turns of a loop, do not shift the others' requests.
+/// The accesses of one warp since its lanes last met. Lane accesses become warp requests by call site and by
+/// how often the lane has been there, so that lanes which took another path, or fewer turns of a loop, do not
+/// shift the others' requests.
 class RequestLog {
  public:
   void add(uint32_t site, uint32_t lane, uint64_t address) {

@@ -1,5 +1,6 @@
-// CUDA's names for device code, on the host: simt.cuh includes this instead of leaving them to nvcc. Nothing here has a
-// behaviour of its own: what threads do to each other goes to the executor (runtime.h), arithmetic to the host's.
+// CUDA's names for device code, on the host: simt.cuh includes this instead of leaving them to nvcc. Nothing
+// here has a behaviour of its own: what threads do to each other goes to the executor (runtime.h), arithmetic
+// to the host's.
 #pragma once
 
 #include <vector_functions.h>
@@ -32,12 +33,13 @@ constexpr int warpSize = 32;
 
 #define LAGKV_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::simt::dynamic_shared(::simt::Site::current()))
-#define LAGKV_SHARED(type, name, count)                                                           \
-  static char name##_identity;                                                                    \
-  type(&name)[count] = *static_cast<type(*)[count]>(::simt::static_shared(                        \
+#define LAGKV_SHARED(type, name, count)                                    \
+  static char name##_identity;                                             \
+  type(&name)[count] = *static_cast<type(*)[count]>(::simt::static_shared( \
       &name##_identity, #name, sizeof(type) * (count), alignof(type), ::simt::Site::current()))
 
-// ---- Memory -------------------------------------------------------------------------------------------------------------
+// ---- Memory
+// -------------------------------------------------------------------------------------------------------------
 
 namespace lagkv {
 namespace detail {
@@ -106,23 +108,31 @@ void cp_async_wait(SIMT_HERE) {
 
 }  // namespace lagkv
 
-// ---- Threads that wait for each other -----------------------------------------------------------------------------------
+// ---- Threads that wait for each other
+// -----------------------------------------------------------------------------------
 
 inline void __syncthreads(SIMT_HERE) { ::simt::block_barrier(::simt::BlockVote::kNone, 0, site); }
-inline int __syncthreads_count(int p, SIMT_HERE) { return ::simt::block_barrier(::simt::BlockVote::kCount, p, site); }
-inline int __syncthreads_and(int p, SIMT_HERE) { return ::simt::block_barrier(::simt::BlockVote::kAnd, p, site); }
-inline int __syncthreads_or(int p, SIMT_HERE) { return ::simt::block_barrier(::simt::BlockVote::kOr, p, site); }
+inline int __syncthreads_count(int p, SIMT_HERE) {
+  return ::simt::block_barrier(::simt::BlockVote::kCount, p, site);
+}
+inline int __syncthreads_and(int p, SIMT_HERE) {
+  return ::simt::block_barrier(::simt::BlockVote::kAnd, p, site);
+}
+inline int __syncthreads_or(int p, SIMT_HERE) {
+  return ::simt::block_barrier(::simt::BlockVote::kOr, p, site);
+}
 // Fences order nothing by themselves, and the executor runs one thread at a time.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-[[noreturn]] inline void __trap(SIMT_HERE) { ::simt::fail("trap", site, "__trap was called"); }
+[[noreturn]] inline void __trap(SIMT_HERE) { ::simt::trap(site); }
 
 namespace simt {
 
 /// The types CUDA has warp shuffles for. Smaller ones would be promoted there.
 template <class T>
-constexpr bool can_shuffle = (std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8)) || std::is_same_v<T, __half> ||
-                             std::is_same_v<T, __half2> || std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __nv_bfloat162>;
+constexpr bool can_shuffle =
+    (std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8)) || std::is_same_v<T, __half> ||
+    std::is_same_v<T, __half2> || std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __nv_bfloat162>;
 
 template <class T>
 T shuffle(Collective what, unsigned mask, T value, uint32_t operand, int width, const Site& site) {
@@ -140,7 +150,8 @@ inline uint64_t vote(Collective what, unsigned mask, uint64_t value, const Site&
 
 template <class T>
 uint64_t match_bits(T value) {
-  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "CUDA matches 4- and 8-byte numbers");
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
+                "CUDA matches 4- and 8-byte numbers");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   return bits;
@@ -148,7 +159,9 @@ uint64_t match_bits(T value) {
 
 }  // namespace simt
 
-inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) { ::simt::vote(::simt::Collective::kBarrier, mask, 0, site); }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) {
+  ::simt::vote(::simt::Collective::kBarrier, mask, 0, site);
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T v, int lane, int width = 32, SIMT_HERE) {
@@ -178,17 +191,19 @@ inline int __all_sync(unsigned mask, int p, SIMT_HERE) {
 }
 template <class T>
 unsigned __match_any_sync(unsigned mask, T v, SIMT_HERE) {
-  return static_cast<unsigned>(::simt::vote(::simt::Collective::kMatchAny, mask, ::simt::match_bits(v), site));
+  return static_cast<unsigned>(
+      ::simt::vote(::simt::Collective::kMatchAny, mask, ::simt::match_bits(v), site));
 }
 template <class T>
 unsigned __match_all_sync(unsigned mask, T v, int* all, SIMT_HERE) {
-  const auto same = static_cast<unsigned>(::simt::vote(::simt::Collective::kMatchAll, mask, ::simt::match_bits(v), site));
+  const auto same =
+      static_cast<unsigned>(::simt::vote(::simt::Collective::kMatchAll, mask, ::simt::match_bits(v), site));
   *all = same != 0;
   return same;
 }
 
-#define SIMT_REDUCE(name, type, what)                                                                   \
-  inline type name(unsigned mask, type v, SIMT_HERE) {                                                  \
+#define SIMT_REDUCE(name, type, what)                                                                       \
+  inline type name(unsigned mask, type v, SIMT_HERE) {                                                      \
     return static_cast<type>(::simt::vote(::simt::Collective::what, mask, static_cast<unsigned>(v), site)); \
   }
 SIMT_REDUCE(__reduce_add_sync, unsigned, kReduceAdd)
@@ -202,26 +217,27 @@ SIMT_REDUCE(__reduce_max_sync, unsigned, kReduceMax)
 SIMT_REDUCE(__reduce_max_sync, int, kReduceMaxSigned)
 #undef SIMT_REDUCE
 
-// ---- Atomics, on global and shared memory -------------------------------------------------------------------------------
+// ---- Atomics, on global and shared memory
+// -------------------------------------------------------------------------------
 
-#define SIMT_ATOMIC(name, condition, expression)                                              \
-  template <class T>                                                                          \
-  T name(T* p, std::type_identity_t<T> v, SIMT_HERE) {                                        \
+#define SIMT_ATOMIC(name, condition, expression)                                                \
+  template <class T>                                                                            \
+  T name(T* p, std::type_identity_t<T> v, SIMT_HERE) {                                          \
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8) && (condition), \
-                  #name " has no such type in CUDA");                                         \
-    void* const place = ::simt::atomic_access(p, sizeof(T), site);                            \
-    T old;                                                                                    \
-    std::memcpy(&old, place, sizeof(T));                                                      \
-    const T now = (expression);                                                               \
-    std::memcpy(place, &now, sizeof(T));                                                      \
-    return old;                                                                               \
+                  #name " has no such type in CUDA");                                           \
+    void* const place = ::simt::atomic_access(p, sizeof(T), site);                              \
+    T old;                                                                                      \
+    std::memcpy(&old, place, sizeof(T));                                                        \
+    const T now = (expression);                                                                 \
+    std::memcpy(place, &now, sizeof(T));                                                        \
+    return old;                                                                                 \
   }
 #define SIMT_NOT_INT64 (!std::is_integral_v<T> || sizeof(T) == 4 || std::is_unsigned_v<T>)
 SIMT_ATOMIC(atomicAdd, SIMT_NOT_INT64, static_cast<T>(old + v))
 SIMT_ATOMIC(atomicSub, std::is_integral_v<T> && sizeof(T) == 4, static_cast<T>(old - v))
 SIMT_ATOMIC(atomicMin, std::is_integral_v<T>, v < old ? v : old)
 SIMT_ATOMIC(atomicMax, std::is_integral_v<T>, v > old ? v : old)
-SIMT_ATOMIC(atomicAnd, std::is_integral_v<T>, old & v)
+SIMT_ATOMIC(atomicAnd, std::is_integral_v<T>, old& v)
 SIMT_ATOMIC(atomicOr, std::is_integral_v<T>, old | v)
 SIMT_ATOMIC(atomicXor, std::is_integral_v<T>, old ^ v)
 SIMT_ATOMIC(atomicExch, SIMT_NOT_INT64, v)
@@ -230,7 +246,8 @@ SIMT_ATOMIC(atomicExch, SIMT_NOT_INT64, v)
 
 template <class T>
 T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> v, SIMT_HERE) {
-  static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "atomicCAS has no such type here");
+  static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
+                "atomicCAS has no such type here");
   void* const place = ::simt::atomic_access(p, sizeof(T), site);
   T old;
   std::memcpy(&old, place, sizeof(T));
@@ -238,7 +255,8 @@ T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> v, SI
   return old;
 }
 
-// ---- Arithmetic ---------------------------------------------------------------------------------------------------------
+// ---- Arithmetic
+// ---------------------------------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
@@ -272,8 +290,8 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 
-// Macros, because some versions of the C library declare functions of these names. The device's fast approximations are
-// exact here: nothing may depend on their errors.
+// Macros, because some versions of the C library declare functions of these names. The device's fast
+// approximations are exact here: nothing may depend on their errors.
 #define rsqrtf(x) (1.0f / ::sqrtf(x))
 #define rsqrt(x) (1.0 / ::sqrt(x))
 #define __expf(x) (::expf(x))

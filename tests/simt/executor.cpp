@@ -24,7 +24,9 @@ std::string index_text(const uint3& i) { return text("(", i.x, ", ", i.y, ", ", 
 
 }  // namespace
 
-std::string site_text(const Site& site) { return text(site.file_name(), ":", site.line(), " (", site.function_name(), ")"); }
+std::string site_text(const Site& site) {
+  return text(site.file_name(), ":", site.line(), " (", site.function_name(), ")");
+}
 
 void fail(const char* kind, const Site& site, const std::string& what) {
   throw Fault(Executor::instance().fault_text(kind, site, what));
@@ -35,23 +37,27 @@ Executor& Executor::instance() {
   return executor;
 }
 
-Executor::Executor() : shared_data_(kSharedBytes), shared_state_(kSharedBytes + 16), shared_race_(kSharedBytes) {
+Executor::Executor()
+    : shared_data_(kSharedBytes), shared_state_(kSharedBytes + 16), shared_race_(kSharedBytes) {
   AddressSpace::reserve();
 }
 
-std::string Executor::thread_text(const Thread& thread) const { return "thread " + index_text(thread.thread_index); }
+std::string Executor::thread_text(const Thread& thread) const {
+  return "thread " + index_text(thread.thread_index);
+}
 
 std::string Executor::fault_text(const char* kind, const Site& site, const std::string& what) const {
   std::string all = text(kind, ": ", what, "; kernel ", launch_ != nullptr ? launch_->kernel : "(none)");
   if (self != nullptr) {
     const Thread& thread = *static_cast<const Thread*>(self);
-    all += text(", block ", index_text(block_index), ", ", thread_text(thread), " (warp ", thread.warp->index, ", lane ",
-                thread.lane, ")");
+    all += text(", block ", index_text(block_index), ", ", thread_text(thread), " (warp ", thread.warp->index,
+                ", lane ", thread.lane, ")");
   }
   return site.line() == 0 ? all : all + ", at " + site_text(site);
 }
 
-// ---- Launch ---------------------------------------------------------------------------------------------------------------
+// ---- Launch
+// ---------------------------------------------------------------------------------------------------------------
 
 void Executor::check_configuration(const Launch& launch) const {
   const auto refuse = [](const std::string& what) { fail("bad-launch", Site(), what); };
@@ -61,10 +67,12 @@ void Executor::check_configuration(const Launch& launch) const {
     refuse(text("a block has 1 to 1024 threads, got ", block.x, " x ", block.y, " x ", block.z));
   }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
-    refuse(text("a grid has 1 to 2147483647 x 65535 x 65535 blocks, got ", grid.x, " x ", grid.y, " x ", grid.z));
+    refuse(text("a grid has 1 to 2147483647 x 65535 x 65535 blocks, got ", grid.x, " x ", grid.y, " x ",
+                grid.z));
   }
   if (launch.shared_bytes > kMaxSharedBytes) {
-    refuse(text("a block has at most ", kMaxSharedBytes, " bytes of shared memory, got ", launch.shared_bytes));
+    refuse(
+        text("a block has at most ", kMaxSharedBytes, " bytes of shared memory, got ", launch.shared_bytes));
   }
 }
 
@@ -106,7 +114,8 @@ LaunchCounts Executor::run(const Launch& launch, GlobalMemory& memory, const Con
   static_end_ = kStaticOrigin;
   static_bytes_ = 0;
 
-  if (blocks > Record::kMaxBlock) fail("bad-launch", Site(), text("the executor runs at most 16777215 blocks, got ", blocks));
+  if (blocks > Record::kMaxBlock)
+    fail("bad-launch", Site(), text("the executor runs at most 16777215 blocks, got ", blocks));
   if (block_number_ + blocks > Record::kMaxBlock) {
     block_number_ = 0;
     ++race_generation_;
@@ -125,7 +134,8 @@ LaunchCounts Executor::run(const Launch& launch, GlobalMemory& memory, const Con
     thread.id = id;
     thread.lane = id % 32;
     thread.warp = &warps_[id / 32];
-    thread.thread_index = {id % block_dim.x, id / block_dim.x % block_dim.y, id / (block_dim.x * block_dim.y)};
+    thread.thread_index = {id % block_dim.x, id / block_dim.x % block_dim.y,
+                           id / (block_dim.x * block_dim.y)};
   }
 
   SignalScope signals;
@@ -140,7 +150,8 @@ LaunchCounts Executor::run(const Launch& launch, GlobalMemory& memory, const Con
     const uint64_t block = config.order == Order::kForward   ? i
                            : config.order == Order::kReverse ? blocks - 1 - i
                                                              : (step * i + offset) % blocks;
-    block_index = {static_cast<uint32_t>(block % grid_dim.x), static_cast<uint32_t>(block / grid_dim.x % grid_dim.y),
+    block_index = {static_cast<uint32_t>(block % grid_dim.x),
+                   static_cast<uint32_t>(block / grid_dim.x % grid_dim.y),
                    static_cast<uint32_t>(block / grid_dim.x / grid_dim.y)};
     run_block();
   }
@@ -205,7 +216,8 @@ void Executor::exit_thread() {
   check_not_awaited("exits", me.site);
   if (at_barrier_ != 0) {
     fail("barrier-divergence", me.site,
-         text("a thread exits while ", at_barrier_, " threads wait at __syncthreads at ", site_text(barrier_site_)));
+         text("a thread exits while ", at_barrier_, " threads wait at __syncthreads at ",
+              site_text(barrier_site_)));
   }
   me.state = Thread::State::kExited;
   me.warp->exited |= 1u << me.lane;
@@ -214,12 +226,13 @@ void Executor::exit_thread() {
   if (exited_ < thread_count_ && ready_warps_ == 0) report_deadlock(me.site);
 }
 
-void Executor::abandon(const std::string& text) {
-  error_ = std::make_exception_ptr(Fault(text));
+void Executor::abandon(std::exception_ptr error) {
+  error_ = std::move(error);
   leave_context(main_);
 }
 
-// ---- Turns ----------------------------------------------------------------------------------------------------------------
+// ---- Turns
+// ----------------------------------------------------------------------------------------------------------------
 
 void Executor::set_runnable(Warp& warp, uint32_t lanes) {
   warp.runnable |= lanes;
@@ -247,7 +260,8 @@ uint32_t Executor::choose(uint32_t candidates) {
 Thread* Executor::next() {
   if (ready_warps_ == 0) return nullptr;
   // A warp keeps its turn while it can go on, unless the order is random.
-  if (config_.order == Order::kRandom || (ready_warps_ >> turn_warp_ & 1) == 0) turn_warp_ = choose(ready_warps_);
+  if (config_.order == Order::kRandom || (ready_warps_ >> turn_warp_ & 1) == 0)
+    turn_warp_ = choose(ready_warps_);
   return &threads_[turn_warp_ * 32 + choose(warps_[turn_warp_].runnable)];
 }
 
@@ -266,13 +280,15 @@ void Executor::report_deadlock(const Site& site) const {
   for (uint32_t id = 0; id < thread_count_; ++id) {
     const Thread& thread = threads_[id];
     if (thread.state == Thread::State::kExited || ++listed > 4) continue;
-    who += text("; ", thread_text(thread), thread.state == Thread::State::kAtBarrier ? " at __syncthreads" : " at a warp collective",
+    who += text("; ", thread_text(thread),
+                thread.state == Thread::State::kAtBarrier ? " at __syncthreads" : " at a warp collective",
                 " at ", site_text(thread.site));
   }
   fail("deadlock", site, text("no thread can go on, ", thread_count_ - exited_, " wait", who));
 }
 
-// ---- Block barrier --------------------------------------------------------------------------------------------------------
+// ---- Block barrier
+// --------------------------------------------------------------------------------------------------------
 
 void Executor::tick(Thread& thread) const {
   if (++thread.clock > Record::kMaxClock) {
@@ -288,7 +304,8 @@ int Executor::block_barrier(BlockVote vote, int predicate, const Site& site) {
     const auto gone = std::find_if(threads_.begin(), threads_.begin() + thread_count_,
                                    [](const Thread& t) { return t.state == Thread::State::kExited; });
     fail("barrier-divergence", site,
-         text("__syncthreads is reached while ", exited_, " threads of the block have exited, ", thread_text(*gone), " first"));
+         text("__syncthreads is reached while ", exited_, " threads of the block have exited, ",
+              thread_text(*gone), " first"));
   }
   if (at_barrier_ == 0) {
     barrier_site_ = site;
@@ -296,7 +313,8 @@ int Executor::block_barrier(BlockVote vote, int predicate, const Site& site) {
     barrier_count_ = 0;
   } else if (vote != barrier_vote_ || !same_site(site, barrier_site_)) {
     fail("barrier-divergence", site,
-         text("__syncthreads is reached while ", at_barrier_, " threads wait at another one, at ", site_text(barrier_site_)));
+         text("__syncthreads is reached while ", at_barrier_, " threads wait at another one, at ",
+              site_text(barrier_site_)));
   }
   barrier_count_ += predicate != 0;
   if (++at_barrier_ < thread_count_) {
@@ -322,34 +340,67 @@ int Executor::block_barrier(BlockVote vote, int predicate, const Site& site) {
   return barrier_result_;
 }
 
-// ---- The functions of runtime.h -------------------------------------------------------------------------------------------
+// ---- The functions of runtime.h
+// -------------------------------------------------------------------------------------------
 
-void* global_access(const void* p, size_t size, Access access, const Site& site) {
-  return Executor::instance().global_access(reinterpret_cast<uintptr_t>(p), size, access, site);
+namespace {
+
+/// Calls f with the executor for the running thread. A Fault is stored after everything on its way has been
+/// cleaned up, and ends the launch: the thread, whose frames hold nothing but the kernel's own, does not go
+/// on.
+template <class F>
+auto guarded(const F& f) noexcept {
+  Executor& executor = Executor::instance();
+  std::exception_ptr error;
+  try {
+    return f(executor);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  executor.abandon(std::move(error));
 }
-void* shared_access(const void* p, size_t size, Access access, const Site& site) {
-  return Executor::instance().shared_access(reinterpret_cast<uintptr_t>(p), size, access, site);
+
+}  // namespace
+
+void* global_access(const void* p, size_t size, Access access, const Site& site) noexcept {
+  return guarded(
+      [&](Executor& e) { return e.global_access(reinterpret_cast<uintptr_t>(p), size, access, site); });
 }
-void* atomic_access(const void* p, size_t size, const Site& site) {
+void* shared_access(const void* p, size_t size, Access access, const Site& site) noexcept {
+  return guarded(
+      [&](Executor& e) { return e.shared_access(reinterpret_cast<uintptr_t>(p), size, access, site); });
+}
+void* atomic_access(const void* p, size_t size, const Site& site) noexcept {
   const auto address = reinterpret_cast<uintptr_t>(p);
-  const bool is_shared = AddressSpace::contains(address) && address - AddressSpace::base < AddressSpace::kSlotBytes;
-  return is_shared ? Executor::instance().shared_access(address, size, Access::kAtomic, site)
-                   : Executor::instance().global_access(address, size, Access::kAtomic, site);
+  return AddressSpace::is_shared(address) ? shared_access(p, size, Access::kAtomic, site)
+                                          : global_access(p, size, Access::kAtomic, site);
 }
-void async_copy(void* to_shared, const void* from_global, size_t size, const Site& site) {
-  Executor::instance().async_copy(to_shared, from_global, size, site);
+void async_copy(void* to_shared, const void* from_global, size_t size, const Site& site) noexcept {
+  guarded([&](Executor& e) { e.async_copy(to_shared, from_global, size, site); });
 }
-void async_commit() { Executor::instance().async_commit(); }
-void async_wait(size_t groups_in_flight, const Site& site) { Executor::instance().async_wait(groups_in_flight, site); }
-void* dynamic_shared(const Site& site) { return Executor::instance().dynamic_shared(site); }
-void* static_shared(const void* variable, const char* name, size_t bytes, size_t alignment, const Site& site) {
-  return Executor::instance().static_shared(variable, name, bytes, alignment, site);
+void async_commit() noexcept {
+  guarded([](Executor& e) { e.async_commit(); });
 }
-uint64_t collective(Collective what, uint32_t mask, uint64_t value, int bytes, uint32_t operand, int width, const Site& site) {
-  return Executor::instance().collective(what, mask, value, bytes, operand, width, site);
+void async_wait(size_t groups_in_flight, const Site& site) noexcept {
+  guarded([&](Executor& e) { e.async_wait(groups_in_flight, site); });
 }
-int block_barrier(BlockVote vote, int predicate, const Site& site) {
-  return Executor::instance().block_barrier(vote, predicate, site);
+void* dynamic_shared(const Site& site) noexcept {
+  return guarded([&](Executor& e) { return e.dynamic_shared(site); });
+}
+void* static_shared(const void* variable, const char* name, size_t bytes, size_t alignment,
+                    const Site& site) noexcept {
+  return guarded([&](Executor& e) { return e.static_shared(variable, name, bytes, alignment, site); });
+}
+uint64_t collective(Collective what, uint32_t mask, uint64_t value, int bytes, uint32_t operand, int width,
+                    const Site& site) noexcept {
+  return guarded([&](Executor& e) { return e.collective(what, mask, value, bytes, operand, width, site); });
+}
+int block_barrier(BlockVote vote, int predicate, const Site& site) noexcept {
+  return guarded([&](Executor& e) { return e.block_barrier(vote, predicate, site); });
+}
+void trap(const Site& site) noexcept {
+  guarded([&](Executor&) { fail("trap", site, "__trap was called"); });
+  __builtin_unreachable();
 }
 
 }  // namespace simt

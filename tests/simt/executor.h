@@ -1,4 +1,5 @@
-// Runs a launch: one block at a time, one fibre per thread, switching where threads have to wait for each other.
+// Runs a launch: one block at a time, one fibre per thread, switching where threads have to wait for each
+// other.
 #pragma once
 
 #include <exception>
@@ -14,11 +15,12 @@
 
 namespace simt {
 
-/// The order in which blocks, and the runnable threads of a block, take their turns. Kernels must not depend on it.
+/// The order in which blocks, and the runnable threads of a block, take their turns. Kernels must not depend
+/// on it.
 enum class Order : uint8_t { kForward, kReverse, kRandom };
 
 struct Config {
-  bool detect = true;            // initialisation, races and roles; bounds, alignment and barriers are always checked
+  bool detect = true;  // initialisation, races and roles; bounds, alignment and barriers are always checked
   bool count = true;
   bool races_between_blocks = true;  // off for kernels in which blocks hand data to each other behind a fence
   Order order = Order::kForward;
@@ -68,7 +70,7 @@ struct Meeting {
 
 struct Warp {
   uint32_t index = 0;
-  uint32_t lanes = 0;     // that exist
+  uint32_t lanes = 0;  // that exist
   uint32_t exited = 0;
   uint32_t runnable = 0;
   std::vector<Meeting> meetings;  // with masks that do not overlap
@@ -95,21 +97,23 @@ class Executor {
   void async_commit();
   void async_wait(size_t groups_in_flight, const Site& site);
   void* dynamic_shared(const Site& site);
-  void* static_shared(const void* variable, const char* name, size_t bytes, size_t alignment, const Site& site);
-  uint64_t collective(Collective what, uint32_t mask, uint64_t value, int bytes, uint32_t operand, int width, const Site& site);
+  void* static_shared(const void* variable, const char* name, size_t bytes, size_t alignment,
+                      const Site& site);
+  uint64_t collective(Collective what, uint32_t mask, uint64_t value, int bytes, uint32_t operand, int width,
+                      const Site& site);
   int block_barrier(BlockVote vote, int predicate, const Site& site);
 
   /// "kind: what; kernel k, block (..), thread (..), at file:line".
   std::string fault_text(const char* kind, const Site& site, const std::string& what) const;
-  /// Ends the launch from a signal handler's landing place.
-  [[noreturn]] void abandon(const std::string& text);
+  /// Ends the launch from the running thread, whose frames are given up without being unwound.
+  [[noreturn]] void abandon(std::exception_ptr error);
   /// What to say about a hardware fault at this address; nullptr where no thread is running.
   const char* describe_signal(int signal, uintptr_t address) const;
   /// Top of the running thread's stack, whose frames are given up.
   uintptr_t landing_stack() const;
 
  private:
-  static constexpr size_t kSharedBytes = 1 << 20;   // dynamic from 0, static variables from kStaticOrigin
+  static constexpr size_t kSharedBytes = 1 << 20;  // dynamic from 0, static variables from kStaticOrigin
   static constexpr size_t kStaticOrigin = 512 << 10;
   static constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block on sm_90; 163 KiB on sm_80
   static constexpr size_t kMaxStaticBytes = 48 << 10;
@@ -137,8 +141,8 @@ class Executor {
   void check_not_awaited(const char* doing, const Site& site) const;
   [[noreturn]] void report_deadlock(const Site& site) const;
   [[noreturn]] void report_shared(size_t offset, size_t size, Access access, const Site& site) const;
-  [[noreturn]] void report_race(const char* space, const std::string& where, Use use, size_t size, const Conflict& conflict,
-                                const Site& site) const;
+  [[noreturn]] void report_race(const char* space, const std::string& where, Use use, size_t size,
+                                const Conflict& conflict, const Site& site) const;
   bool in_block_order(uint64_t record) const;
   std::string thread_text(const Thread& thread) const;
   void count_access(const Site& site);

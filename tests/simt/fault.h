@@ -8,7 +8,8 @@
 
 namespace simt {
 
-/// A line of kernel code. A default argument `Site site = Site::current()` is the caller's line; it is one pointer.
+/// A line of kernel code. A default argument `Site site = Site::current()` is the caller's line; it is one
+/// pointer.
 using Site = std::source_location;
 
 inline bool same_site(const Site& a, const Site& b) {

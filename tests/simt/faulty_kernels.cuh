@@ -1,4 +1,5 @@
-// Kernels with one planted fault each. With option = 1 they are right: the twin that the executor must not report.
+// Kernels with one planted fault each. With option = 1 they are right: the twin that the executor must not
+// report.
 #pragma once
 
 #include <stdexcept>
@@ -13,13 +14,17 @@ using samples::Arrays;
 using Params = const Arrays<int>;
 
 __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
-__device__ __forceinline__ int global_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+__device__ __forceinline__ int global_thread() {
+  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
 
-// ---- Bounds, alignment, initialisation, roles -----------------------------------------------------------------------------
+// ---- Bounds, alignment, initialisation, roles
+// -----------------------------------------------------------------------------
 
 /// The bounds check lets one thread too many through.
 __global__ void read_past_end(Params p) {
-  if (global_thread() < p.count + 1 - p.option) st_global(p.y, ld_global(p.x + global_thread()));
+  if (global_thread() < p.count + 1 - p.option)
+    st_global(p.y + global_thread() % p.count, ld_global(p.x + global_thread()));
 }
 
 __global__ void read_before_start(Params p) {
@@ -111,10 +116,20 @@ __global__ void leaves_output_unwritten(Params p) {
   if (global_thread() < p.count - 1 + p.option) st_global(p.y + global_thread(), 1);
 }
 
-// ---- Races ----------------------------------------------------------------------------------------------------------------
+/// Sets a shared array, so that what follows is judged as a race and not as a read of what nobody has
+/// written.
+template <int count>
+__device__ __forceinline__ void clear(int (&a)[count]) {
+  for (int i = thread(); i < count; i += static_cast<int>(blockDim.x)) st_shared(&a[i], 0);
+  __syncthreads();
+}
+
+// ---- Races
+// ----------------------------------------------------------------------------------------------------------------
 
 __global__ void missing_barrier(Params p) {
   LAGKV_SHARED(int, a, 64);
+  clear(a);
   st_shared(&a[thread()], thread());
   if (p.option) __syncthreads();
   st_global(p.y + thread(), ld_shared(&a[thread() ^ 33]));
@@ -147,6 +162,7 @@ __global__ void two_writers_of_a_byte(Params p) {
 /// __syncwarp orders the lanes of a warp, not two warps.
 __global__ void warp_barrier_across_warps(Params p) {
   LAGKV_SHARED(int, a, 64);
+  clear(a);
   st_shared(&a[thread()], thread());
   __syncwarp();
   st_global(p.y + thread(), ld_shared(&a[thread() ^ (p.option ? 1 : 32)]));
@@ -155,6 +171,7 @@ __global__ void warp_barrier_across_warps(Params p) {
 /// A __syncwarp of half a warp does not order the two halves.
 __global__ void half_warp_barrier(Params p) {
   LAGKV_SHARED(int, a, 32);
+  clear(a);
   st_shared(&a[thread()], thread());
   __syncwarp(thread() < 16 ? 0x0000FFFFu : 0xFFFF0000u);
   st_global(p.y + thread(), ld_shared(&a[thread() ^ (p.option ? 8 : 16)]));
@@ -163,6 +180,7 @@ __global__ void half_warp_barrier(Params p) {
 /// Lane 0 meets lane 1, then lane 1 meets lane 2: that orders lane 0 before lane 2. Not the other way round.
 __global__ void chain_of_warp_barriers(Params p) {
   LAGKV_SHARED(int, a, 32);
+  clear(a);
   st_shared(&a[thread()], thread());
   if (thread() < 2) __syncwarp(0x3u);
   if (thread() == 1 || thread() == 2) __syncwarp(0x6u);
@@ -174,6 +192,7 @@ __global__ void chain_of_warp_barriers(Params p) {
 /// Shuffles order no memory accesses.
 __global__ void shuffle_as_barrier(Params p) {
   LAGKV_SHARED(int, a, 32);
+  clear(a);
   st_shared(&a[thread()], thread());
   int v = __shfl_xor_sync(~0u, thread(), 1);
   if (p.option) __syncwarp();
@@ -215,7 +234,8 @@ __global__ void blocks_add_up(Params p) {
   }
 }
 
-// ---- Barriers and masks ---------------------------------------------------------------------------------------------------
+// ---- Barriers and masks
+// ---------------------------------------------------------------------------------------------------
 
 __global__ void early_exit_before_barrier(Params p) {
   if (thread() >= 40 && !p.option) return;
@@ -287,7 +307,8 @@ __global__ void odd_width(Params p) {
   st_global(p.y + thread(), __shfl_sync(~0u, thread(), 0, p.option ? 4 : 3));
 }
 
-// ---- cp.async -------------------------------------------------------------------------------------------------------------
+// ---- cp.async
+// -------------------------------------------------------------------------------------------------------------
 
 __global__ void missing_wait(Params p) {
   LAGKV_SHARED(int, a, 32);
@@ -309,6 +330,7 @@ __global__ void wait_for_too_few(Params p) {
 
 __global__ void wait_without_barrier(Params p) {
   LAGKV_SHARED(int, a, 64);
+  clear(a);
   cp_async(&a[thread()], p.x + thread());
   cp_async_commit();
   cp_async_wait<0>();
@@ -316,7 +338,8 @@ __global__ void wait_without_barrier(Params p) {
   st_global(p.y + thread(), ld_shared(&a[thread() ^ 32]));
 }
 
-// ---- Accesses that go round the wrappers, and crashes ---------------------------------------------------------------------
+// ---- Accesses that go round the wrappers, and crashes
+// ---------------------------------------------------------------------
 
 __global__ void plain_global_read(Params p) { st_global(p.y + thread(), p.option ? ld_global(p.x) : *p.x); }
 
@@ -333,14 +356,18 @@ __global__ void plain_shared_write(Params p) {
 __global__ void null_pointer(Params p) { st_global(p.option ? p.y + thread() : nullptr, 1); }
 
 /// Global memory through the wrapper of shared memory.
-__global__ void wrong_space(Params p) { st_global(p.y + thread(), p.option ? ld_global(p.x) : ld_shared(p.x)); }
+__global__ void wrong_space(Params p) {
+  st_global(p.y + thread(), p.option ? ld_global(p.x) : ld_shared(p.x));
+}
 
 __device__ __attribute__((noinline)) int deep(int depth, int v) {
   volatile int local[256];
   for (int i = 0; i < 256; ++i) local[i] = v + i;
   return depth == 0 ? local[v & 255] : deep(depth - 1, local[v & 255]) + local[1];
 }
-__global__ void stack_overflow(Params p) { st_global(p.y + thread(), deep(p.option ? 3 : 1000000, thread())); }
+__global__ void stack_overflow(Params p) {
+  st_global(p.y + thread(), deep(p.option ? 3 : 1000000, thread()));
+}
 
 __global__ void division_by_zero(Params p) {
   volatile int zero = p.option;

@@ -17,7 +17,8 @@ uintptr_t AddressSpace::base = 0;
 
 void AddressSpace::reserve() {
   if (base != 0) return;
-  void* p = mmap(nullptr, (kSlots + 1) * kSlotBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p =
+      mmap(nullptr, (kSlots + 1) * kSlotBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     throw std::runtime_error("simt: 2 TiB of address space could not be reserved (is `ulimit -v` set?)");
   }
@@ -73,7 +74,8 @@ Storage& GlobalMemory::new_storage(size_t& slot) {
 }
 
 Storage& GlobalMemory::storage_for(const TensorArg& tensor, uintptr_t& device) {
-  if (tensor.storage_bytes > AddressSpace::kMaxStorage) throw std::runtime_error("simt: a storage is over 8 GiB");
+  if (tensor.storage_bytes > AddressSpace::kMaxStorage)
+    throw std::runtime_error("simt: a storage is over 8 GiB");
   for (size_t slot = 1; slot < AddressSpace::kSlots; ++slot) {
     Storage* storage = slots_[slot];
     if (storage == nullptr || storage->bytes == 0 || tensor.storage_bytes == 0) continue;
@@ -81,7 +83,8 @@ Storage& GlobalMemory::storage_for(const TensorArg& tensor, uintptr_t& device) {
       device = AddressSpace::slot_origin(slot);
       return *storage;
     }
-    if (tensor.storage < storage->host + storage->bytes && storage->host < tensor.storage + tensor.storage_bytes) {
+    if (tensor.storage < storage->host + storage->bytes &&
+        storage->host < tensor.storage + tensor.storage_bytes) {
       throw std::runtime_error("simt: two tensors overlap in memory but name different storages");
     }
   }
@@ -105,7 +108,8 @@ void* GlobalMemory::add(const std::string& name, Role role, const TensorArg& ten
   Storage& storage = storage_for(tensor, device);
   const size_t offset = tensor.storage_bytes == 0 ? 0 : tensor.data - tensor.storage;
   storage.views.push_back({name, role, offset, tensor});
-  const uint8_t bits = Storage::kView | (role != Role::kOut ? Storage::kInit : 0) | (role != Role::kIn ? Storage::kWritable : 0);
+  const uint8_t bits = Storage::kView | (role != Role::kOut ? Storage::kInit : 0) |
+                       (role != Role::kIn ? Storage::kWritable : 0);
   storage.views.back().for_each_run([&](size_t begin, size_t bytes) {
     if (begin > storage.bytes || bytes > storage.bytes - begin) {
       throw std::runtime_error("simt: '" + name + "' reaches out of its storage");
@@ -136,7 +140,8 @@ void* GlobalMemory::add_scratch(const std::string& name, size_t bytes) {
 
 void GlobalMemory::start_launch() {
   for (const auto& storage : storages_) {
-    for (size_t i = storage->touched_begin; i < storage->touched_end; ++i) storage->state[i] &= ~Storage::kLaunchBits;
+    for (size_t i = storage->touched_begin; i < storage->touched_end; ++i)
+      storage->state[i] &= ~Storage::kLaunchBits;
     storage->touched_begin = storage->bytes;
     storage->touched_end = 0;
   }
@@ -168,7 +173,8 @@ std::string GlobalMemory::written(const std::string& name) const {
   found.for_each_run([&](size_t begin, size_t bytes) {
     for (size_t element = begin; element < begin + bytes; element += itemsize) {
       bool all = true;
-      for (size_t i = 0; i < itemsize; ++i) all = all && (storage->state[element + i] & Storage::kWritten) != 0;
+      for (size_t i = 0; i < itemsize; ++i)
+        all = all && (storage->state[element + i] & Storage::kWritten) != 0;
       elements.push_back(all ? 1 : 0);
     }
   });
@@ -210,7 +216,8 @@ std::string position_text(const View& view, int64_t offset, size_t size) {
   const std::string name = "'" + view.name + "' " + shape_text(view);
   if (begin > end) return "of " + name + ", which is empty";
   if (offset >= end) return text(offset - end, " bytes past the end of ", name);
-  if (offset + static_cast<int64_t>(size) <= begin) return text(begin - offset, " bytes before the start of ", name);
+  if (offset + static_cast<int64_t>(size) <= begin)
+    return text(begin - offset, " bytes before the start of ", name);
   if (offset < begin) return text("across the start of ", name);
   if (offset + static_cast<int64_t>(size) > end) return text("across the end of ", name);
   return text("between the rows of ", name, ", ", offset - begin, " bytes after its start");
@@ -218,14 +225,16 @@ std::string position_text(const View& view, int64_t offset, size_t size) {
 
 }  // namespace
 
-void GlobalMemory::report(const Storage& storage, int64_t offset, size_t size, Access access, const Site& site) const {
+void GlobalMemory::report(const Storage& storage, int64_t offset, size_t size, Access access,
+                          const Site& site) const {
   const std::string what = text(access_name(access), " of ", size, " bytes of global memory ");
   const int64_t end = offset + static_cast<int64_t>(size);
   bool outside = offset < 0 || end > static_cast<int64_t>(storage.bytes);
   for (int64_t i = offset; !outside && i < end; ++i) outside = (storage.state[i] & Storage::kView) == 0;
   if (outside) {
     std::string where;
-    for (const View& view : storage.views) where += (where.empty() ? "" : "; ") + position_text(view, offset, size);
+    for (const View& view : storage.views)
+      where += (where.empty() ? "" : "; ") + position_text(view, offset, size);
     fail("out-of-bounds", site, what + where);
   }
   uint8_t all = 0xFF;
@@ -249,7 +258,8 @@ void GlobalMemory::report(const Storage& storage, int64_t offset, size_t size, A
     fail("read-only", site, what + "that is an input: " + names);
   }
   if ((access == Access::kReadNc && (any & Storage::kWrittenNow) != 0) || (any & Storage::kReadNcNow) != 0) {
-    fail("read-only-path", site, what + "that this launch reads through the read-only path and writes: " + names);
+    fail("read-only-path", site,
+         what + "that this launch reads through the read-only path and writes: " + names);
   }
   fail("internal", site, what + "is refused for no known reason: " + names);
 }

@@ -1,9 +1,9 @@
 // Global memory as kernels see it: buffers at addresses that cannot be dereferenced, each byte with a shadow.
 //
-// The kernels' pointers point into a reserved, inaccessible range of the address space. Every access has to go through the
-// wrappers of simt.cuh, which translate it; a plain dereference faults and is reported. The data stay where the caller has
-// them (a torch or numpy buffer): nothing is copied. Every storage starts at a multiple of 256 bytes of that range, as on
-// a device, wherever the host has put it.
+// The kernels' pointers point into a reserved, inaccessible range of the address space. Every access has to
+// go through the wrappers of simt.cuh, which translate it; a plain dereference faults and is reported. The
+// data stay where the caller has them (a torch or numpy buffer): nothing is copied. Every storage starts at a
+// multiple of 256 bytes of that range, as on a device, wherever the host has put it.
 #pragma once
 
 #include <array>
@@ -23,13 +23,15 @@ struct AddressSpace {
   static constexpr int kSlotShift = 34;
   static constexpr size_t kSlots = 128;
   static constexpr size_t kSlotBytes = size_t{1} << kSlotShift;
-  // A storage starts this far into its slot, so that an access before its start is still recognised as its own.
+  // A storage starts this far into its slot, so that an access before its start is still recognised as its
+  // own.
   static constexpr size_t kOrigin = size_t{1} << 32;
   static constexpr size_t kMaxStorage = size_t{1} << 33;
 
   static uintptr_t base;  // 0 until reserve()
   static void reserve();
   static uintptr_t slot_origin(size_t slot) { return base + slot * kSlotBytes + kOrigin; }
+  static bool is_shared(uintptr_t address) { return address - base < kSlotBytes; }
   static bool contains(uintptr_t address) { return address - base < kSlots * kSlotBytes; }
 };
 
@@ -80,8 +82,9 @@ struct Storage {
 
 class GlobalMemory {
  public:
-  /// Makes the elements of a tensor accessible and returns the kernels' address of the first. kOut: uninitialised, filled
-  /// with 0xFF bytes (NaN, -1). Tensors that share a storage may be added one after the other.
+  /// Makes the elements of a tensor accessible and returns the kernels' address of the first. kOut:
+  /// uninitialised, filled with 0xFF bytes (NaN, -1). Tensors that share a storage may be added one after the
+  /// other.
   void* add(const std::string& name, Role role, const TensorArg& tensor);
   /// Uninitialised memory that lives as long as this object; aligned to 256 bytes.
   void* add_scratch(const std::string& name, size_t bytes);
@@ -89,12 +92,14 @@ class GlobalMemory {
   void start_launch();
   /// Forgets all remembered accesses, once for every `generation` of block numbers.
   void clear_races(uint64_t generation);
-  /// One byte per element of an added tensor, row-major: 1 where all its bytes were written by a kernel, else 0.
+  /// One byte per element of an added tensor, row-major: 1 where all its bytes were written by a kernel, else
+  /// 0.
   std::string written(const std::string& name) const;
   /// Names of out tensors of which some element was never written, with the number of such elements.
   std::vector<std::pair<std::string, size_t>> unwritten() const;
 
-  /// The storage whose slot holds the address, or nullptr; `offset` is relative to it and may be out of its bounds.
+  /// The storage whose slot holds the address, or nullptr; `offset` is relative to it and may be out of its
+  /// bounds.
   Storage* find(uintptr_t address, int64_t& offset) const {
     const size_t slot = (address - AddressSpace::base) >> AddressSpace::kSlotShift;
     if (slot >= AddressSpace::kSlots) return nullptr;
@@ -102,7 +107,8 @@ class GlobalMemory {
     return slots_[slot];
   }
   /// Says what is wrong with an access that the state of the bytes does not allow. Throws a Fault.
-  [[noreturn]] void report(const Storage& storage, int64_t offset, size_t size, Access access, const Site& site) const;
+  [[noreturn]] void report(const Storage& storage, int64_t offset, size_t size, Access access,
+                           const Site& site) const;
 
  private:
   Storage& storage_for(const TensorArg& tensor, uintptr_t& device);

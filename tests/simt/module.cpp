@@ -32,7 +32,9 @@ py::dict access_dict(Space space, const AccessCounts& counts) {
 }
 
 const char* space_name(Space space) { return space == Space::kGlobal ? "global" : "shared"; }
-const char* kind_name(Kind kind) { return kind == Kind::kRead ? "read" : kind == Kind::kWrite ? "write" : "atomic"; }
+const char* kind_name(Kind kind) {
+  return kind == Kind::kRead ? "read" : kind == Kind::kWrite ? "write" : "atomic";
+}
 
 /// What one launch, or several together, did.
 py::dict totals_dict(const std::vector<LaunchCounts>& launches) {
@@ -100,13 +102,18 @@ Order order_of(const std::string& name) {
 
 PYBIND11_MODULE(lagkv_simt, module) {
   using namespace simt;
-  module.doc() = "Runs CUDA kernels thread by thread on the CPU, with the checks of a sanitizer and the counters of a profiler.";
+  module.doc() =
+      "Runs CUDA kernels thread by thread on the CPU, with the checks of a sanitizer and the counters of a "
+      "profiler.";
   py::register_exception<Fault>(module, "Fault", PyExc_AssertionError);
 
-  py::class_<TensorArg>(module, "Tensor", "Where a tensor's elements and its storage lie; strides in elements.")
-      .def(py::init([](uintptr_t data, size_t itemsize, std::vector<int64_t> shape, std::vector<int64_t> strides,
-                       uintptr_t storage, size_t storage_bytes, py::object owner) {
-             TensorArg tensor{data, itemsize, std::move(shape), std::move(strides), storage, storage_bytes, nullptr};
+  py::class_<TensorArg>(module, "Tensor",
+                        "Where a tensor's elements and its storage lie; strides in elements.")
+      .def(py::init([](uintptr_t data, size_t itemsize, std::vector<int64_t> shape,
+                       std::vector<int64_t> strides, uintptr_t storage, size_t storage_bytes,
+                       py::object owner) {
+             TensorArg tensor{data,    itemsize,      std::move(shape), std::move(strides),
+                              storage, storage_bytes, nullptr};
              tensor.owner = std::make_shared<py::object>(std::move(owner));
              return tensor;
            }),
@@ -114,13 +121,17 @@ PYBIND11_MODULE(lagkv_simt, module) {
            py::arg("storage_bytes"), py::arg("owner"));
 
   py::class_<Session>(module, "Session", "One operator call: buffers, launches, counters.")
-      .def(py::init([](const std::string& order, uint64_t seed, bool detect, bool count, bool races_between_blocks,
-                       uint64_t max_accesses) {
-             return std::make_unique<Session>(Config{detect, count, races_between_blocks, order_of(order), seed, max_accesses});
+      .def(py::init([](const std::string& order, uint64_t seed, bool detect, bool count,
+                       bool races_between_blocks, uint64_t max_accesses) {
+             return std::make_unique<Session>(
+                 Config{detect, count, races_between_blocks, order_of(order), seed, max_accesses});
            }),
-           py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0, py::arg("detect") = true, py::arg("count") = true,
-           py::arg("races_between_blocks") = true, py::arg("max_accesses") = Config().max_accesses)
-      .def("counts", [](const Session& session) { return totals_dict(session.launches()); }, "Sums over the launches.")
+           py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0, py::arg("detect") = true,
+           py::arg("count") = true, py::arg("races_between_blocks") = true,
+           py::arg("max_accesses") = Config().max_accesses)
+      .def(
+          "counts", [](const Session& session) { return totals_dict(session.launches()); },
+          "Sums over the launches.")
       .def(
           "launches",
           [](const Session& session) {
@@ -133,7 +144,10 @@ PYBIND11_MODULE(lagkv_simt, module) {
           "unwritten", [](const Session& session) { return session.memory().unwritten(); },
           "[(name, elements)] of the out tensors that were not wholly written.")
       .def(
-          "written", [](const Session& session, const std::string& name) { return py::bytes(session.memory().written(name)); },
+          "written",
+          [](const Session& session, const std::string& name) {
+            return py::bytes(session.memory().written(name));
+          },
           py::arg("name"), "One byte per element, row-major: 1 where a kernel wrote it.");
 
   for (const Binder bind : binders()) bind(module);

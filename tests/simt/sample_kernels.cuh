@@ -9,13 +9,14 @@ using namespace lagkv;
 
 template <class T>
 struct Arrays {
-  const T* x;    // [count]
-  T* y;          // [count], or as the kernel says
+  const T* x;  // [count]
+  T* y;        // [count], or as the kernel says
   int64_t count;
   int32_t option;
 };
 
-/// y[warp] = sum of the 32 elements of every warp, by shuffles. option: 0 xor, 1 down, 2 up (the last lane has the sum).
+/// y[warp] = sum of the 32 elements of every warp, by shuffles. option: 0 xor, 1 down, 2 up (the last lane
+/// has the sum).
 template <class T>
 __global__ void __launch_bounds__(256) warp_sum(const Arrays<T> p) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(256) block_sum(const Arrays<T> p) {
   }
 }
 
-/// y = indices of the elements above 0, ascending; y[count] = how many. One block; ballots, and a prefix sum over the warps.
+/// y = indices of the elements above 0, ascending; y[count] = how many. One block; ballots, and a prefix sum
+/// over the warps.
 template <class T>
 __global__ void __launch_bounds__(256) positive_indices(const Arrays<T> p) {
   LAGKV_DYNAMIC_SHARED(raw);
@@ -78,9 +80,11 @@ __global__ void __launch_bounds__(256) positive_indices(const Arrays<T> p) {
 template <class T>
 __global__ void __launch_bounds__(256) histogram(const Arrays<T> p) {
   LAGKV_SHARED(T, bins, 64);
-  for (int b = static_cast<int>(threadIdx.x); b < 64; b += static_cast<int>(blockDim.x)) st_shared(&bins[b], T(0));
+  for (int b = static_cast<int>(threadIdx.x); b < 64; b += static_cast<int>(blockDim.x))
+    st_shared(&bins[b], T(0));
   __syncthreads();
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < p.count; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < p.count;
+       i += int64_t{gridDim.x} * blockDim.x) {
     atomicAdd(&bins[static_cast<int>(ld_global_nc(p.x + i)) % 64], T(1));
   }
   __syncthreads();
@@ -89,7 +93,8 @@ __global__ void __launch_bounds__(256) histogram(const Arrays<T> p) {
   }
 }
 
-/// y [32, 32] = x [32, 32] transposed, one warp row at a time through a tile with `option` words of padding per row.
+/// y [32, 32] = x [32, 32] transposed, one warp row at a time through a tile with `option` words of padding
+/// per row.
 template <class T>
 __global__ void __launch_bounds__(1024) transpose(const Arrays<T> p) {
   LAGKV_DYNAMIC_SHARED(raw);
@@ -111,14 +116,16 @@ __global__ void __launch_bounds__(256) copy_vectors(const Arrays<T> p) {
   }
 }
 
-/// y[i] = x[i * option]: the lanes are `option` elements apart, and only those with an index below the count work.
+/// y[i] = x[i * option]: the lanes are `option` elements apart, and only those with an index below the count
+/// work.
 template <class T>
 __global__ void __launch_bounds__(256) gather_strided(const Arrays<T> p) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i < p.count) st_global(p.y + i, ld_global_nc(p.x + i * p.option));
 }
 
-/// y[i] = x[0] + ... + x[i % 32], lane by lane in a loop of lane-dependent length: requests must be matched by turn.
+/// y[i] = x[0] + ... + x[i % 32], lane by lane in a loop of lane-dependent length: requests must be matched
+/// by turn.
 template <class T>
 __global__ void __launch_bounds__(256) uneven_loops(const Arrays<T> p) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -189,6 +196,13 @@ __global__ void __launch_bounds__(32) collectives(const Arrays<T> p) {
   put(static_cast<T>(__syncthreads_count(v > T(0))));
   put(static_cast<T>(__syncthreads_or(v > T(1000))));
   put(static_cast<T>(__syncthreads_and(v > T(-1000))));
+}
+
+/// y[i] = the turn at which thread i came, y[count] = the number of turns: the one kernel that shows the
+/// order on purpose.
+template <class T>
+__global__ void __launch_bounds__(256) tickets(const Arrays<T> p) {
+  st_global(p.y + int64_t{blockIdx.x} * blockDim.x + threadIdx.x, atomicAdd(p.y + p.count, T(1)));
 }
 
 /// Work for the clock: `option` xor shuffles per thread.

@@ -1,4 +1,5 @@
-// Race detection: what is remembered of every byte of global and shared memory, and when two accesses conflict.
+// Race detection: what is remembered of every byte of global and shared memory, and when two accesses
+// conflict.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,11 +18,13 @@ class Pages {
   Pages() = default;
   explicit Pages(size_t count) : bytes_(count * sizeof(T)) {
     if (bytes_ == 0) return;
-    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::runtime_error("simt: no address space for a shadow");
     data_ = static_cast<T*>(p);
   }
-  Pages(Pages&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Pages(Pages&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   Pages& operator=(Pages&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
@@ -41,8 +44,8 @@ class Pages {
   size_t bytes_ = 0;
 };
 
-/// One remembered access: which block (a number that is never used twice), thread, call site, and that thread's clock. A
-/// thread's clock ticks at every barrier that it takes part in. 0 is nobody.
+/// One remembered access: which block (a number that is never used twice), thread, call site, and that
+/// thread's clock. A thread's clock ticks at every barrier that it takes part in. 0 is nobody.
 struct Record {
   static constexpr int kClockBits = 20;
   static constexpr int kSiteShift = kClockBits + 1;
@@ -54,7 +57,8 @@ struct Record {
   static constexpr uint64_t kMaxBlock = (uint64_t{1} << (64 - kBlockShift)) - 1;
 
   static uint64_t pack(uint64_t block, uint64_t thread, uint64_t site, uint64_t clock) {
-    return block << kBlockShift | thread << kThreadShift | (site < kMaxSite ? site : kMaxSite + 1) << kSiteShift | clock;
+    return block << kBlockShift | thread << kThreadShift |
+           (site < kMaxSite ? site : kMaxSite + 1) << kSiteShift | clock;
   }
   static uint64_t block(uint64_t record) { return record >> kBlockShift; }
   static unsigned thread(uint64_t record) { return record >> kThreadShift & 1023; }
@@ -74,13 +78,15 @@ struct Conflict {
 
 /// The last write of some bytes and up to two accesses since that may happen side by side (reads, atomics).
 ///
-/// Two are enough: a third concurrent one is dropped only when the two are in different warps, or all are in one; whoever
-/// conflicts with the dropped one then conflicts with one that is kept, save after a partial __syncwarp among the kept.
+/// Two are enough: a third concurrent one is dropped only when the two are in different warps, or all are in
+/// one; whoever conflicts with the dropped one then conflicts with one that is kept, save after a partial
+/// __syncwarp among the kept.
 struct Cell {
   uint64_t writer;
   uint64_t shared[2];
 
-  /// `happened_before(record)`: that access is ordered before what the running thread does now, or is its own.
+  /// `happened_before(record)`: that access is ordered before what the running thread does now, or is its
+  /// own.
   template <class Order>
   Conflict access(uint64_t me, Use use, const Order& happened_before) {
     if (writer != 0 && !happened_before(writer)) return {writer, Use::kWrite};
@@ -105,8 +111,8 @@ struct Cell {
   }
 };
 
-/// Cells for a range of memory: one for every aligned word of 4 bytes, and one for every byte of those words that were
-/// accessed in parts.
+/// Cells for a range of memory: one for every aligned word of 4 bytes, and one for every byte of those words
+/// that were accessed in parts.
 class RaceShadow {
  public:
   RaceShadow() = default;

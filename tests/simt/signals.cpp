@@ -24,13 +24,17 @@ std::array<unsigned char, kStackBytes> signal_stack;
 int caught_signal = 0;
 uintptr_t caught_address = 0;
 
-/// Where the thread goes on after the handler: on its own stack, whose frames are given up, so nothing is unwound.
+/// Where the thread goes on after the handler: on its own stack, whose frames are given up, so nothing is
+/// unwound.
 [[noreturn]] void land() {
   Executor& executor = Executor::instance();
   const char* const what = executor.describe_signal(caught_signal, caught_address);
   const Site last = static_cast<const Thread*>(self)->site;
   const char* const kind = caught_signal == SIGFPE ? "arithmetic" : "plain-access";
-  executor.abandon(executor.fault_text(kind, last, std::string(what) + (last.line() != 0 ? " (the line below is the last one seen before)" : "")));
+  const char* const after = last.line() != 0 ? " (the line below is the last one seen before)" : "";
+  std::exception_ptr error =
+      std::make_exception_ptr(Fault(executor.fault_text(kind, last, std::string(what) + after)));
+  executor.abandon(std::move(error));
 }
 
 void on_signal(int signal, siginfo_t* info, void* raw_context) {
@@ -44,7 +48,8 @@ void on_signal(int signal, siginfo_t* info, void* raw_context) {
   caught_address = reinterpret_cast<uintptr_t>(info->si_addr);
   auto* const context = static_cast<ucontext_t*>(raw_context);
   // As if `land` had been called: the stack pointer is 8 below a multiple of 16.
-  context->uc_mcontext.gregs[REG_RSP] = static_cast<greg_t>(Executor::instance().landing_stack() / 16 * 16 - 8);
+  context->uc_mcontext.gregs[REG_RSP] =
+      static_cast<greg_t>(Executor::instance().landing_stack() / 16 * 16 - 8);
   context->uc_mcontext.gregs[REG_RIP] = reinterpret_cast<greg_t>(&land);
 }
 
@@ -55,7 +60,7 @@ SignalScope::SignalScope() {
   stack.ss_sp = signal_stack.data();
   stack.ss_size = signal_stack.size();
   sigaltstack(&stack, &previous_stack);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = &on_signal;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigemptyset(&action.sa_mask);
@@ -71,9 +76,9 @@ const char* Executor::describe_signal(int signal, uintptr_t address) const {
   if (signal == SIGFPE) return "an integer division by zero or its overflow";
   if (signal == SIGILL) return "an unreachable place was reached, or an instruction that this CPU lacks";
   if (AddressSpace::contains(address)) {
-    const bool is_shared = address - AddressSpace::base < AddressSpace::kSlotBytes;
-    return is_shared ? "shared memory was accessed without ld_shared / st_shared / an atomic"
-                     : "global memory was accessed without ld_global* / st_global* / an atomic";
+    return AddressSpace::is_shared(address)
+               ? "shared memory was accessed without ld_shared / st_shared / an atomic"
+               : "global memory was accessed without ld_global* / st_global* / an atomic";
   }
   if (stacks_.is_guard(address)) return "the thread's stack of 128 KiB overflowed";
   if (address < 65536) return "a null pointer was dereferenced";

@@ -5,7 +5,8 @@
 
 namespace simt {
 
-/// Catches the signals of hardware faults while it lives. Signals of other code than a kernel's go where they went before.
+/// Catches the signals of hardware faults while it lives. Signals of other code than a kernel's go where they
+/// went before.
 class SignalScope {
  public:
   SignalScope();

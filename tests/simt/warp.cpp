@@ -49,8 +49,10 @@ uint64_t reduce(Collective what, uint64_t a, uint64_t b) {
     case Collective::kReduceXor: return x ^ y;
     case Collective::kReduceMin: return std::min(x, y);
     case Collective::kReduceMax: return std::max(x, y);
-    case Collective::kReduceMinSigned: return static_cast<uint32_t>(std::min<int32_t>(static_cast<int32_t>(x), static_cast<int32_t>(y)));
-    default: return static_cast<uint32_t>(std::max<int32_t>(static_cast<int32_t>(x), static_cast<int32_t>(y)));
+    case Collective::kReduceMinSigned:
+      return static_cast<uint32_t>(std::min<int32_t>(static_cast<int32_t>(x), static_cast<int32_t>(y)));
+    default:
+      return static_cast<uint32_t>(std::max<int32_t>(static_cast<int32_t>(x), static_cast<int32_t>(y)));
   }
 }
 
@@ -60,12 +62,15 @@ void Executor::check_not_awaited(const char* doing, const Site& site) const {
   const Thread& me = *static_cast<const Thread*>(self);
   for (const Meeting& meeting : me.warp->meetings) {
     if ((meeting.mask >> me.lane & 1) == 0) continue;
-    fail("bad-mask", site, text("a thread ", doing, " while lane ", first_lane(meeting.arrived), " waits for it at ",
-                                collective_name(meeting.what), " with mask ", mask_text(meeting.mask), " at ", site_text(meeting.site)));
+    fail("bad-mask", site,
+         text("a thread ", doing, " while lane ", first_lane(meeting.arrived), " waits for it at ",
+              collective_name(meeting.what), " with mask ", mask_text(meeting.mask), " at ",
+              site_text(meeting.site)));
   }
 }
 
-uint64_t Executor::collective(Collective what, uint32_t mask, uint64_t value, int bytes, uint32_t operand, int width, const Site& site) {
+uint64_t Executor::collective(Collective what, uint32_t mask, uint64_t value, int bytes, uint32_t operand,
+                              int width, const Site& site) {
   Thread& me = *static_cast<Thread*>(self);
   Warp& warp = *me.warp;
   me.site = site;
@@ -81,13 +86,14 @@ uint64_t Executor::collective(Collective what, uint32_t mask, uint64_t value, in
   for (Meeting& open : warp.meetings) {
     if ((open.mask & mask) == 0) continue;
     if (open.mask != mask || open.what != what || !same_site(open.site, site)) {
-      bad(text("lane ", first_lane(open.arrived), " waits at ", collective_name(open.what), " with mask ", mask_text(open.mask), " at ",
-               site_text(open.site)));
+      bad(text("lane ", first_lane(open.arrived), " waits at ", collective_name(open.what), " with mask ",
+               mask_text(open.mask), " at ", site_text(open.site)));
     }
     meeting = &open;
   }
   if (meeting == nullptr) {
-    if ((mask & ~warp.lanes) != 0) bad(text("lane ", first_lane(mask & ~warp.lanes), " does not exist in this block"));
+    if ((mask & ~warp.lanes) != 0)
+      bad(text("lane ", first_lane(mask & ~warp.lanes), " does not exist in this block"));
     if ((mask & warp.exited) != 0) bad(text("lane ", first_lane(mask & warp.exited), " has exited"));
     for_each_lane(mask, [&](uint32_t lane) {
       const Thread& other = threads_[warp.index * 32 + lane];
@@ -130,8 +136,9 @@ uint64_t Executor::shuffle_result(const Warp& warp, const Meeting& meeting, uint
     default: source = (lane ^ b) <= last ? lane ^ b : lane; break;
   }
   if ((meeting.mask >> source & 1) == 0) {
-    fail("bad-mask", meeting.site, text(collective_name(meeting.what), " with mask ", mask_text(meeting.mask), ": lane ", lane,
-                                        " takes the value of lane ", source, ", which is not in it"));
+    fail("bad-mask", meeting.site,
+         text(collective_name(meeting.what), " with mask ", mask_text(meeting.mask), ": lane ", lane,
+              " takes the value of lane ", source, ", which is not in it"));
   }
   return warp.value[source];
 }
@@ -149,7 +156,8 @@ void Executor::complete(Warp& warp, const Meeting& meeting) {
   } else if (what == Collective::kMatchAny) {
     for_each_lane(mask, [&](uint32_t lane) {
       uint64_t same = 0;
-      for_each_lane(mask, [&](uint32_t other) { same |= uint64_t{warp.value[other] == warp.value[lane]} << other; });
+      for_each_lane(
+          mask, [&](uint32_t other) { same |= uint64_t{warp.value[other] == warp.value[lane]} << other; });
       lanes[lane].result = same;
     });
     ++counts_->votes;
@@ -175,7 +183,8 @@ void Executor::complete(Warp& warp, const Meeting& meeting) {
   if (mask == (warp.lanes & ~warp.exited)) warp.log.flush(*counts_);
 }
 
-/// After a __syncwarp every lane of the mask knows what each of them knew. Shuffles and votes order no memory accesses.
+/// After a __syncwarp every lane of the mask knows what each of them knew. Shuffles and votes order no memory
+/// accesses.
 void Executor::merge_clocks(Warp& warp, uint32_t mask) {
   Thread* const lanes = &threads_[warp.index * 32];
   uint32_t merged[32] = {};
