@@ -1,0 +1,287 @@
+"""Runs samples through settings: every context is read once with the full cache, and forked for every setting."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lagkv_ext.evaluate import methods
+from lagkv_ext.evaluate.ask import Asker, Encoded
+from lagkv_ext.evaluate.prefill import Prefill, forward, read
+from lagkv_ext.evaluate.storage import Results
+from lagkv_ext.evaluate.types import FULL, EvaluationError, Question, Sample, Setting, Skipped
+from lagkv_ext.models import full_attention_layers
+
+Progress = Callable[[str, int, int], None]  # what is being done, samples done, samples in all
+
+
+@dataclass
+class Work:
+    """A sample as tokens, with the settings that are still to be measured on it."""
+
+    sample: Sample
+    digest: str
+    ids: Any
+    encoded: list[Encoded]
+    settings: list[Setting]
+
+
+def digest(sample: Sample) -> str:
+    """Of all that the model is shown: results are taken up again only for the very same sample."""
+    shown = [
+        sample.context,
+        sample.chat,
+        [
+            [q.kind, q.text, q.answer, q.answers, q.candidates, q.metric, q.max_tokens, q.stop]
+            for q in sample.questions
+        ],
+    ]
+    return hashlib.blake2b(json.dumps(shown, ensure_ascii=False).encode(), digest_size=8).hexdigest()
+
+
+class Runner:
+    """Measures; what is measured goes to ``results`` at once, one record per sample and setting."""
+
+    def __init__(self, model: Any, tokenizer: Any, results: Results, *, seed: int = 0):
+        self.model, self.results, self.seed = model, results, seed
+        self.asker = Asker(model, tokenizer)
+        self.layers = full_attention_layers(model.config)
+        self.skipped: list[Skipped] = []
+
+    def run(
+        self,
+        samples: Sequence[Sample],
+        settings: Sequence[Setting],
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        """Measure every setting on every sample, the full cache first; what the results hold already is not repeated.
+
+        Samples that do not fit the model are listed in ``skipped`` and in the results. Raises EvaluationError.
+        """
+        settings = [FULL, *(s for s in dict.fromkeys(settings) if s != FULL)]
+        chosen = {s.method: methods.resolve(s.method) for s in settings if not _special(s)}
+        for number, sample in enumerate(samples):
+            progress(f"{sample.task}: {sample.name}", number, len(samples))
+            work = self._prepare(sample, settings)
+            if work is not None and work.settings:
+                self._measure(work, chosen, lambda what, n=number: progress(what, n, len(samples)))  # type: ignore[misc]
+        progress("done", len(samples), len(samples))
+
+    def _prepare(self, sample: Sample, settings: Sequence[Setting]) -> Work | None:
+        hashed = digest(sample)
+        done = self.results.done()
+        left = [s for s in settings if (sample.task, sample.name, hashed, s.name) not in done]
+        if not left:
+            return None
+        ids, ending = self.asker.context(sample.context, chat=sample.chat)
+        encoded = [self.asker.encode(q, ending) for q in sample.questions]
+        needed = ids.shape[1] + max(
+            self.asker.needed(e, q) for e, q in zip(encoded, sample.questions, strict=True)
+        )
+        if self.asker.limit is not None and needed > self.asker.limit:
+            self._skip(
+                sample,
+                hashed,
+                "*",
+                f"needs {needed} tokens, and the model's context is {self.asker.limit} tokens long",
+            )
+            return None
+        return Work(sample, hashed, ids, encoded, left)
+
+    def _measure(self, work: Work, chosen: dict[str, methods.Method], say: Callable[[str], None]) -> None:
+        sample = work.sample
+        say(f"{sample.task}: reading {work.ids.shape[1]} tokens")
+        watch = any(s.method in methods.NEED_ATTENTION for s in work.settings)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        prefill = read(self.model, work.ids, self.layers, attention=watch)
+        read_s, read_cpu = time.perf_counter() - began, time.process_time() - cpu_began
+        references: list[dict[str, Any]] = [{} for _ in sample.questions]
+        compared = any(q.kind in ("continue", "imitate") for q in sample.questions)
+        for setting in [FULL, *(s for s in work.settings if s != FULL)]:
+            if setting == FULL and FULL not in work.settings and not compared:
+                continue  # measured in an earlier run, and nothing here is held against it token by token
+            say(f"{sample.task}: {setting.name}")
+            began, cpu_began = time.perf_counter(), time.process_time()
+            try:
+                record = self._one(setting, work, prefill, references, chosen)
+            except methods.NotPossible as reason:
+                self._skip(sample, work.digest, setting.name, str(reason))
+                continue
+            first = setting == FULL
+            # Processor time besides the clock's: on a shared machine only that can be compared.
+            record["seconds"] = round(time.perf_counter() - began + first * read_s, 3)
+            record["cpu_seconds"] = round(time.process_time() - cpu_began + first * read_cpu, 3)
+            if setting in work.settings:
+                self.results.add(record)
+
+    def _one(
+        self,
+        setting: Setting,
+        work: Work,
+        prefill: Prefill,
+        references: list[dict[str, Any]],
+        chosen: dict[str, methods.Method],
+    ) -> dict[str, Any]:
+        sample = work.sample
+        if setting.method == "lagkv-cache":
+            cache, fork = self._through_cache(setting, prefill), copy.deepcopy
+        else:
+            index = self._select(setting, work, prefill, chosen) if setting != FULL else None
+            cache, fork = prefill.fork(index), None
+        held = [cache.layers[i] for i in self.layers]
+        record: dict[str, Any] = {
+            "kind": "result",
+            "task": sample.task,
+            "sample": sample.name,
+            "digest": work.digest,
+            "setting_name": setting.name,
+            "setting": setting.to_json(),
+            "facts": sample.facts,
+            "tokens": prefill.tokens,
+            "rows": sum(x.keys.shape[2] for x in held) / len(held),
+            "full_layer_bytes": sum(t.numel() * t.element_size() for x in held for t in (x.keys, x.values)),
+            "cache_bytes": sum(
+                t.numel() * t.element_size()
+                for x in cache.layers
+                for t in (x.keys, x.values)
+                if t is not None
+            ),
+        }
+        record["questions"] = []
+        for question, encoded, reference in zip(sample.questions, work.encoded, references, strict=True):
+            again = fork(cache) if fork else prefill.fork(index)
+            answer = self.asker.ask(question, encoded, again, prefill.tokens, reference)
+            record["questions"].append({k: _short(v) for k, v in answer.items()} | _shown(question))
+        return record
+
+    def _select(
+        self, setting: Setting, work: Work, prefill: Prefill, chosen: dict[str, methods.Method]
+    ) -> dict[int, torch.Tensor]:
+        index = {}
+        for i in self.layers:
+            key, value = prefill.rows(i)
+            layer = methods.layer_of(
+                setting,
+                key,
+                value,
+                layer=i,
+                prompt=f"{work.sample.task}/{work.sample.name}",
+                seed=self.seed,
+                attention=prefill.attention.get(i),
+            )
+            index[i] = methods.select(chosen[setting.method], layer)
+        return index
+
+    def _through_cache(self, setting: Setting, prefill: Prefill) -> Any:
+        """The context read by `LagKVCache` itself, in one piece or in chunks: what a deployment does."""
+        from lagkv_ext import LagKVCache
+
+        options = dict(setting.options)
+        chunk = options.pop("chunk", None) or prefill.tokens
+        ratios = {
+            int(k.removeprefix("layer")): options.pop(k) for k in list(options) if k.startswith("layer")
+        }
+        cache = LagKVCache(
+            self.model.config,
+            keep_ratio=setting.keep_ratio,
+            lag_size=setting.lag_size,
+            sink_size=setting.sink_size,
+            layer_keep_ratio=ratios or None,
+            **options,
+        )
+        with torch.inference_mode():
+            for begin in range(0, prefill.tokens, chunk):
+                forward(
+                    self.model, prefill.ids[:, begin : begin + chunk], cache, position=begin, logits_to_keep=1
+                )
+        return cache
+
+    def _skip(self, sample: Sample, hashed: str, setting: str, why: str) -> None:
+        self.skipped.append(
+            Skipped(f"{sample.task}/{sample.name}" + ("" if setting == "*" else f" with {setting}"), why)
+        )
+        known = {
+            (x["task"], x["sample"], x["digest"], x["setting_name"])
+            for x in self.results.records
+            if "task" in x
+        }
+        if (sample.task, sample.name, hashed, setting) not in known:
+            self.results.add(
+                {
+                    "kind": "skipped",
+                    "task": sample.task,
+                    "sample": sample.name,
+                    "digest": hashed,
+                    "setting_name": setting,
+                    "what": self.skipped[-1].what,
+                    "why": why,
+                }
+            )
+
+
+def _special(setting: Setting) -> bool:
+    return setting == FULL or setting.method == "lagkv-cache"
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _shown(question: Question) -> dict[str, Any]:
+    """What a reader of the results needs to see of the question."""
+    answer = question.answer if question.kind == "literal" else "; ".join(question.answers)
+    return {"asked": question.text[-120:], "wanted": answer[:200], "how": question.kind}
+
+
+def environment(loaded: Any) -> dict[str, Any]:
+    """What is needed to repeat a run: the header of the results file."""
+    import transformers
+
+    import lagkv_ext
+
+    parameter = next(loaded.model.parameters())
+    config = loaded.model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return {
+        "model": loaded.name,
+        "weights": Path(loaded.path).name,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "versions": {
+            "lagkv_ext": lagkv_ext.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "shape": {
+            "layers": config.num_hidden_layers,
+            "full_layers": full_attention_layers(loaded.model.config),
+            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "sliding_window": getattr(config, "sliding_window", None),
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
+            "element_size": parameter.element_size(),
+        },
+    }
+
+
+def check_not_empty(samples: Sequence[Sample], skipped: Sequence[Skipped]) -> None:
+    """EvaluationError where nothing is left to measure; it lists what was left out."""
+    if not samples:
+        reasons = "".join(f"\n  {x.what}: {x.why}" for x in skipped)
+        raise EvaluationError(
+            "there is nothing to evaluate: the dataset is empty" + (reasons and f"; left out:{reasons}")
+        )
