@@ -1,0 +1,1 @@
+"""Benchmarks of lagkv_ext: ``python -m benchmarks.run --help``."""
