@@ -142,6 +142,11 @@ if typer is not None:
         except OSError as error:
             _refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
 
+    # Imports typer alone; what the evaluation needs besides is imported, and missed by name, when it runs.
+    from lagkv_ext.evaluate.command import evaluate as _evaluate
+
+    app.command("evaluate")(_evaluate)
+
 
 if __name__ == "__main__":
     main()
