@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -120,7 +119,7 @@ if typer is not None:
         if dtype not in DTYPES:
             raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
         try:
-            results = run_demo(
+            run_demo(
                 settings,
                 model=model,
                 lag_size=lag_size,
@@ -128,19 +127,15 @@ if typer is not None:
                 text=text,
                 facts=facts,
                 output=output,
+                json_file=json_file,
                 dtype=DTYPES[dtype],
                 device=device,
                 threads=threads,
                 rounds=rounds,
                 seed=seed,
             )
-            if json_file is not None:
-                json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                typer.echo(f"raw results: {json_file.resolve()}")
         except (DemoError, ModelError) as error:
             _refuse(error)
-        except OSError as error:
-            _refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
 
     # Imports typer alone; what the evaluation needs besides is imported, and missed by name, when it runs.
     from lagkv_ext.evaluate.command import evaluate as _evaluate

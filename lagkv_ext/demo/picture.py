@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lagkv_ext.demo.report import megabytes
 from lagkv_ext.demo.run import Outcome, Result
 
 if TYPE_CHECKING:
@@ -26,19 +27,19 @@ def draw(result: Result, path: Path) -> None:
     outcomes = result.outcomes[1:]
     rows = len(result.full_layers) * result.heads
     strip = min(max(0.16 * rows, 0.5), 2.2)  # inches
-    height = 2.3 + len(outcomes) * (strip + 0.62)
+    height = 2.1 + len(outcomes) * (strip + 0.62)
     # A figure of its own, not pyplot: no window system, no global state.
     figure = Figure(figsize=(15, height), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
-        len(outcomes) + 1, 1, sharex=True, squeeze=False, height_ratios=[0.55, *[strip] * len(outcomes)]
+        len(outcomes) + 1, 1, sharex=True, squeeze=False, height_ratios=[0.4, *[strip] * len(outcomes)]
     )[:, 0]
     full = result.full
     figure.suptitle(
         f"Which tokens of the text the KV cache still holds   ({result.model_name}, "
         f"{len(result.reading.ids):,} tokens, lag_size {result.lag_size}, sink_size {result.sink_size})\n"
         f"The full cache answers {full.answers_right} of {len(result.reading.facts)} questions "
-        f"with {full.cache_bytes / 1e6:.1f} MB",
+        f"with {megabytes(full.cache_bytes)} MB",
         x=0.01,
         ha="left",
         fontsize=12,
@@ -63,16 +64,11 @@ def _facts_axis(axis: Axes, result: Result) -> None:
     ):
         middle = sum(span) / 2
         label = f"{number}" if crowded else f"{number}. {_shortened(fact.answer)}"
-        axis.annotate(
-            label,
-            (middle, 0.0),
-            (middle, 0.25),
-            ha="center",
-            fontsize=8,
-            color=_FACT_KEPT,
-            annotation_clip=False,
-        )
-        axis.plot([middle, middle], [0, 0.2], color=_FACT_KEPT, linewidth=1)
+        height = (
+            0.55 if number % 2 else 0.1
+        )  # neighbours one above the other, so that close ones stay legible
+        axis.text(middle, height + 0.08, label, ha="center", fontsize=8, color=_FACT_KEPT)
+        axis.plot([middle, middle], [0, height], color=_FACT_KEPT, linewidth=1)
     axis.set_title("the facts, where their answers stand in the text", loc="left", fontsize=9)
     axis.tick_params(bottom=False)
 
@@ -101,13 +97,14 @@ def _strip(axis: Axes, outcome: Outcome, result: Result) -> None:
         axis.scatter(sum(span) / 2, axis.get_ylim()[1] / 2, s=34, clip_on=False, zorder=3, **style)
     for side in ("top", "right", "left", "bottom"):
         axis.spines[side].set_visible(False)
+    axis.tick_params(bottom=outcome is result.outcomes[-1])
     full = result.full
     axis.set_title(
         f"{outcome.setting.name}:  {outcome.answers_right} of {len(outcome.answers)} answers right   |   "
         f"{outcome.tokens_kept:.0f} of {outcome.tokens_seen} tokens held "
         f"({outcome.tokens_kept / outcome.tokens_seen:.0%}), of the answers' tokens "
-        f"{outcome.answer_tokens_kept:.0%}   |   full-attention layers {outcome.full_layer_bytes / 1e6:.1f} MB "
-        f"instead of {full.full_layer_bytes / 1e6:.1f} MB",
+        f"{outcome.answer_tokens_kept:.0%}   |   full-attention layers {megabytes(outcome.full_layer_bytes)} MB "
+        f"instead of {megabytes(full.full_layer_bytes)} MB",
         loc="left",
         fontsize=9,
     )

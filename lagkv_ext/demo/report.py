@@ -14,48 +14,50 @@ if TYPE_CHECKING:
 
 
 def table(result: Result) -> Table:
-    """One row per cache."""
+    """One row per cache; fits 80 columns."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    facts = len(result.reading.facts)
     out = Table(
-        title=f"{result.model_name}, {result.dtype} on {result.device}, {result.threads} threads; "
+        title=f"{result.model_name}, {result.dtype} on {result.device}, {result.threads} CPU threads, "
         f"lag_size {result.lag_size}, sink_size {result.sink_size}",
-        caption=f"times: medians of {result.rounds} readings and of {len(result.full.step_s)} decoding steps per cache",
+        caption=f"times: medians of {result.rounds} readings and {len(result.full.step_s)} decoding steps per cache; "
+        f"full-att.: the {len(result.full_layers)} full-attention layers of {result.layer_count}",
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
     out.add_column("cache", no_wrap=True)
     for head in (
-        "tokens\nseen",
-        "tokens\nkept",
-        f"MB, {len(result.full_layers)} full-\natt. layers",
-        f"MB, all\n{result.layer_count} layers",
-        "MB\nsaved",
-        "first\ntoken s",
-        "decode\ntokens/s",
-        f"answers\nright of {facts}",
-        "answer tokens\nright",
-        "answer tokens\nstill held",
+        "tokens\nheld/seen",
+        "full-\natt.\nMB",
+        "all\nlayers\nMB",
+        "saved\nMB",
+        "first\ntoken\ns",
+        "decode\ntokens\n/s",
+        f"answers\nright\nof {len(result.reading.facts)}",
+        "answer\ntokens\nright",
+        "answer\ntokens\nheld",
     ):
         out.add_column(head, justify="right", no_wrap=True)
     for number, outcome in enumerate(result.outcomes):
-        last_of_group = number == 0 or (
-            number + 1 < len(result.outcomes)
-            and result.outcomes[number + 1].setting.ratio != outcome.setting.ratio
+        following = result.outcomes[number + 1 : number + 2]
+        out.add_row(
+            *_cells(outcome, result),
+            end_section=any(o.setting.ratio != outcome.setting.ratio for o in following),
         )
-        out.add_row(*_cells(outcome, result), end_section=last_of_group)
     return out
 
 
 def _cells(outcome: Outcome, result: Result) -> list[str]:
     return [
         outcome.setting.name,
-        f"{outcome.tokens_seen}",
-        f"{outcome.tokens_kept:.0f}",
-        _mb(outcome.full_layer_bytes),
-        _mb(outcome.cache_bytes),
-        _mb(result.full.cache_bytes - outcome.cache_bytes),
+        f"{outcome.tokens_kept:.0f}/{outcome.tokens_seen}",
+        megabytes(outcome.full_layer_bytes),
+        megabytes(outcome.cache_bytes),
+        megabytes(result.full.cache_bytes - outcome.cache_bytes),
         f"{outcome.median_first_token_s:.2f}",
         f"{outcome.decode_tokens_per_s:.1f}",
         f"{outcome.answers_right}",
@@ -78,24 +80,21 @@ def _quality(result: Result) -> list[str]:
         )
         return lines
     for ratio in sorted({outcome.setting.ratio for outcome in result.outcomes[1:]}):
-        group = sorted(
-            (o for o in result.outcomes[1:] if o.setting.ratio == ratio),
-            key=lambda o: (o.answers_right, o.answer_tokens_right),
-            reverse=True,
-        )
+        group = [outcome for outcome in result.outcomes[1:] if outcome.setting.ratio == ratio]
+        group.sort(key=lambda o: (o.answers_right, o.answer_tokens_right), reverse=True)
         parts = [
-            f"{o.setting.score} {o.answers_right} of {facts} (and {o.answer_tokens_right:.0%} of the answers' tokens "
-            f"when shown the tokens before; it holds {o.answer_tokens_kept:.0%} of these tokens and "
-            f"{_held_share(o):.0%} of all)"
+            f"{o.setting.score} holds {o.answer_tokens_kept:.0%}, gets {o.answers_right} of {facts} right, and "
+            f"{o.answer_tokens_right:.0%} of the tokens when shown the ones before"
             for o in group
         ]
-        lines.append(f"At {ratio:g}x: " + "; ".join(parts) + ".")
-    losing = [o.setting.name for o in result.outcomes[1:] if o.answer_tokens_kept < _held_share(o)]
-    if losing:
         lines.append(
-            f"Worse than chance at keeping what was asked for, by the tokens held: {', '.join(losing)} "
-            "(a smaller share of the answers' tokens than of all tokens)."
+            f"{ratio:g}x (tokens chosen at random would hold {group[0].answer_tokens_by_chance:.0%} of the answers): "
+            + "; ".join(parts)
+            + "."
         )
+    blind = [o.setting.name for o in result.outcomes[1:] if o.answer_tokens_kept <= o.answer_tokens_by_chance]
+    if blind:
+        lines.append(f"No better than chance at holding what was asked for: {', '.join(blind)}.")
     return lines
 
 
@@ -106,19 +105,18 @@ def _held_share(outcome: Outcome) -> float:
 def _memory(result: Result) -> str:
     full, smallest = result.full, min(result.outcomes, key=lambda o: o.cache_bytes)
     sink, recent = result.always_kept
+    layers = (megabytes(full.full_layer_bytes), megabytes(smallest.full_layer_bytes))
+    whole = (megabytes(full.cache_bytes), megabytes(smallest.cache_bytes))
     text = (
         f"Memory: a ratio holds for the middle of the text only; the first {sink} and the last {recent} tokens stay, "
         f"so {smallest.setting.name} keeps {_held_share(smallest):.0%} of this text, and less of a longer one. Its "
-        f"full-attention layers shrink from {_mb(full.full_layer_bytes)} to {_mb(smallest.full_layer_bytes)} MB (room "
-        f"for the next tokens included), the whole cache from {_mb(full.cache_bytes)} to {_mb(smallest.cache_bytes)} MB"
+        f"full-attention layers shrink from {layers[0]} to {layers[1]} MB (room for the next tokens included), the "
+        f"whole cache from {whole[0]} to {whole[1]} MB"
     )
     others = result.layer_count - len(result.full_layers)
     if others:
-        held = full.cache_bytes - full.full_layer_bytes
-        text += (
-            f": {others} of {result.layer_count} layers do not grow with the text, and their {_mb(held)} MB are not "
-            "touched"
-        )
+        untouched = megabytes(full.cache_bytes - full.full_layer_bytes)
+        text += f": {others} of {result.layer_count} layers do not grow with the text, and their {untouched} MB stay"
     return text + "."
 
 
@@ -137,25 +135,28 @@ def _speed(result: Result) -> str:
         text += f" (the same reading repeated differs by up to {spread:.0%} on this machine)"
     share = full.cache_bytes / (full.cache_bytes + result.weight_bytes)
     text += (
-        f". A decoding step reads up to {_mb(result.weight_bytes)} MB of weights and {_mb(full.cache_bytes)} MB of "
-        f"full cache, so no cache however small could take more than about {share:.0%} off it here"
+        f". A decoding step reads up to {megabytes(result.weight_bytes)} MB of weights and "
+        f"{megabytes(full.cache_bytes)} MB of full cache, so no cache however small could take more than about "
+        f"{share:.0%} off it here"
     )
     return text + ("; it pays in speed where the cache outweighs the model." if share < 0.5 else ".")
 
 
 def answers(result: Result) -> Table:
-    """What every cache answered to every question; wrong answers as the model gave them."""
+    """Which cache answered which question right."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    out = Table(title="what was answered", title_justify="left")
+    out = Table(title="answers", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     out.add_column("the text says")
     for outcome in result.outcomes:
-        out.add_column(outcome.setting.name)
+        out.add_column(outcome.setting.name.replace(" ", "\n"), justify="center", no_wrap=True)
     for number, fact in enumerate(result.reading.facts):
-        said = [outcome.answers[number] for outcome in result.outcomes]
-        cells = ["[green]right" if a.right else f"[red]{escape(a.said) or '(nothing)'}" for a in said]
-        out.add_row(escape(f"{number + 1}. {fact.sentence}"), *cells)
+        right = [outcome.answers[number].right for outcome in result.outcomes]
+        out.add_row(
+            escape(f"{number + 1}. {fact.sentence}"), *("[green]yes" if r else "[red]no" for r in right)
+        )
     return out
 
 
@@ -219,6 +220,7 @@ def _outcome_dict(outcome: Outcome, result: Result) -> dict[str, Any]:
         "answers_right": outcome.answers_right,
         "answer_tokens_right": outcome.answer_tokens_right,
         "answer_tokens_kept": outcome.answer_tokens_kept,
+        "answer_tokens_by_chance": outcome.answer_tokens_by_chance,
         "answers": [
             {"said": a.said, "right": a.right, "tokens_right": a.tokens_right, "tokens": a.tokens}
             for a in outcome.answers
@@ -227,5 +229,7 @@ def _outcome_dict(outcome: Outcome, result: Result) -> dict[str, Any]:
     }
 
 
-def _mb(count: float) -> str:
-    return f"{count / 1e6:,.1f}"
+def megabytes(count: float) -> str:
+    """Three digits that count: 1,072 and 12.4 and 0.0312."""
+    value = count / 1e6
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

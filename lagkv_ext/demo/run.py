@@ -71,6 +71,7 @@ class Outcome:
     # bool [layers * heads, N]: which tokens of the text each head of the full-attention layers holds
     kept: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
     answer_tokens_kept: float = 1.0  # share of the answers' tokens that the heads still hold
+    answer_tokens_by_chance: float = 1.0  # the same if partitions kept as many tokens, but any
     first_token_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
@@ -179,8 +180,6 @@ def run(
             bench.read(outcomes[index])
         progress(f"reading again, round {done_rounds + 1}", len(outcomes), len(outcomes))
 
-    rows = outcomes[0].tokens_seen - 1
-    partitions = (rows - sink_size) // lag_size
     return Result(
         model_name=loaded.name,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
@@ -195,7 +194,7 @@ def run(
         reading=reading,
         outcomes=outcomes,
         rounds=done_rounds,
-        always_kept=(sink_size, rows - sink_size - (partitions - 1) * lag_size),
+        always_kept=bench.always_kept(),
         seconds=time.perf_counter() - began,
     )
 
@@ -231,6 +230,11 @@ class _Bench:
                 f"context is {limit} tokens long"
             )
 
+    def always_kept(self) -> tuple[int, int]:
+        """Leading and trailing tokens of the text that are not in a partition that loses any."""
+        after = self.ids.shape[1] - self.sink_size
+        return self.sink_size, after - (after // self.lag_size - 1) * self.lag_size
+
     def new_cache(self, setting: Setting) -> Any:
         from transformers import DynamicCache
 
@@ -247,9 +251,9 @@ class _Bench:
         )
 
     def warm_up(self, settings: Sequence[Setting]) -> None:
-        """Every code path once, on as little of the text as gets compressed."""
+        """Every code path once (the ratio leads to none), on as little of the text as gets compressed."""
         short = self.ids[:, : self.sink_size + 2 * self.lag_size]
-        for setting in settings:
+        for setting in {setting.score: setting for setting in settings}.values():
             cache = self.new_cache(setting)
             token = self._likeliest(short, cache)
             self._likeliest(token, cache)
@@ -272,8 +276,12 @@ class _Bench:
         heads = [self._kept(cache, layer, tokens) for layer in self.full_layers]
         self.heads = heads[0].shape[0]
         outcome.kept = torch.cat(heads)
-        answers = torch.cat([outcome.kept[:, begin:end] for begin, end in self.reading.answer_spans], dim=1)
-        outcome.answer_tokens_kept = answers.double().mean().item()
+        answers = torch.cat([torch.arange(begin, end) for begin, end in self.reading.answer_spans])
+        outcome.answer_tokens_kept = outcome.kept[:, answers].double().mean().item()
+        leading, trailing = self.always_kept()
+        middle = outcome.kept[:, leading : tokens - trailing].double().mean()
+        chance = torch.where((answers < leading) | (answers >= tokens - trailing), 1.0, middle)
+        outcome.answer_tokens_by_chance = chance.mean().item()
         # One token further: what a sliding-window layer of transformers holds after a prompt is a view on all of it.
         decoding = copy.deepcopy(cache)
         self._likeliest(self.ids[:, -1:], decoding)
