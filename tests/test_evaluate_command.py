@@ -105,15 +105,15 @@ def test_missing_package_is_named(monkeypatch):
 def test_interruption_ends_with_130(tmp_path, monkeypatch):
     from lagkv_ext.evaluate.runner import Runner
 
-    real, count = Runner._one, []
+    real, count = Runner._record, []
 
-    def one(self, *arguments):
+    def record(self, *arguments):
         count.append(1)
         if len(count) == 2:
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    monkeypatch.setattr(Runner, "_one", one)
+    monkeypatch.setattr(Runner, "_record", record)
     result = run(*FEW, "--out", tmp_path)
     assert result.exit_code == 130
     assert "the same command goes on from here" in result.output

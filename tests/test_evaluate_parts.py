@@ -250,8 +250,8 @@ class TestFork:
         ids = torch.randint(2, 90, (1, 20), generator=torch.Generator().manual_seed(4))
         whole = model(torch.cat([prefill.ids, ids], dim=1)).logits[:, 150:]
         rows = torch.arange(150, dtype=torch.int32).expand(1, 2, -1).contiguous()
-        for index in (None, {1: rows, 2: rows}):
-            said = forward(model, ids, prefill.fork(index), position=150, logits_to_keep=0)
+        for indices in ((), ({1: rows, 2: rows},)):
+            said = forward(model, ids, prefill.fork(*indices), position=150, logits_to_keep=0)
             torch.testing.assert_close(said, whole, atol=2e-4, rtol=1e-3)
 
     def test_compressed_fork_answers_as_lagkv_cache(self, prefill):
@@ -271,6 +271,19 @@ class TestFork:
             ]
         torch.testing.assert_close(together, expected, atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(torch.cat(single, dim=1), expected, atol=2e-4, rtol=1e-3)
+
+    def test_a_batch_of_forks_answers_as_each_alone(self, prefill):
+        ids = torch.randint(2, 90, (1, 9), generator=torch.Generator().manual_seed(6))
+        indices = [
+            {i: methods.select(methods.METHODS[name], layer(prefill, i)) for i in (1, 2)}
+            for name in ("lagkv-std", "window", "h2o")
+        ]
+        model = evaluate_models.model()
+        with torch.inference_mode():
+            batch = forward(model, ids.expand(3, -1), prefill.fork(*indices), position=150, logits_to_keep=0)
+            for said, index in zip(batch, indices, strict=True):
+                alone = forward(model, ids, prefill.fork(index), position=150, logits_to_keep=0)
+                torch.testing.assert_close(said, alone[0], atol=2e-4, rtol=1e-3)
 
     def test_forks_do_not_touch_the_original(self, prefill):
         before = [x.keys.clone() for x in prefill.cache.layers]

@@ -101,12 +101,12 @@ class TestRunner:
         ids, _ = asker.context("Some text to be read first.", chat=False)
         prefill = read(model, ids, [1, 2])
         question = Question("What", kind="generate", max_tokens=4)
-        said = asker.ask(question, asker.encode(question, ""), prefill.fork(), prefill.tokens, {})["said"]
+        said = asker.ask(question, asker.encode(question, ""), prefill.fork(), prefill.tokens, {})[0]["said"]
         for answer, exact in ((said, True), (said[:-1] + ("a" if said[-1] != "a" else "b"), False)):
             literal = Question("What", answer=answer)
             encoded = asker.encode(literal, "")
             assert len(encoded.spans) == 4 - (len(answer) - len(answer.lstrip()))
-            assert asker.ask(literal, encoded, prefill.fork(), prefill.tokens, {})["exact"] is exact
+            assert asker.ask(literal, encoded, prefill.fork(), prefill.tokens, {})[0]["exact"] is exact
 
     def test_too_long_is_left_out_and_the_rest_measured(self, tmp_path):
         long = Sample("mixed", "long", "x" * 300, (Question("y", answer=" z"),))

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lagkv_ext.evaluate import metrics
-from lagkv_ext.evaluate.prefill import forward
+from lagkv_ext.evaluate.prefill import fork_cache, forward
 from lagkv_ext.evaluate.types import EvaluationError, Question
 
 _MARK = "<<question>>"
+# Asked with one forward pass, whose batch can hold several caches.
+ONE_PASS = {"literal", "rank", "continue", "imitate"}
 
 
 @dataclass
@@ -81,68 +83,81 @@ class Asker:
         return encoded.ids.shape[1] + (question.max_tokens if question.kind in ("generate", "imitate") else 0)
 
     def ask(
-        self, question: Question, encoded: Encoded, cache: Any, position: int, reference: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Ask on ``cache`` (which is used up) and mark.
+        self,
+        question: Question,
+        encoded: Encoded,
+        cache: Any,
+        position: int,
+        reference: dict[str, Any],
+        batch: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Ask the ``batch`` sequences of ``cache`` (which is used up) the same question; a mark for each.
 
         ``reference`` belongs to this question: the full cache, which must be asked first, leaves there what
-        others are held against.
+        others are held against. ``batch`` over 1 is for the kinds in `ONE_PASS`.
         """
         with torch.inference_mode():
-            return getattr(self, f"_{question.kind}")(question, encoded, cache, position, reference)
+            return getattr(self, f"_{question.kind}")(question, encoded, cache, position, reference, batch)
 
     def _literal(
-        self, question: Question, encoded: Encoded, cache: Any, position: int, _: dict
-    ) -> dict[str, Any]:
+        self, question: Question, encoded: Encoded, cache: Any, position: int, _: dict, batch: int
+    ) -> list[dict[str, Any]]:
         places = torch.tensor(encoded.spans, device=encoded.ids.device)
-        logits = forward(self.model, encoded.ids[:, :-1], cache, position=position, logits_to_keep=places - 1)
-        said, wanted = logits[0].argmax(dim=-1), encoded.ids[0, places]
-        right = said == wanted
-        return {
-            "score": right.double().mean().item(),
-            "exact": bool(right.all()),
-            "tokens": len(encoded.spans),
-            "said": self.tokenizer.decode(said),
-            "nll": F.cross_entropy(logits[0].float(), wanted).item(),
-        }
+        ids = encoded.ids[:, :-1].expand(batch, -1)
+        wanted = encoded.ids[0, places]
+        out = []
+        for logits in forward(self.model, ids, cache, position=position, logits_to_keep=places - 1):
+            said = logits.argmax(dim=-1)
+            right = said == wanted
+            out.append(
+                {
+                    "score": right.double().mean().item(),
+                    "exact": bool(right.all()),
+                    "tokens": len(encoded.spans),
+                    "said": self.tokenizer.decode(said),
+                    "nll": F.cross_entropy(logits.float(), wanted).item(),
+                }
+            )
+        return out
 
     def _rank(
-        self, question: Question, encoded: Encoded, cache: Any, position: int, _: dict
-    ) -> dict[str, Any]:
-        logits = forward(self.model, encoded.ids, cache, position=position, logits_to_keep=1)[0, -1].float()
+        self, question: Question, encoded: Encoded, cache: Any, position: int, _: dict, batch: int
+    ) -> list[dict[str, Any]]:
         first = dict(zip(question.candidates, encoded.candidates, strict=True))
         # Candidates that begin with the same token cannot be told apart, and count as one.
-        tokens = torch.tensor(sorted(set(first.values())), device=logits.device)
-        order = tokens[logits[tokens].argsort(descending=True, stable=True)].tolist()
-        top = set(order[: len(question.answers)])
-        named = [word for word in question.candidates if first[word] in top]
-        return {
-            "score": sum(first[a] in top for a in question.answers) / len(question.answers),
-            "chance": len(question.answers) / len(order),
-            "said": "".join(named),
-        }
+        tokens = torch.tensor(sorted(set(first.values())), device=encoded.ids.device)
+        ids = encoded.ids.expand(batch, -1)
+        out = []
+        for logits in forward(self.model, ids, cache, position=position, logits_to_keep=1)[:, -1].float():
+            order = tokens[logits[tokens].argsort(descending=True, stable=True)].tolist()
+            top = set(order[: len(question.answers)])
+            out.append(
+                {
+                    "score": sum(first[a] in top for a in question.answers) / len(question.answers),
+                    "chance": len(question.answers) / len(order),
+                    "said": "".join(word for word in question.candidates if first[word] in top),
+                }
+            )
+        return out
 
     def _generate(
-        self, question: Question, encoded: Encoded, cache: Any, position: int, _: dict
-    ) -> dict[str, Any]:
+        self, question: Question, encoded: Encoded, cache: Any, position: int, _: dict, batch: int
+    ) -> list[dict[str, Any]]:
         said = self._greedy(encoded.ids, cache, position, question.max_tokens, question.stop)
         classes = question.extra.get("classes") or ()
-        return {"score": metrics.best(question.metric, said, question.answers, classes), "said": said}
+        return [{"score": metrics.best(question.metric, said, question.answers, classes), "said": said}]
 
     def _continue(
-        self, question: Question, encoded: Encoded, cache: Any, position: int, reference: dict
-    ) -> dict[str, Any]:
-        logits = forward(self.model, encoded.ids[:, :-1], cache, position=position, logits_to_keep=0)[
-            0
-        ].float()
-        return self._fidelity(logits, encoded.ids[0, 1:], reference)
+        self, question: Question, encoded: Encoded, cache: Any, position: int, reference: dict, batch: int
+    ) -> list[dict[str, Any]]:
+        ids = encoded.ids[:, :-1].expand(batch, -1)
+        all_logits = forward(self.model, ids, cache, position=position, logits_to_keep=0)
+        return [self._fidelity(logits, encoded.ids[0, 1:], reference) for logits in all_logits]
 
     def _imitate(
-        self, question: Question, encoded: Encoded, cache: Any, position: int, reference: dict
-    ) -> dict[str, Any]:
+        self, question: Question, encoded: Encoded, cache: Any, position: int, reference: dict, batch: int
+    ) -> list[dict[str, Any]]:
         if "ids" not in reference:
-            from lagkv_ext.evaluate.prefill import fork_cache
-
             ids = self._greedy_ids(encoded.ids, fork_cache(cache), position, question.max_tokens, ())
             if not ids:
                 raise EvaluationError(f"the full cache has nothing to say to {question.text!r}")
@@ -150,14 +165,14 @@ class Asker:
         said = reference["ids"]
         joint = torch.cat([encoded.ids, said], dim=1)
         places = torch.arange(encoded.ids.shape[1] - 1, joint.shape[1] - 1, device=joint.device)
-        logits = forward(self.model, joint[:, :-1], cache, position=position, logits_to_keep=places)[
-            0
-        ].float()
-        result = self._fidelity(logits, said[0], reference)
-        return {**result, "full_said": self.tokenizer.decode(said[0])}
+        all_logits = forward(
+            self.model, joint[:, :-1].expand(batch, -1), cache, position=position, logits_to_keep=places
+        )
+        shown = {"full_said": self.tokenizer.decode(said[0])}
+        return [{**self._fidelity(logits, said[0], reference), **shown} for logits in all_logits]
 
     def _fidelity(self, logits: Tensor, wanted: Tensor, reference: dict) -> dict[str, Any]:
-        log = F.log_softmax(logits, dim=-1)
+        log = F.log_softmax(logits.float(), dim=-1)
         full = reference.setdefault("log", log)
         said = log.argmax(dim=-1)
         agree = said == full.argmax(dim=-1)

@@ -49,31 +49,51 @@ class Prefill:
         """Keys and values ``[1, H, N, D]`` of a full-attention layer."""
         return self.cache.layers[layer].keys, self.cache.layers[layer].values
 
-    def fork(self, index: dict[int, Tensor] | None = None) -> Any:
-        """A cache to go on with, holding the rows ``index[layer] [1, H, K]`` of the full-attention layers
-        (None: all).
+    def fork(self, *indices: dict[int, Tensor]) -> Any:
+        """A cache to go on with: a batch of as many sequences as ``indices`` are given, or the whole cache for none.
+
+        Each ``index[layer] [1, H, K]`` says which rows of a full-attention layer one of them holds; ``K`` is the
+        same for all.
         """
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, rows in (index or {}).items():
+        if not indices:
+            return fork_cache(self.cache)
+        rows: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer in indices[0]:
             key, value = self.rows(layer)
-            kept[layer] = compact(key, rows), compact(value, rows)
-        return fork_cache(self.cache, kept)
+            rows[layer] = (
+                torch.cat([compact(key, index[layer]) for index in indices]),
+                torch.cat([compact(value, index[layer]) for index in indices]),
+            )
+        return fork_cache(self.cache, rows, batch=len(indices))
 
 
-def fork_cache(cache: Any, rows: dict[int, tuple[Tensor, Tensor]] | None = None) -> Any:
-    """A copy of a `DynamicCache` that can be appended to without changing the original, some layers with other rows."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+def fork_cache(cache: Any, rows: dict[int, tuple[Tensor, Tensor]] | None = None, *, batch: int = 1) -> Any:
+    """A copy of a `DynamicCache` that can be appended to without changing the original, some layers with other rows.
 
+    ``batch`` over 1 repeats the layers without rows of their own, and needs `can_batch`.
+    """
     new = copy.copy(cache)
     new.layers = []
     for i, layer in enumerate(cache.layers):
-        # These two concatenate when they grow and never write in place, so their tensors can be shared.
-        shared = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        twin = copy.copy(layer) if shared else copy.deepcopy(layer)
+        twin = copy.copy(layer) if _by_row(layer) else copy.deepcopy(layer)
         if rows and i in rows:
             twin.keys, twin.values = rows[i]
+        elif batch > 1:
+            twin.keys, twin.values = (x.expand(batch, -1, -1, -1) for x in (layer.keys, layer.values))
         new.layers.append(twin)
     return new
+
+
+def can_batch(cache: Any) -> bool:
+    """Whether every layer keeps keys and values by row, which can be repeated for a batch."""
+    return all(_by_row(layer) for layer in cache.layers)
+
+
+def _by_row(layer: Any) -> bool:
+    """Layers that concatenate when they grow and never write in place: their tensors can be shared between forks."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def read(model: Any, ids: Tensor, layers: list[int], *, attention: bool = False) -> Prefill:
@@ -98,10 +118,10 @@ def read(model: Any, ids: Tensor, layers: list[int], *, attention: bool = False)
 
 
 def forward(model: Any, ids: Tensor, cache: Any, *, position: int, logits_to_keep: Any) -> Tensor:
-    """Logits ``[1, kept, vocabulary]`` of new tokens at ``position``: their place in the text, whatever
-    the cache still holds.
+    """Logits ``[B, kept, vocabulary]`` of new tokens ``ids [B, n]`` at ``position``: their place in the text,
+    whatever the cache still holds.
     """
-    positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+    positions = torch.arange(position, position + ids.shape[1], device=ids.device).expand(ids.shape)
     return model(
         input_ids=ids,
         position_ids=positions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import platform
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 
 from lagkv_ext.evaluate import methods
-from lagkv_ext.evaluate.ask import Asker, Encoded
-from lagkv_ext.evaluate.prefill import Prefill, forward, read
+from lagkv_ext.evaluate.ask import ONE_PASS, Asker, Encoded
+from lagkv_ext.evaluate.prefill import Prefill, can_batch, forward, read
 from lagkv_ext.evaluate.storage import Results
 from lagkv_ext.evaluate.types import FULL, EvaluationError, Question, Sample, Setting, Skipped
 from lagkv_ext.models import full_attention_layers
+
+_LARGEST_BATCH = 16
 
 Progress = Callable[[str, int, int], None]  # what is being done, samples done, samples in all
 
@@ -33,6 +36,19 @@ class Work:
     ids: Any
     encoded: list[Encoded]
     settings: list[Setting]
+    missing: set[Setting]  # of the settings: not measured yet
+
+
+class _Clock:
+    """Time since it was made. Processor time besides the clock's: on a shared machine only that can be compared."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def spent(self, shares: int) -> dict[str, float]:
+        now = time.perf_counter(), time.process_time()
+        clock, cpu = (round((b - a) / shares, 3) for a, b in zip(self.began, now, strict=True))
+        return {"seconds": clock, "cpu_seconds": cpu}
 
 
 def digest(sample: Sample) -> str:
@@ -72,15 +88,15 @@ class Runner:
         for number, sample in enumerate(samples):
             progress(f"{sample.task}: {sample.name}", number, len(samples))
             work = self._prepare(sample, settings)
-            if work is not None and work.settings:
+            if work is not None:
                 self._measure(work, chosen, lambda what, n=number: progress(what, n, len(samples)))  # type: ignore[misc]
         progress("done", len(samples), len(samples))
 
     def _prepare(self, sample: Sample, settings: Sequence[Setting]) -> Work | None:
         hashed = digest(sample)
         done = self.results.done()
-        left = [s for s in settings if (sample.task, sample.name, hashed, s.name) not in done]
-        if not left:
+        missing = {s for s in settings if (sample.task, sample.name, hashed, s.name) not in done}
+        if not missing:
             return None
         ids, ending = self.asker.context(sample.context, chat=sample.chat)
         encoded = [self.asker.encode(q, ending) for q in sample.questions]
@@ -95,73 +111,101 @@ class Runner:
                 f"needs {needed} tokens, and the model's context is {self.asker.limit} tokens long",
             )
             return None
-        return Work(sample, hashed, ids, encoded, left)
+        return Work(sample, hashed, ids, encoded, list(settings), missing)
 
     def _measure(self, work: Work, chosen: dict[str, methods.Method], say: Callable[[str], None]) -> None:
         sample = work.sample
         say(f"{sample.task}: reading {work.ids.shape[1]} tokens")
         watch = any(s.method in methods.NEED_ATTENTION for s in work.settings)
-        began, cpu_began = time.perf_counter(), time.process_time()
+        clock = _Clock()
         prefill = read(self.model, work.ids, self.layers, attention=watch)
-        read_s, read_cpu = time.perf_counter() - began, time.process_time() - cpu_began
         references: list[dict[str, Any]] = [{} for _ in sample.questions]
         compared = any(q.kind in ("continue", "imitate") for q in sample.questions)
-        for setting in [FULL, *(s for s in work.settings if s != FULL)]:
-            if setting == FULL and FULL not in work.settings and not compared:
-                continue  # measured in an earlier run, and nothing here is held against it token by token
-            say(f"{sample.task}: {setting.name}")
-            began, cpu_began = time.perf_counter(), time.process_time()
-            try:
-                record = self._one(setting, work, prefill, references, chosen)
-            except methods.NotPossible as reason:
-                self._skip(sample, work.digest, setting.name, str(reason))
-                continue
-            first = setting == FULL
-            # Processor time besides the clock's: on a shared machine only that can be compared.
-            record["seconds"] = round(time.perf_counter() - began + first * read_s, 3)
-            record["cpu_seconds"] = round(time.process_time() - cpu_began + first * read_cpu, 3)
-            if setting in work.settings:
-                self.results.add(record)
+        # Where it was measured in an earlier run, and nothing is held against it token by token, it is not asked again.
+        if FULL in work.missing or compared:
+            say(f"{sample.task}: full")
+            self._record(work, prefill, [FULL], prefill.fork, references, clock)
+        for group in self._groups(work, prefill, chosen):
+            if not work.missing.isdisjoint(group):
+                first, *others = group
+                say(f"{sample.task}: {first.name}" + (f" and {len(others)} more" if others else ""))
+                fork = functools.partial(prefill.fork, *group.values())
+                self._record(work, prefill, list(group), fork, references, _Clock())
+        for setting in work.settings:
+            if setting.method == "lagkv-cache" and setting in work.missing:
+                say(f"{sample.task}: {setting.name}")
+                clock = _Clock()
+                fork = functools.partial(copy.deepcopy, self._through_cache(setting, prefill))
+                self._record(work, prefill, [setting], fork, references, clock)
 
-    def _one(
+    def _groups(
+        self, work: Work, prefill: Prefill, chosen: dict[str, methods.Method]
+    ) -> list[dict[Setting, dict[int, torch.Tensor]]]:
+        """Settings that keep equally many rows, with these rows: they are asked together, as a batch.
+
+        Groups do not depend on what was measured before, so that a resumed run computes what an uninterrupted
+        one does.
+        """
+        batched = can_batch(prefill.cache) and all(q.kind in ONE_PASS for q in work.sample.questions)
+        groups: list[dict[Setting, dict[int, torch.Tensor]]] = []
+        for setting in work.settings:
+            if _special(setting):
+                continue
+            try:
+                index = self._select(setting, work, prefill, chosen)
+            except methods.NotPossible as reason:
+                self._skip(work.sample, work.digest, setting.name, str(reason))
+                continue
+            rows = index[self.layers[0]].shape[2]
+            # All forks together hold at most four times the rows of the full cache.
+            most = max(1, min(_LARGEST_BATCH, 4 * prefill.tokens // rows)) if batched else 1
+            for group in groups:
+                other = next(iter(group.values()))
+                if other[self.layers[0]].shape[2] == rows and len(group) < most:
+                    group[setting] = index
+                    break
+            else:
+                groups.append({setting: index})
+        return groups
+
+    def _record(
         self,
-        setting: Setting,
         work: Work,
         prefill: Prefill,
+        settings: list[Setting],
+        fork: Callable[[], Any],
         references: list[dict[str, Any]],
-        chosen: dict[str, methods.Method],
-    ) -> dict[str, Any]:
-        sample = work.sample
-        if setting.method == "lagkv-cache":
-            cache, fork = self._through_cache(setting, prefill), copy.deepcopy
-        else:
-            index = self._select(setting, work, prefill, chosen) if setting != FULL else None
-            cache, fork = prefill.fork(index), None
-        held = [cache.layers[i] for i in self.layers]
-        record: dict[str, Any] = {
-            "kind": "result",
-            "task": sample.task,
-            "sample": sample.name,
-            "digest": work.digest,
-            "setting_name": setting.name,
-            "setting": setting.to_json(),
-            "facts": sample.facts,
-            "tokens": prefill.tokens,
-            "rows": sum(x.keys.shape[2] for x in held) / len(held),
-            "full_layer_bytes": sum(t.numel() * t.element_size() for x in held for t in (x.keys, x.values)),
-            "cache_bytes": sum(
-                t.numel() * t.element_size()
-                for x in cache.layers
-                for t in (x.keys, x.values)
-                if t is not None
-            ),
-        }
-        record["questions"] = []
+        clock: _Clock,
+    ) -> None:
+        """Ask every question on a fresh fork, whose batch holds a sequence for each setting; add what was missing."""
+        sample, count = work.sample, len(settings)
+        answers = []
         for question, encoded, reference in zip(sample.questions, work.encoded, references, strict=True):
-            again = fork(cache) if fork else prefill.fork(index)
-            answer = self.asker.ask(question, encoded, again, prefill.tokens, reference)
-            record["questions"].append({k: _short(v) for k, v in answer.items()} | _shown(question))
-        return record
+            answers.append(self.asker.ask(question, encoded, fork(), prefill.tokens, reference, count))
+        layers = fork().layers
+        held = [layers[i] for i in self.layers]
+        spent = clock.spent(count)
+        for i, setting in enumerate(settings):
+            if setting not in work.missing:
+                continue
+            marks = [{k: _short(v) for k, v in of_question[i].items()} for of_question in answers]
+            self.results.add(
+                {
+                    "kind": "result",
+                    "task": sample.task,
+                    "sample": sample.name,
+                    "digest": work.digest,
+                    "setting_name": setting.name,
+                    "setting": setting.to_json(),
+                    "facts": sample.facts,
+                    "tokens": prefill.tokens,
+                    "rows": sum(x.keys.shape[2] for x in held) / len(held),
+                    "full_layer_bytes": _bytes(held) // count,
+                    "cache_bytes": _bytes(layers) // count,
+                    **spent,
+                    "questions": [m | _shown(q) for m, q in zip(marks, sample.questions, strict=True)],
+                }
+            )
 
     def _select(
         self, setting: Setting, work: Work, prefill: Prefill, chosen: dict[str, methods.Method]
@@ -230,6 +274,13 @@ class Runner:
 
 def _special(setting: Setting) -> bool:
     return setting == FULL or setting.method == "lagkv-cache"
+
+
+def _bytes(layers: Sequence[Any]) -> int:
+    held = (
+        t for x in layers for t in (getattr(x, "keys", None), getattr(x, "values", None)) if t is not None
+    )
+    return sum(t.numel() * t.element_size() for t in held)
 
 
 def _short(value: Any) -> Any:
