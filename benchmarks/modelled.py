@@ -1,8 +1,8 @@
 """The CUDA kernels' memory traffic where there is no GPU: counted by the SIMT executor of ``tests/simt``.
 
-It is a model and says so: the very kernels run thread by thread on the CPU, and every access is counted, but nothing is
-known of time. A small problem stands for the large one: one head, and as many partitions per block as the launch planner
-gives the large problem on the device that is assumed.
+It is a model and says so: the very kernels run thread by thread on the CPU, and every access is counted, but nothing
+is known of time. A small problem stands for the large one: one head, and as many partitions per block as the launch
+planner gives the large problem on the device that is assumed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def traffic(problem: Problem) -> dict[str, Any]:
         return {"reason": "nothing is compressed at this length"}
     module = simt.module()
     run = _plan(module, problem, module.Device(**DEVICE))["run"]
-    small = _small(problem, runs=2, run=run)
-    # As many multiprocessors as give the small problem runs of that length too.
-    for count in range(1, 2 * small.compressed + 2):
-        device = {**DEVICE, "multiprocessors": count}
+    # One multiprocessor, and as many runs as make the planner choose that length for the small problem too.
+    device = {**DEVICE, "multiprocessors": 1}
+    for runs in range(1, 9):
+        small = _small(problem, runs=runs, run=run)
         if _plan(module, small, module.Device(**device))["run"] == run:
             break
     else:

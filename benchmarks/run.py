@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         "command": "python -m benchmarks.run " + shlex.join(options.arguments or sys.argv[1:]),
         "commit": commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine(todo),
+        "machine": machine(options.device),
         "settings": {
             "cache": options.cache,
             "rounds": options.rounds,
@@ -179,18 +179,18 @@ def time_case(
             budget_s=options.budget,
             seed=options.seed,
         )
-    copy_rate = None
-    if "copy" in measured.rounds:
-        copy_rate = case.problem.least_bytes("copy") / measured.seconds("copy").median
     for contender in entered:
         seconds = measured.seconds(contender.name)
-        rate = case.problem.least_bytes(contender.moves) / seconds.median
+        least = case.problem.least_bytes(contender.moves)
+        share = None
+        if "copy" in measured.rounds:
+            share = least / case.problem.least_bytes("copy") * measured.ratio("copy", contender.name).median
         result["contenders"][contender.name] = {
             "what": contender.what,
             "seconds": dataclasses.asdict(seconds),
-            "least_bytes": case.problem.least_bytes(contender.moves),
-            "gb_per_s": rate / 1e9,
-            "copy_share": None if copy_rate is None else rate / copy_rate,
+            "least_bytes": least,
+            "gb_per_s": least / seconds.median / 1e9,
+            "copy_share": share,
         }
     for pair in report.RATIOS:
         if all(name in measured.rounds for name in pair):
@@ -265,10 +265,9 @@ def make_cases(options: argparse.Namespace) -> list[cases.Case]:
     return made
 
 
-def machine(todo: Sequence[cases.Case]) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What a reader has to know of the machine to read the numbers."""
     facts = lagkv_ext.info()
-    device = todo[0].device
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
