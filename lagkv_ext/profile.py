@@ -1,0 +1,463 @@
+"""``lagkv profile``: where the time of one compression goes, stage by stage, beside what copying the same cache takes.
+
+Needs torch alone: ``python -m lagkv_ext.profile`` is the same command without typer.
+
+Labels. Torch's dispatcher reports every operator call to ``torch.profiler``, as ``lagkv::compress`` and so on and with
+shapes, while a profiler runs; without one it looks at one thread-local flag. So the operators carry no labels of their
+own: a ``record_function`` around a call costs microseconds even where nobody listens. The same callback makes NVTX
+ranges of the calls for Nsight Systems, under ``torch.autograd.profiler.emit_nvtx()``: ``--once`` does that on CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lagkv_ext import checks, timing
+from lagkv_ext._library import info
+from lagkv_ext.ops import DEFAULT_KEEP_RATIO, keep_count
+from lagkv_ext.traffic import Problem
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATING}
+STAGES = ("bounds", "score", "select", "compact", "compress", "compress_", "copy")
+_OPERATOR = {"bounds": "partition_bounds", "score": "lag_score", "select": "topk_index"}
+_WHAT = {
+    "bounds": "partition_bounds of key and value",
+    "score": "lag_score (bounds included)",
+    "select": "topk_index",
+    "compact": "compact of key and value",
+    "compress": "everything, fused",
+    "compress_": "everything, fused, in place",
+    "copy": "key and value into existing buffers",
+}
+
+
+class ProfileError(ValueError):
+    """Arguments that cannot be profiled here; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``least_bytes`` as in `Problem.least_bytes`; ``copy_share``: its rate over the copy's, round by round."""
+
+    name: str
+    what: str
+    seconds: timing.Spread
+    least_bytes: int
+    copy_share: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.least_bytes / self.seconds.median / 1e9
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One CUDA kernel launch of a stage, as CUPTI reports it."""
+
+    stage: str
+    name: str
+    microseconds: float
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    registers: int
+    shared_bytes: int
+    occupancy_percent: float | None  # estimated from registers, shared memory and grid
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Result of `profile`; ``print`` it for a table, `to_dict` for JSON."""
+
+    problem: Problem
+    device: str
+    facts: dict[str, Any]
+    cache: str
+    stages: tuple[Stage, ...]
+    kernels: tuple[Kernel, ...]
+    no_kernels: str  # why there are none
+
+    def to_dict(self) -> dict[str, Any]:
+        problem = {
+            **dataclasses.asdict(self.problem),
+            "dtype": str(self.problem.dtype).removeprefix("torch."),
+        }
+        return {
+            "problem": {**problem, "rows": self.problem.rows, "partitions": self.problem.partitions},
+            "device": self.device,
+            "facts": self.facts,
+            "cache": self.cache,
+            "stages": [{**dataclasses.asdict(x), "gb_per_s": x.gb_per_s} for x in self.stages],
+            "kernels": [dataclasses.asdict(x) for x in self.kernels],
+            "no_kernels": self.no_kernels,
+        }
+
+    def __str__(self) -> str:
+        p, f = self.problem, self.facts
+        where = f["gpu"] or f"{f['threads']} threads, {f['cpu_isa']}"
+        dims = str(p.key_dim) if p.key_dim == p.value_dim else f"{p.key_dim}+{p.value_dim}"
+        lines = [
+            f"[{p.batch}, {p.heads}, {p.tokens}, {dims}] {str(p.dtype).removeprefix('torch.')} on {self.device} "
+            f"({where}), caches {self.cache}",
+            f"start {p.start}, lag_size {p.lag_size}, keep {p.keep}, score {p.score}: {p.partitions} partitions, "
+            f"{p.tokens} -> {p.rows} rows, cache {p.cache_bytes / 1e6:.1f} MB",
+            "",
+            f"{'stage':10}{'us':>11}{'quartiles':>23}{'MB':>9}{'GB/s':>8}{'of copy':>9}",
+        ]
+        for x in self.stages:
+            us = x.seconds.scaled(1e6)
+            lines.append(
+                f"{x.name:10}{us.median:11.1f}{us.q1:12.1f} ..{us.q3:8.1f}{x.least_bytes / 1e6:9.2f}{x.gb_per_s:8.2f}"
+                f"{100 * x.copy_share:8.0f}%  {x.what}"
+            )
+        lines.append(
+            "MB: the least any method reads and writes; GB/s and share of the measured copy follow from it"
+        )
+        if self.no_kernels:
+            lines.append(f"launch plan, registers, occupancy: {self.no_kernels}")
+        for k in self.kernels:
+            occupancy = "unknown" if k.occupancy_percent is None else f"{k.occupancy_percent:.0f}%"
+            lines.append(
+                f"{k.stage}: {k.name} {k.microseconds:.1f} us, grid {list(k.grid)}, block {list(k.block)}, "
+                f"{k.registers} registers, {k.shared_bytes} B shared, occupancy {occupancy}"
+            )
+        return "\n".join(lines)
+
+
+def profile(
+    problem: Problem,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 21,
+    cold: bool = True,
+    seed: int = 0,
+) -> Profile:
+    """Time every stage of one problem, in turns (see `timing.measure`).
+
+    Args:
+        problem: shapes and parameters.
+        device: "cpu", "cuda", "cuda:1", ...
+        threads: CPU threads; torch's current number by default. Restored afterwards.
+        cold: empty the last-level cache before every run.
+
+    Raises:
+        ProfileError: a device or kernels that are not there, threads out of range, too little memory (said before any
+            is taken).
+    """
+    target = check_device(device)
+    with _threads(threads):
+        _check_memory(problem, target)
+        calls, restore = _calls(problem, target, seed)
+        with torch.no_grad():
+            measured = timing.measure(
+                [timing.Candidate(name, call, restore) for name, call in calls.items()],
+                device=target,
+                rounds=rounds,
+                cold=cold,
+            )
+        copied = problem.least_bytes("copy")
+        stages = []
+        for name in calls:
+            seconds, least = measured.seconds(name), problem.least_bytes(_OPERATOR.get(name, name))
+            share = least / copied * measured.ratio("copy", name).median
+            stages.append(Stage(name, _WHAT[name], seconds, least, share))
+        if target.type == "cuda":
+            kernels = _cuda_kernels(calls, restore)
+            no_kernels = "" if kernels else "the profiler saw no kernel (is CUPTI there?)"
+        else:
+            kernels = ()
+            no_kernels = "only on CUDA" + ("" if torch.cuda.is_available() else f", and {_no_cuda()}")
+            no_kernels += "; registers without a GPU: make kernel-report"
+        facts = {
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(target) if target.type == "cuda" else None,
+            "threads": torch.get_num_threads(),
+            "cpu_isa": info()["cpu_isa"],
+            "load": os.getloadavg()[0],
+        }
+    return Profile(
+        problem, str(target), facts, "cold" if cold else "warm", tuple(stages), kernels, no_kernels
+    )
+
+
+def write_trace(
+    problem: Problem, path: Path, *, device: str = "cpu", threads: int | None = None, seed: int = 0
+) -> None:
+    """A Chrome trace (chrome://tracing, Perfetto) of every stage, three times; gzipped where the name ends with .gz."""
+    target = check_device(device)
+    with _threads(threads), torch.no_grad():
+        _check_memory(problem, target)
+        calls, restore = _calls(problem, target, seed)
+        for call in calls.values():
+            call()
+        with _profiler(target, record_shapes=True) as profiler:
+            for _ in range(3):
+                for name, call in calls.items():
+                    restore()
+                    with torch.profiler.record_function(f"lagkv profile: {name}"):
+                        call()
+            _synchronize(target)
+        profiler.export_chrome_trace(str(path))
+
+
+def run_once(problem: Problem, *, device: str = "cpu", threads: int | None = None, seed: int = 0) -> None:
+    """Every stage once after a warm-up, between cudaProfilerStart and -Stop and with NVTX ranges: for ncu and nsys."""
+    target = check_device(device)
+    with _threads(threads), torch.no_grad():
+        calls, restore = _calls(problem, target, seed)
+        for call in calls.values():
+            call()
+        restore()
+        _synchronize(target)
+        on_cuda = target.type == "cuda"
+        with torch.cuda.profiler.profile() if on_cuda else contextlib.nullcontext():
+            with (
+                torch.autograd.profiler.emit_nvtx(record_shapes=True) if on_cuda else contextlib.nullcontext()
+            ):
+                for call in calls.values():
+                    call()
+            _synchronize(target)
+
+
+def ncu_command(problem: Problem, device: str = "cuda") -> str:
+    """The Nsight Compute command line that goes further: every metric of every lagkv kernel of this problem."""
+    command = [sys.executable, "-m", "lagkv_ext.profile", "--once", "--device", device, *_arguments(problem)]
+    options = "ncu --set full --import-source on --profile-from-start off --kernel-name-base demangled"
+    return f"{options} --kernel-name regex:lagkv::cuda --export lagkv-profile --force-overwrite {shlex.join(command)}"
+
+
+def check_device(device: str) -> torch.device:
+    """The device, or ProfileError: unknown, or not there, or its kernels not loaded."""
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ProfileError(f"unknown device {device!r}; known: cpu, cuda, cuda:INDEX")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ProfileError(f"unknown device {device!r}; known: cpu, cuda, cuda:INDEX") from error
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ProfileError(f"device {device}: {_no_cuda()}")
+        if (target.index or 0) >= torch.cuda.device_count():
+            raise ProfileError(f"device {device}: there are {torch.cuda.device_count()} CUDA devices")
+        if (status := info()["cuda_kernels"]) != "loaded":
+            raise ProfileError(f"device {device}: the CUDA kernels are {status}")
+    return target
+
+
+def kernels_of_trace(trace: dict[str, Any], stage: str) -> list[Kernel]:
+    """The kernel launches in a Chrome trace of torch.profiler, in order of time."""
+    events = [e for e in trace.get("traceEvents", []) if e.get("cat") == "kernel"]
+    found = []
+    for event in sorted(events, key=lambda e: e["ts"]):
+        args = event["args"]
+        found.append(
+            Kernel(
+                stage=stage,
+                name=event["name"].split("(")[0].removeprefix("void "),
+                microseconds=float(event["dur"]),
+                grid=tuple(args["grid"]),
+                block=tuple(args["block"]),
+                registers=int(args["registers per thread"]),
+                shared_bytes=int(args["shared memory"]),
+                occupancy_percent=args.get("est. achieved occupancy %"),
+            )
+        )
+    return found
+
+
+def _cuda_kernels(calls: dict[str, Callable[[], Any]], restore: Callable[[], None]) -> tuple[Kernel, ...]:
+    kernels: list[Kernel] = []
+    target = torch.device("cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        for name, call in calls.items():
+            if name == "copy":
+                continue
+            restore()
+            _synchronize(target)
+            with _profiler(target) as profiler:
+                call()
+                _synchronize(target)
+            profiler.export_chrome_trace(str(path))
+            kernels += kernels_of_trace(json.loads(path.read_text(encoding="utf-8")), name)
+    return tuple(kernels)
+
+
+def _calls(
+    p: Problem, device: torch.device, seed: int
+) -> tuple[dict[str, Callable[[], Any]], Callable[[], None]]:
+    """The stages by name, all on the same key and value, and what makes these as they were."""
+    lagkv = torch.ops.lagkv
+    pristine = p.make(device, seed)
+    key, value = (x.clone() for x in pristine)
+    copies = [torch.empty_like(x) for x in pristine]
+    scores = lagkv.lag_score(key, value, p.start, p.lag_size, **p.scoring)
+    index: Tensor = lagkv.compress(key, value, p.start, p.lag_size, p.keep, **p.scoring)[2]
+
+    def restore() -> None:
+        key.copy_(pristine[0])
+        value.copy_(pristine[1])
+
+    calls: dict[str, Callable[[], Any]] = {
+        "bounds": lambda: [lagkv.partition_bounds(x, p.start, p.lag_size) for x in (key, value)],
+        "score": lambda: lagkv.lag_score(key, value, p.start, p.lag_size, **p.scoring),
+        "select": lambda: lagkv.topk_index(scores, p.keep),
+        "compact": lambda: [lagkv.compact(x, index) for x in (key, value)],
+        "compress": lambda: lagkv.compress(key, value, p.start, p.lag_size, p.keep, **p.scoring),
+        "compress_": lambda: lagkv.compress_(key, value, p.start, p.lag_size, p.keep, **p.scoring),
+        "copy": lambda: [new.copy_(x) for new, x in zip(copies, (key, value), strict=True)],
+    }
+    return calls, restore
+
+
+def _check_memory(p: Problem, device: torch.device) -> None:
+    need, free = 3 * p.cache_bytes + 2 * p.output_bytes, timing.available_bytes(device)
+    if need > 0.9 * free:
+        raise ProfileError(
+            f"this problem needs {need / 1e9:.2f} GB on {device} (three caches and two results), "
+            f"{free / 1e9:.2f} GB are free"
+        )
+
+
+def _profiler(device: torch.device, **options: Any) -> torch.profiler.profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities, **options)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None):
+    if count is None:
+        yield
+        return
+    cores = os.cpu_count() or 1
+    if not 1 <= count <= cores:
+        raise ProfileError(f"threads must be between 1 and {cores} here, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _no_cuda() -> str:
+    return (
+        f"torch {torch.__version__} has no CUDA"
+        if torch.version.cuda is None
+        else "torch sees no CUDA device"
+    )
+
+
+def _arguments(p: Problem) -> list[str]:
+    """The options that make this problem again."""
+    made = {
+        "batch": p.batch,
+        "heads": p.heads,
+        "tokens": p.tokens,
+        "dim": p.key_dim,
+        "value-dim": p.value_dim,
+        "dtype": str(p.dtype).removeprefix("torch."),
+        "sink-size": p.start,
+        "lag-size": p.lag_size,
+        "keep": p.keep,
+        "value-weight": p.value_weight,
+        "score": p.score,
+    }
+    return [text for name, x in made.items() for text in (f"--{name}", str(x))]
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv_ext.profile") -> int:
+    """The command; 0, or 2 with a message where it was refused."""
+    options = _parser(program).parse_args(arguments)
+    try:
+        if options.dtype not in DTYPES:
+            raise ProfileError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPES)}")
+        problem = Problem(
+            heads=options.heads,
+            tokens=options.tokens,
+            key_dim=options.dim,
+            value_dim=options.dim if options.value_dim is None else options.value_dim,
+            dtype=DTYPES[options.dtype],
+            batch=options.batch,
+            start=options.sink_size,
+            lag_size=options.lag_size,
+            keep=options.keep or keep_count(options.keep_ratio, options.lag_size),
+            value_weight=options.value_weight,
+            score=options.score,
+        )
+        where = {"device": options.device, "threads": options.threads}
+        if options.once:
+            run_once(problem, **where)
+            return 0
+        result = profile(problem, rounds=options.rounds, cold=options.cache == "cold", **where)
+        print(result)
+        if options.json:
+            options.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+            print(f"results: {options.json}")
+        if options.trace:
+            write_trace(problem, options.trace, **where)
+            print(f"trace: {options.trace} (open in Perfetto or chrome://tracing)")
+        on_cuda = options.device.startswith("cuda")
+        note = "" if on_cuda else " (on a machine with a GPU)"
+        print(f"further{note}: {ncu_command(problem, options.device if on_cuda else 'cuda')}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Time, bytes and GB/s of every stage of one compression, beside copying the cache.",
+    )
+    add = parser.add_argument
+    add("--batch", type=int, default=1)
+    add("--heads", type=int, default=8, help="KV heads (default %(default)s)")
+    add("--tokens", type=int, default=32768)
+    add("--dim", type=int, default=128, help="head dim of keys, and of values unless --value-dim is given")
+    add("--value-dim", type=int)
+    add("--dtype", default="bfloat16", help=", ".join(DTYPES))
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--threads", type=int, help="CPU threads; default torch's own choice")
+    add("--sink-size", type=int, default=16)
+    add("--lag-size", type=int, default=128)
+    keeping = parser.add_mutually_exclusive_group()
+    keeping.add_argument("--keep", type=int, help="tokens kept of each partition")
+    keeping.add_argument(
+        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share kept (default %(default)s)"
+    )
+    add("--value-weight", type=float, default=1.0)
+    add("--score", default="std", help=", ".join(checks.SCORES))
+    add("--rounds", type=int, default=21, help="turns of every stage (default %(default)s)")
+    add("--cache", choices=("cold", "warm"), default="cold", help="of the processor or GPU, before every run")
+    add("--trace", type=Path, metavar="FILE", help="also write a Chrome trace of three more turns")
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--once", action="store_true", help="no timing: every stage once, for ncu and nsys to look at")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
