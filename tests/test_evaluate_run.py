@@ -174,6 +174,15 @@ class TestResume:
         with pytest.raises(EvaluationError, match="with model 'tiny', and this run has 'other'"):
             Results(finished[0], {**HEADER, "model": "other"})
 
+    def test_two_runs_do_not_write_to_one_file(self, tmp_path):
+        path = tmp_path / RESULTS
+        with Results(path, HEADER) as results:
+            with pytest.raises(EvaluationError, match="another run is writing"):
+                Results(path, HEADER)
+            results.add({"kind": "result", "n": 1})
+        with Results(path, HEADER) as results:
+            assert len(results.records) == 1
+
     def test_a_file_of_something_else_is_refused(self, tmp_path):
         path = tmp_path / RESULTS
         for text in ("hello\n", "[1]\n"):

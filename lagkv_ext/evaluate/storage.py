@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -25,20 +26,30 @@ class Results:
         self.header = {"kind": "run", "format": FORMAT, **header}
         self.records: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = 0
-        if path.exists():
-            whole, lines = _read(path)
-            old = [x for x in lines if x.get("kind") == "run"]
-            for run in old:
-                for name in IDENTITY:
-                    if run.get(name) != self.header.get(name):
-                        raise EvaluationError(
-                            f"{path} holds results with {name} {run.get(name)!r}, and this run "
-                            f"has {self.header.get(name)!r}: "
-                            "give another --out, or --fresh to begin anew"
-                        )
-            self.records = [x for x in lines if x.get("kind") != "run"]
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        try:
+            self._take_up()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take_up(self) -> None:
+        try:
+            # Released by the system when the file is closed or its process dies.
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EvaluationError(
+                f"another run is writing to {self.path}: wait for it, or give another --out"
+            ) from None
+        whole, lines = _read(self.path)
+        for run in (x for x in lines if x.get("kind") == "run"):
+            for name in IDENTITY:
+                if run.get(name) != self.header.get(name):
+                    raise EvaluationError(
+                        f"{self.path} holds results with {name} {run.get(name)!r}, and this run has "
+                        f"{self.header.get(name)!r}: give another --out, or --fresh to begin anew"
+                    )
+        self.records = [x for x in lines if x.get("kind") != "run"]
         self._file.truncate(whole)
         self._file.seek(whole)
         self._append(self.header)
