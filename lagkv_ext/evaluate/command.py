@@ -28,7 +28,7 @@ def evaluate(
         str,
         typer.Option(help="gemma3-270m (from its PyPI package), a directory, a .gguf file, or a hub name."),
     ] = "gemma3-270m",
-    preset: Annotated[str, typer.Option(help="quick, standard, heatmap or ablation.")] = "quick",
+    preset: Annotated[str, typer.Option(help="quick, standard, heatmap, ablation or recursion.")] = "quick",
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
     methods: Annotated[
         str | None, typer.Option(help="lagkv-std, window, h2o, ..., or module:function of your own score.")

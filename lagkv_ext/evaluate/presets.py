@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lagkv_ext.evaluate.tasks import Spec
 from lagkv_ext.evaluate.types import Setting
@@ -52,35 +53,35 @@ def _small(size: int, prompts: int) -> tuple[Spec, ...]:
     )
 
 
-def _cache_ablation() -> tuple[Setting, ...]:
-    """`LagKVCache` itself: in one piece (compresses once) and in chunks (recursively), both orders."""
-    out = []
-    for score in ("std", "cosine"):
-        for options in (
-            {},
-            {"chunk": 512},
-            {"chunk": 256},
-            {"chunk": 256, "order": "compress_then_use"},
-        ):
-            out.append(
-                Setting("lagkv-cache", 0.25, options=tuple(sorted({"score": score, **options}.items())))
-            )
-    return tuple(out)
+def _recursion() -> tuple[Setting, ...]:
+    """`LagKVCache` itself: in one piece (compresses once) and in chunks (recursively), in both orders."""
+    variants: tuple[dict[str, Any], ...] = (
+        {},
+        {"chunk": 256},
+        {"chunk": 256, "order": "compress_then_use"},
+    )
+    return tuple(
+        Setting("lagkv-cache", 0.25, options=tuple(sorted({"score": score, **options}.items())))
+        for score in ("std", "cosine")
+        for options in variants
+    )
 
 
 def _ablation() -> tuple[Setting, ...]:
+    """Around ``keep_ratio=0.25, lag_size=128, sink_size=16``, one thing at a time."""
     out = [
         Setting(f"lagkv-{score}{part}", 0.25)
-        for score in ("std", "cosine")
         for part in ("", "-k", "-v", "-global")
+        for score in ("std", "cosine")
     ]
     for score in ("std", "cosine"):
+        # Smaller partitions leave a smaller window: `as_L` spends that on more tokens of each partition.
         out += [
-            Setting(f"lagkv-{score}", 0.25, lag_size=lag, options=(("as_L", 128),))
-            for lag in (16, 32, 64, 256, 512)
+            Setting(f"lagkv-{score}", 0.25, lag_size=lag, options=(("as_L", 128),)) for lag in (16, 32, 64)
         ]
+        out += [Setting(f"lagkv-{score}", 0.25, lag_size=lag) for lag in (64, 256)]
         out += [Setting(f"lagkv-{score}", 0.25, sink_size=sink) for sink in (0, 4, 64)]
-    return (*out, Setting("keydiff-partition", 0.25), *_cache_ablation())
+    return (*out, Setting("keydiff", 0.25), Setting("keydiff-partition", 0.25), Setting("random", 0.25))
 
 
 PRESETS = {
@@ -117,15 +118,26 @@ PRESETS = {
         (0.25,),
     ),
     "ablation": Preset(
-        "L, K against V, shared budgets, sink size, one-shot against recursive and chunked, at 1/4",
+        "L, K against V, budgets shared over a head, sink size, at 1/4",
         (
-            Spec("facts", 1500, 5, (("facts", 3),)),
-            Spec("passkey", 1500, 5),
-            Spec("multikey-uuid", 1500, 5, (("asked", 1),)),
-            Spec("fidelity", 1500, 5, (("tokens", 48),)),
+            Spec("facts", 1000, 5, (("facts", 3),)),
+            Spec("passkey", 1000, 5),
+            Spec("multikey-uuid", 1000, 5, (("asked", 1),)),
+            Spec("fidelity", 1000, 5, (("tokens", 48),)),
         ),
         (),
         (),
         extra=_ablation(),
+    ),
+    "recursion": Preset(
+        "one-shot against recursive compression in chunks, through LagKVCache, at 1/4",
+        (
+            Spec("facts", 1000, 5, (("facts", 3),)),
+            Spec("multikey-uuid", 1000, 5, (("asked", 1),)),
+            Spec("fidelity", 1000, 5, (("tokens", 48),)),
+        ),
+        (),
+        (),
+        extra=_recursion(),
     ),
 }
