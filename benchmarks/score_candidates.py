@@ -1,0 +1,116 @@
+"""Lag-relative scores that were tried against the paper's and the cosine score; docs/quality.md says how they did.
+
+Each is a function for ``lagkv evaluate --methods benchmarks.score_candidates:NAME``: one pass, the next partition as
+reference, no attention. All but those that end in ``_global`` keep the same number of tokens of each partition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lagkv_ext import lag_score
+from lagkv_ext.evaluate.methods import Layer
+
+
+def _partitions(x: Tensor, layer: Layer) -> Tensor:
+    """``[1, H, P, L, D]``: the candidates' partitions and the one after them."""
+    free = layer.candidates
+    return x[:, :, free.start : free.stop + layer.lag_size].float().unflatten(2, (-1, layer.lag_size))
+
+
+def _standardised(s: Tensor) -> Tensor:
+    return (s - s.mean(dim=-1, keepdim=True)) / s.std(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _cosine(layer: Layer) -> Tensor:
+    """The cosine score ``[1, H, P - 1, L]``."""
+    return lag_score(
+        layer.key, layer.value, lag_size=layer.lag_size, sink_size=layer.sink_size, score="cosine"
+    )
+
+
+def _std(layer: Layer) -> Tensor:
+    """The paper's statistic of keys and of values, each standardised instead of passed through a softmax."""
+    total = torch.zeros((), device=layer.key.device)
+    for x in (layer.key, layer.value):
+        tiles = _partitions(x, layer)
+        lo, hi = tiles[:, :, 1:].amin(dim=3, keepdim=True), tiles[:, :, 1:].amax(dim=3, keepdim=True)
+        total = total + _standardised(((tiles[:, :, :-1] - lo) / (hi - lo).clamp_min(1e-12)).std(dim=-1))
+    return total
+
+
+def _whole(parts: Tensor, layer: Layer) -> Tensor:
+    """``[1, H, N]`` from scores of the candidates; the rest is protected, whatever its score."""
+    out = torch.zeros(layer.key.shape[:3], device=layer.key.device)
+    out[..., layer.candidates] = parts.flatten(2)
+    return out
+
+
+def _each(parts: Tensor, layer: Layer) -> Tensor:
+    """Ranks within partitions: the highest of all ranks are then equally many of each partition."""
+    order = parts.argsort(dim=-1, descending=True, stable=True)
+    return _whole(-order.argsort(dim=-1).float(), layer)
+
+
+def _smoothed(s: Tensor, width: int) -> Tensor:
+    """Mean over neighbours within the partition, the edges over those there are."""
+    flat = F.avg_pool1d(
+        s.flatten(0, 2)[:, None], width, stride=1, padding=width // 2, count_include_pad=False
+    )
+    return flat[:, 0].view_as(s)
+
+
+def std_z(layer: Layer) -> Tensor:
+    """The paper's statistic, standardised: whether the softmax matters."""
+    return _each(_std(layer), layer)
+
+
+def blend(layer: Layer) -> Tensor:
+    """Sum of both scores, standardised."""
+    return _each(_std(layer) + _cosine(layer), layer)
+
+
+def either(layer: Layer) -> Tensor:
+    """The larger of both."""
+    return _each(torch.maximum(_std(layer), _cosine(layer)), layer)
+
+
+def distance(layer: Layer) -> Tensor:
+    """Distance to the next partition's mean, each channel in units of that partition's deviation."""
+    total = torch.zeros((), device=layer.key.device)
+    for x in (layer.key, layer.value):
+        tiles = _partitions(x, layer)
+        mean, std = tiles[:, :, 1:].mean(dim=3, keepdim=True), tiles[:, :, 1:].std(dim=3, keepdim=True)
+        total = total + _standardised(((tiles[:, :, :-1] - mean) / std.clamp_min(1e-12)).norm(dim=-1))
+    return _each(total, layer)
+
+
+def smooth3(layer: Layer) -> Tensor:
+    """The cosine score averaged over 3 neighbours: literals are several tokens, and are of no use in pieces."""
+    return _each(_smoothed(_cosine(layer), 3), layer)
+
+
+def smooth5(layer: Layer) -> Tensor:
+    """As `smooth3`, over 5."""
+    return _each(_smoothed(_cosine(layer), 5), layer)
+
+
+def smooth9(layer: Layer) -> Tensor:
+    """As `smooth3`, over 9."""
+    return _each(_smoothed(_cosine(layer), 9), layer)
+
+
+def smooth5_global(layer: Layer) -> Tensor:
+    """`smooth5` with one budget for all partitions of a head."""
+    return _whole(_smoothed(_cosine(layer), 5), layer)
+
+
+def floor(layer: Layer) -> Tensor:
+    """A quarter of each partition's budget goes to evenly spaced tokens, the rest to the cosine score."""
+    parts = _cosine(layer).clone()
+    even = max(1, layer.keep // 4)
+    places = torch.linspace(0, layer.lag_size - 1, even, device=parts.device).long()
+    parts[..., places] = torch.inf
+    return _each(parts, layer)
