@@ -115,6 +115,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("append"), st.integers(1, 40)),
         st.tuples(st.just("append"), st.just(1)),
         st.tuples(st.just("decode"), st.integers(2, 20)),
+        st.tuples(st.just("decode until a compression"), st.just(20)),
         st.tuples(st.just("crop"), st.integers(0, 12)),
         st.tuples(st.just("reorder"), st.integers(0, 1 << 16)),
         st.tuples(st.just("repeat"), st.integers(2, 3)),
@@ -145,8 +146,11 @@ def test_any_life_of_a_layer(lag_size, keep, sink_size, order, scoring, actions)
     record = Record(lag_size, keep, sink_size, scoring)
     batch, abandoned = 2, []
     for step, (action, number) in enumerate(actions):
-        if action in ("append", "decode"):
+        if action in ("append", "decode", "decode until a compression"):
+            compressions = record.compressions
             for i, new in enumerate([number] if action == "append" else [1] * number):
+                if action == "decode until a compression" and record.compressions > compressions:
+                    break
                 key, value = states(new, batch, seed=1000 * step + i)
                 columns, offset = layer.get_mask_sizes(new)
                 assert offset + columns == layer.get_seq_length() + new
@@ -362,6 +366,30 @@ def test_what_attention_sees_stays_intact_until_the_next_step():
         layer.get_mask_sizes(1)
         assert torch.equal(returned[0], torch.cat([held, key], dim=2))
     assert layer.compressions >= 8
+
+
+@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
+def test_every_change_comes_after_the_compression_that_is_due(order):
+    """The last token of a partition sets off a compression in place, which may still wait when the next call comes."""
+    changes = [
+        (lambda x: x.crop(-1), lambda x: x.crop(1)),
+        (lambda x: x.crop(-3), lambda x: x.crop(3)),
+        (lambda x: x.reorder_cache(torch.tensor([1, 0])), lambda x: x.map(lambda y: y.flip(0))),
+        (lambda x: x.batch_repeat_interleave(2), lambda x: x.map(lambda y: y.repeat_interleave(2, dim=0))),
+        (lambda x: x.batch_select_indices(torch.tensor([1])), lambda x: x.map(lambda y: y[1:])),
+        (lambda x: x.offload(), lambda x: None),
+        (lambda x: x.reset(), lambda x: x.reset()),
+        (lambda x: copy.deepcopy(x).crop(-5), lambda x: None),
+    ]
+    for ours, theirs in changes:
+        layer, record = make_layer(order=order), Record(8, 2, 4, {})
+        for i, new in enumerate([30, *[1] * 6]):
+            layer.update(*states(new, seed=i))
+            assert layer.compressions == 1 + (i == 6)
+            record.append(*states(new, seed=i))
+        ours(layer)
+        theirs(record)
+        assert_same(layer, record)
 
 
 def test_cropping_much_gives_memory_back():

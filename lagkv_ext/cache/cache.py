@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.mask import FittingMask, refuse_padding
 from lagkv_ext.cache.report import CacheReport, LayerReport, storage_bytes
 from lagkv_ext.cache.settings import check_config, layer_settings, settings_per_layer
+
+# Before transformers 5.16: crop also took the length to crop to, and masks knew nothing of a query offset.
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+_HAS_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
 
 
 class LagKVCache(DynamicCache):
@@ -91,13 +97,21 @@ class LagKVCache(DynamicCache):
             self.layers[i] = LagKVLayer(settings[i])
         self._compresses = any(x.compresses for x in settings.values())
         # Layers with linear and full attention in one are not compressed, but share the mask of full-attention layers.
-        other = zip(self.is_sliding, self.is_linear, self.is_dummy, strict=True)
-        self._sharing_mask = tuple(i for i, kinds in enumerate(other) if not any(kinds))
+        self._sharing_mask = tuple(
+            i
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False)
+        )
         self._uniform = len({settings.get(i) for i in self._sharing_mask}) == 1
+        if not self._uniform and not _HAS_QUERY_OFFSET:
+            raise ValueError(
+                "layers that keep different numbers of tokens (layer_keep_ratio, skip_layers) need a transformers "
+                f"whose masks have a query offset (5.16 has), this is {transformers.__version__}"
+            )
 
     # -- masks
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
         """``(columns, position of the first)`` of the attention mask for ``query_length`` new tokens.
 
         A full-attention layer answers for all of them, since they share one mask: with the longest (see `FittingMask`).
@@ -108,12 +122,13 @@ class LagKVCache(DynamicCache):
             # transformers names it otherwise, nothing is found here (and a test fails).
             refuse_padding(sys._getframe(1).f_locals.get("attention_mask"))
         if layer_idx not in self._sharing_mask:
-            return super().get_mask_sizes(query_length, layer_idx)
-        return max(
-            cast(CacheLayerMixin, self.layers[i]).get_mask_sizes(query_length) for i in self._sharing_mask
-        )
+            return super().get_mask_sizes(cast(int, query_length), layer_idx)
+        # Early versions 5 hand over the positions of the new tokens.
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return max(cast(CacheLayerMixin, self.layers[i]).get_mask_sizes(new) for i in self._sharing_mask)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override] # transformers itself returns a tensor for static caches
+    # transformers' annotation says int, its static caches return tensors
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
         offset = super().get_query_offset(layer_idx)
         if layer_idx in self._sharing_mask and not self._uniform:
             return torch.tensor(offset).as_subclass(FittingMask)
@@ -132,6 +147,8 @@ class LagKVCache(DynamicCache):
         Raises:
             ValueError: where it would cut into what a compression left; no layer is changed then.
         """
+        if tokens_to_remove > 0 and _CROPS_TO_LENGTH:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         for layer in self._lagkv_layers().values():
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)

@@ -65,6 +65,8 @@ class LagKVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """``(rows that attention will see, position of the first if they were contiguous)``.
 
