@@ -114,3 +114,50 @@ def floor(layer: Layer) -> Tensor:
     places = torch.linspace(0, layer.lag_size - 1, even, device=parts.device).long()
     parts[..., places] = torch.inf
     return _each(parts, layer)
+
+
+def _raw(layer: Layer, *, values: bool = True) -> Tensor:
+    """Minus the cosine to the next partition's mean direction, as it is: a partition full of outliers stays one."""
+    total = torch.zeros((), device=layer.key.device)
+    for x in (layer.key, layer.value) if values else (layer.key,):
+        direction = F.normalize(_partitions(x, layer), dim=-1)
+        anchor = F.normalize(direction[:, :, 1:].mean(dim=3, keepdim=True), dim=-1)
+        total = total - (direction[:, :, :-1] * anchor).sum(dim=-1)
+    return total
+
+
+def _shared(parts: Tensor, layer: Layer, share: float) -> Tensor:
+    """A share of the budget for the best of each partition, the rest for the best of the head."""
+    ranks = parts.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    sure = ranks < max(1, round(share * layer.keep))
+    return _whole(torch.where(sure, torch.inf, parts), layer)
+
+
+def raw_global(layer: Layer) -> Tensor:
+    """The cosine without standardising, one budget for a head."""
+    return _whole(_raw(layer), layer)
+
+
+def raw_key_global(layer: Layer) -> Tensor:
+    """As `raw_global`, keys only."""
+    return _whole(_raw(layer, values=False), layer)
+
+
+def raw_shared(layer: Layer) -> Tensor:
+    """As `raw_global`, but a quarter of the budget is for the best of each partition."""
+    return _shared(_raw(layer), layer, 0.25)
+
+
+def raw_half_shared(layer: Layer) -> Tensor:
+    """As `raw_shared`, with a half."""
+    return _shared(_raw(layer), layer, 0.5)
+
+
+def smooth3_raw_shared(layer: Layer) -> Tensor:
+    """`raw_shared` over 3 neighbours."""
+    return _shared(_smoothed(_raw(layer), 3), layer, 0.25)
+
+
+def raw(layer: Layer) -> Tensor:
+    """Keys and values added as they are, equally many tokens of each partition."""
+    return _each(_raw(layer), layer)

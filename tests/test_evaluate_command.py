@@ -37,6 +37,7 @@ def run(*arguments):
 def test_measures_reports_and_reports_again(tmp_path):
     result = run(*FEW, "--out", tmp_path, "--gpu-price", "2")
     assert result.exit_code == 0, result.output
+    assert "0/1 passkey" in result.output
     assert f"report:  {tmp_path / 'report.html'}" in result.output
     lines = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [x["kind"] for x in lines] == ["run", "result", "result", "result"]

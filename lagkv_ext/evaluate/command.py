@@ -143,6 +143,16 @@ def evaluate(
             console=console,
         ) as bar:
             shown = bar.add_task(f"loading {model}", total=None)
+            told = -1
+
+            def progress(what: str, done: int, total: int) -> None:
+                nonlocal told
+                bar.update(shown, description=what, completed=done, total=total)
+                # A bar is drawn on terminals alone; a log gets a line per prompt.
+                if not console.is_terminal and done != told:
+                    typer.echo(f"{done}/{total} {what}", err=True)
+                told = done
+
             loaded = load_model(
                 model,
                 dtype=DTYPES[dtype],
@@ -155,9 +165,7 @@ def evaluate(
                 out,
                 fresh=fresh,
                 command=shlex.join(["lagkv", *sys.argv[1:]]),
-                progress=lambda what, done, total: bar.update(
-                    shown, description=what, completed=done, total=total
-                ),
+                progress=progress,
             )
         for x in outcome.skipped:
             typer.echo(f"left out: {x.what}: {x.why}", err=True)
