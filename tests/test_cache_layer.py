@@ -242,6 +242,27 @@ def test_other_dtypes(dtype):
     assert_same(layer, record)
 
 
+@given(
+    order=st.sampled_from(["use_then_compress", "compress_then_use"]),
+    steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 7)), min_size=1, max_size=12),
+)
+def test_recording_the_past_rejected_tokens_leave_no_trace(order, steps):
+    """Assisted decoding: every step takes in tokens, of which `crop` rejects some; they never choose what is kept."""
+    layer, record = make_layer(order=order), Record(8, 2, 4, {})
+    layer.activate_past_recording()
+    for i, (accepted, rejected) in enumerate(steps):
+        key, value = states(accepted + rejected, seed=i)
+        held = record.rows[0] if record.rows else states(0)[0]
+        columns, _ = layer.get_mask_sizes(accepted + rejected)
+        returned = layer.update(key, value)
+        assert returned[0].shape[2] == columns
+        assert torch.equal(returned[0], torch.cat([held, key], dim=2))
+        layer.crop(-rejected)
+        record.append(key[:, :, :accepted], value[:, :, :accepted])
+        assert_same(layer, record)
+        assert layer.storages()[0].shape[2] <= 2 * max(74, layer.rows + layer.rows // 16)
+
+
 # -- memory
 
 

@@ -218,6 +218,33 @@ def test_beam_search_scores_are_those_of_the_compressed_model(kind):
     torch.testing.assert_close(result.sequences_scores.double(), alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_assisted_decoding_keeps_what_the_accepted_tokens_keep(kind, order):
+    """Prompt lookup proposes tokens, most are rejected: the kept set and the result are as if they had never been."""
+    model, ids = tiny_model(kind, "sdpa", torch.float64), prompt(12).repeat(1, 5)
+    cache, lengths, crops = LagKVCache(model.config, keep=2, order=order, **SMALL), [], []
+    crop = cache.crop
+
+    def watched_crop(tokens_to_remove):
+        crop(tokens_to_remove)
+        crops.append(tokens_to_remove)
+        lengths.append(cache.get_seq_length())
+
+    cache.crop = watched_crop
+    tokens = generate(model, ids, cache, new=40, prompt_lookup_num_tokens=5)
+    steps = [b - a for a, b in itertools.pairwise([0, *lengths])]
+    assert min(crops) < 0  # some proposals were rejected
+    layers = {
+        i: OracleLayer(keep=2, **SMALL) for i in full_layers(kind)
+    }  # recording, every step is used first
+    logits = Oracle(kind, layers).forward(tokens[:, : lengths[-1]], steps)
+    assert torch.equal(logits[:, 59 : lengths[-1]].argmax(dim=-1), tokens[:, 60 : lengths[-1] + 1])
+    for i, layer in layers.items():
+        assert torch.equal(cache.kept_positions(i).long(), layer.positions)
+        assert cache.report().layers[i].compressions == layer.compressions > 3
+
+
 def test_a_second_turn_goes_on_with_the_same_cache():
     model = tiny_model("gemma3", "sdpa", torch.float64)
     cache = LagKVCache(model.config, keep=2, **SMALL)
@@ -420,7 +447,7 @@ def test_what_transformers_expects_of_a_cache():
     assert (len(cache), cache.is_compileable, cache.is_croppable, cache.is_sliding) == (
         3,
         False,
-        False,
+        True,
         [False] * 3,
     )
     assert (cache.get_max_length(), cache.get_seq_length(), cache.is_initialized) == (-1, 0, False)

@@ -142,7 +142,7 @@ class LagKVCache(DynamicCache):
     # -- changes
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens (transformers >= 5 counts them negatively).
+        """Remove the last ``-tokens_to_remove`` tokens, as assisted decoding does (the number is negative).
 
         Raises:
             ValueError: where it would cut into what a compression left; no layer is changed then.

@@ -37,11 +37,14 @@ class LagKVLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False  # a compression cannot be taken back, so a rollback may leave a trace
+    is_croppable = (
+        True  # without a trace while the past is recorded, as for the sliding-window layers of transformers
+    )
 
     def __init__(self, settings: LayerSettings):
         # Not the base class's __init__: it assigns keys and values, which are properties here.
         self.settings = settings
+        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
@@ -110,10 +113,10 @@ class LagKVLayer(CacheLayerMixin):
         assert buffer is not None
         new = key_states.shape[2]
         total = self.rows + new
-        count = self.settings.compressed_count(total, self.start)
+        count = self._count_due(total)
         before_use = self._count_before_use(new)
         self.seen += new
-        if count and (0 < before_use < count or self._is_bulk(total)):
+        if count and (total > buffer.capacity or 0 < before_use < count):
             return self._replace(key_states, value_states, count, before_use)
         if total > buffer.capacity:
             buffer.reallocate(self._capacity_for(total))
@@ -126,15 +129,21 @@ class LagKVLayer(CacheLayerMixin):
         return buffer.key, buffer.value
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens, all of them if there are fewer; errors as in `check_crop`."""
+        """Remove the last ``-tokens_to_remove`` tokens, all of them if there are fewer; errors as in `check_crop`.
+
+        While the past is recorded, the tokens that stay are compressed now.
+        """
         self.check_crop(tokens_to_remove)
-        if tokens_to_remove == 0 or self._buffer is None:
+        if self._buffer is None:
             return
         self.settle()
         removed = min(-tokens_to_remove, self.rows)
         self.rows -= removed
         self.seen -= removed
         self._buffer.rows = self.rows
+        if count := self.settings.compressed_count(self.rows, self.start):
+            self._due = self._account(count)
+            self.settle()
         if self._buffer.capacity > 2 * self._capacity_for(self.rows):
             self._buffer.reallocate(self._capacity_for(self.rows))
 
@@ -153,6 +162,11 @@ class LagKVLayer(CacheLayerMixin):
                 f"{recent} of the {self.seen} tokens seen are all still there (compressions so far: "
                 f"{self.compressions}, rows held: {self.rows})"
             )
+
+    def activate_past_recording(self) -> None:
+        """From now on compress in `crop` alone, which assisted decoding calls after every step: a rejected token then
+        never decides what is kept."""
+        self.record_past = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -230,7 +244,10 @@ class LagKVLayer(CacheLayerMixin):
         if self.settings.order == "use_then_compress":
             return 0
         old = max(self.rows - self.start, 0) // self.settings.lag_size
-        return min(old, self.settings.compressed_count(self.rows + new, self.start))
+        return min(old, self._count_due(self.rows + new))
+
+    def _count_due(self, rows: int) -> int:
+        return 0 if self.record_past else self.settings.compressed_count(rows, self.start)
 
     def _dropped(self, count: int) -> int:
         return count * (self.settings.lag_size - self.settings.keep)
@@ -293,12 +310,8 @@ class LagKVLayer(CacheLayerMixin):
     def _capacity_for(self, rows: int) -> int:
         if not self.settings.compresses:
             return rows + max(rows // 16, 64)
-        return max(rows, min(rows + max(rows, 64), self._most_needed()))
-
-    def _is_bulk(self, total: int) -> bool:
-        """Whether a compression of ``total`` rows is worth new storage: they fit no buffer that decoding would need."""
-        assert self._buffer is not None
-        return total > self._buffer.capacity and (self.rows == 0 or total > self._most_needed())
+        most = self._most_needed()
+        return min(rows + max(rows, 64), most) if rows <= most else rows + rows // 16
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffer is None:
