@@ -1,9 +1,9 @@
 """``python -m benchmarks.fixed_cost``: what one call of ``torch.ops.lagkv.compress_`` costs besides its bytes.
 
 Two measurements. The fixed cost: tiny caches that stay in the processor's cache, over growing numbers of KV heads, to
-which everything but the fixed cost of a call is proportional; a straight line through the times meets zero heads, and so
-zero bytes, at the fixed cost, and the smallest call bounds it from above. The decode-time case: every layer of a model
-compresses a few partitions of its cold cache, beside copying the same bytes.
+which everything but the fixed cost of a call is proportional; a straight line through the times meets zero heads, and
+so zero bytes, at the fixed cost, and the smallest call bounds it from above. The decode-time case: every layer of a
+model compresses a few partitions of its cold cache, beside copying the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lagkv_ext.traffic import Problem
 
 TARGET_US = 15.0
 HEADS = (1, 2, 3, 4, 6, 8)
-_TINY = {
+_TINY: dict[str, Any] = {
     "key_dim": 16,
     "value_dim": 16,
     "lag_size": 32,
@@ -95,7 +95,7 @@ def fixed_cost(
 ) -> dict[str, Any]:
     """Microseconds per call on tiny caches, and the lines through their medians and through their best."""
     candidates = []
-    for count in heads:
+    for count in HEADS:
         layers = Layers(
             Problem(heads=count, tokens=16 + 3 * 32, dtype=dtype, **_TINY), layers=1, repeat=calls
         )
@@ -107,7 +107,7 @@ def fixed_cost(
     measured = timing.measure(candidates, rounds=rounds, cold=False, least_rounds=rounds)
     result: dict[str, Any] = {}
     for name in ("operator", "function", "copy"):
-        per_call = {count: measured.seconds(f"{name} {count}").scaled(1e6 / calls) for count in heads}
+        per_call = {count: measured.seconds(f"{name} {count}").scaled(1e6 / calls) for count in HEADS}
         result[name] = {
             "us_per_call": {str(count): dataclasses.asdict(x) for count, x in per_call.items()},
             "fit_of_medians": dataclasses.asdict(fit({count: x.median for count, x in per_call.items()})),
@@ -118,7 +118,7 @@ def fixed_cost(
 
 
 def decode_case(dtype: torch.dtype, partitions: int, layers: int, rounds: int) -> dict[str, Any]:
-    """A Llama-shaped model's layers, each with ``partitions`` partitions to look at, cold: per call, and over a copy."""
+    """A Llama-shaped model's layers, each with a few partitions to look at, cold: per call, and over a copy."""
     problem = Problem(heads=8, tokens=16 + partitions * 128, key_dim=128, value_dim=128, dtype=dtype)
     all_layers = Layers(problem, layers)
     measured = timing.measure(
@@ -173,8 +173,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     d = result["decode"]
     call, copy, ratio = d["us_per_call"], d["copy_us_per_call"], d["over_copy"]
     out.append(
-        f"decode: {d['layers']} layers of {d['partitions']} partitions, 8 heads, {d['bytes_per_layer'] / 1e6:.2f} MB each, "
-        f"cold: {call['median']:.0f} us per call ({call['q1']:.0f} .. {call['q3']:.0f}), copying the same "
+        f"decode: {d['layers']} layers of {d['partitions']} partitions, 8 heads, {d['bytes_per_layer'] / 1e6:.2f} MB "
+        f"each, cold: {call['median']:.0f} us per call ({call['q1']:.0f} .. {call['q3']:.0f}), copying the same "
         f"{copy['median']:.0f} us: {ratio['median']:.2f}x ({ratio['q1']:.2f} .. {ratio['q3']:.2f})"
     )
     return out

@@ -110,7 +110,7 @@ def linearity_lines(cases: Iterable[dict[str, Any]]) -> list[str]:
     groups: dict[tuple, dict[int, dict]] = {}
     for case in cases:
         p = case["problem"]
-        rest = tuple((k, v) for k, v in sorted(p.items()) if k != "tokens")
+        rest = tuple((k, v) for k, v in sorted(p.items()) if k not in ("tokens", "rows"))
         groups.setdefault((case["shape"], case["device"], case["threads"], rest), {})[p["tokens"]] = case[
             "contenders"
         ]

@@ -148,8 +148,8 @@ def measure_case(case: cases.Case, names: Sequence[str], options: argparse.Names
                 contender.close()
         if entered:
             time_case(case, entered, buffers, options, result)
-        if case.device == "cpu" and options.model_cuda:
-            result["modelled"] = modelled.traffic(case.problem)
+        if case.device == "cpu" and not torch.cuda.is_available() and options.model_cuda is not False:
+            result["modelled"] = modelled.traffic(case.problem, build=options.model_cuda is True)
     finally:
         for contender in entered:
             contender.close()
@@ -378,7 +378,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0)
     add(
-        "--no-model-cuda", dest="model_cuda", action="store_false", help="leave out the modelled CUDA traffic"
+        "--model-cuda",
+        action=argparse.BooleanOptionalAction,
+        help="without a GPU: CUDA traffic as the SIMT executor counts it, built if need be (default: if it is built)",
     )
     add("--json", type=Path, metavar="OUT", help="write all results to this file")
     add("--plot", type=Path, metavar="PNG", help="lines over several lengths, else bars")

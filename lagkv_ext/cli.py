@@ -69,6 +69,15 @@ if typer is not None:
 
         raise typer.Exit(plain.main(["info", "--json"] if as_json else ["info"]))
 
+    @app.command(
+        add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    )
+    def profile(context: typer.Context) -> None:
+        """Time, bytes and GB/s of every stage of one compression, beside copying the cache (--help: its options)."""
+        from lagkv_ext import profile as profiling
+
+        raise typer.Exit(profiling.main(context.args, program="lagkv profile"))
+
     @app.command()
     def demo(
         model: Annotated[

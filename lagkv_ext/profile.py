@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv
             batch=options.batch,
             start=options.sink_size,
             lag_size=options.lag_size,
-            keep=options.keep or keep_count(options.keep_ratio, options.lag_size),
+            keep=keep_count(options.keep_ratio, options.lag_size) if options.keep is None else options.keep,
             value_weight=options.value_weight,
             score=options.score,
         )
