@@ -223,6 +223,18 @@ class TestMethods:
         own = methods.resolve("lagkv_ext.evaluate.methods:key_norm")
         assert torch.equal(methods.select(own, x), methods.select(methods.METHODS["keynorm"], x))
 
+    def test_own_entry_points(self, prefill, monkeypatch):
+        from importlib.metadata import EntryPoint
+
+        point = EntryPoint("mine", "lagkv_ext.evaluate.methods:key_norm", methods.ENTRY_POINTS)
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+        x = layer(prefill)
+        assert torch.equal(
+            methods.select(methods.resolve("mine"), x), methods.select(methods.METHODS["keynorm"], x)
+        )
+        with pytest.raises(EvaluationError, match="snapkv, mine, or module:function"):
+            methods.resolve("none")
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [
@@ -309,6 +321,19 @@ class TestCost:
         assert full.per_million == pytest.approx(1e6 * 3.6 / 3600 / full.tokens_per_s)
         small = cost.cost(self.SHAPE, Setting("lagkv-std", 0.25, 100, 16), context=1000, machine=machine)
         assert small.rows == 16 + 25 * 8 + 100 + 84
+
+    def test_shape_of_a_configuration(self):
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(
+            hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+        )
+        shape = cost.Shape.from_config(config, element_size=2, weight_bytes=16_060_522_496)
+        assert (shape.layers, shape.full_layers, shape.window) == (32, 32, None)
+        # The well-known 128 KiB per token of Llama 3.1 8B in 16 bits.
+        assert cost.cost(shape, FULL, context=1000).cache_bytes == 1000 * 131072
+        mine = cost.Shape.from_config(evaluate_models.model().config, element_size=4, weight_bytes=1)
+        assert (mine.layers, mine.full_layers, mine.row_bytes, mine.window) == (3, 2, 128, 15)
 
     def test_no_room_for_the_weights(self):
         c = cost.cost(self.SHAPE, FULL, context=10, machine=cost.Machine(memory=1e6, price=1.0))

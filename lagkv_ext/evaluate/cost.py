@@ -8,6 +8,7 @@ from typing import Any
 
 from lagkv_ext import keep_count, output_length
 from lagkv_ext.evaluate.types import Setting
+from lagkv_ext.models import full_attention_layers
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,30 @@ class Shape:
             window - 1 if window else None,
         )
 
+    @classmethod
+    def from_config(cls, config: Any, *, element_size: int, weight_bytes: int) -> Shape:
+        """Of a transformers configuration, for a model that need not be here: its weights' bytes are given."""
+        return cls.from_header(
+            shape_of(config) | {"element_size": element_size, "weight_bytes": weight_bytes}
+        )
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one token in one layer: ``2 * kv_heads * head_dim * element_size`` (keys and values)."""
         return 2 * self.kv_heads * self.head_dim * self.element_size
+
+
+def shape_of(config: Any) -> dict[str, Any]:
+    """The sizes of a transformers configuration that decide its cache's size."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    return {
+        "layers": text.num_hidden_layers,
+        "full_layers": full_attention_layers(config),
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "sliding_window": getattr(text, "sliding_window", None),
+    }
 
 
 @dataclass(frozen=True)

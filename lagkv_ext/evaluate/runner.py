@@ -17,6 +17,7 @@ import torch
 
 from lagkv_ext.evaluate import methods
 from lagkv_ext.evaluate.ask import ONE_PASS, Asker, Encoded
+from lagkv_ext.evaluate.cost import shape_of
 from lagkv_ext.evaluate.prefill import Prefill, can_batch, forward, read
 from lagkv_ext.evaluate.storage import Results
 from lagkv_ext.evaluate.types import FULL, EvaluationError, Question, Sample, Setting, Skipped
@@ -300,8 +301,6 @@ def environment(loaded: Any) -> dict[str, Any]:
     import lagkv_ext
 
     parameter = next(loaded.model.parameters())
-    config = loaded.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
     return {
         "model": loaded.name,
         "weights": Path(loaded.path).name,
@@ -317,11 +316,7 @@ def environment(loaded: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "shape": {
-            "layers": config.num_hidden_layers,
-            "full_layers": full_attention_layers(loaded.model.config),
-            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-            "sliding_window": getattr(config, "sliding_window", None),
+            **shape_of(loaded.model.config),
             "parameters": sum(p.numel() for p in loaded.model.parameters()),
             "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
             "element_size": parameter.element_size(),
