@@ -308,3 +308,16 @@ def _constant_backward(ctx, grad):
 
 torch.library.register_autograd("lagkv::lag_score", _constant_backward, setup_context=_constant_setup)
 torch.library.register_autograd("lagkv::partition_bounds", _constant_backward, setup_context=_constant_setup)
+
+
+# A tensor that is written must say so, or autograd would use what it saved of the old rows without an error.
+
+
+def _compress_in_place(keyset, key, value, *sizes, **scoring):
+    torch.autograd.graph.increment_version((key, value))
+    below = keyset & torch._C._after_ADInplaceOrView_keyset
+    return torch.ops.lagkv.compress_.default.redispatch(below, key, value, *sizes, **scoring)
+
+
+_in_place = torch.library.Library("lagkv", "IMPL")  # lives as long as its kernel is registered
+_in_place.impl("compress_", _compress_in_place, "ADInplaceOrView", with_keyset=True)
