@@ -263,6 +263,17 @@ def test_recording_the_past_rejected_tokens_leave_no_trace(order, steps):
         assert layer.storages()[0].shape[2] <= 2 * max(74, layer.rows + layer.rows // 16)
 
 
+def test_states_in_any_memory_order():
+    """[B, N, H, D] transposed, as projections leave them; and a last dimension that is not contiguous."""
+    for order in ((0, 2, 1, 3), (0, 1, 3, 2)):
+        layer, record = make_layer(), Record(8, 2, 4, {})
+        for i, new in enumerate([40, *[1] * 9, 50]):
+            key, value = states(new, seed=i)
+            layer.update(*(x.permute(order).contiguous().permute(order) for x in (key, value)))
+            record.append(key, value)
+        assert_same(layer, record)
+
+
 # -- memory
 
 

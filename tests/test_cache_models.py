@@ -149,8 +149,7 @@ def test_positions_count_the_tokens_seen():
 # -- generate
 
 
-@pytest.mark.parametrize("chunk", [None, 7, 16])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "chunk"), [(1, None), (3, None), (3, 7), (1, 16)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_keep_ratio_1_generates_what_the_uncompressed_cache_generates(kind, attention, batch, chunk):

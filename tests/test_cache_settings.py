@@ -124,6 +124,12 @@ def test_a_ratio_for_a_layer_that_is_not_compressed_is_refused():
         LagKVCache(tiny_config("gemma3"), layer_keep_ratio={-2: 0.5})
 
 
+def test_flex_attention_has_one_block_mask_for_all_layers():
+    LagKVCache(tiny_config("llama", "flex_attention"))
+    with pytest.raises(ValueError, match="block mask of flex_attention"):
+        LagKVCache(tiny_config("llama", "flex_attention"), skip_layers=[0])
+
+
 def test_a_multimodal_config_stands_for_its_text_model():
     config = Mistral3Config(text_config=MistralConfig(sliding_window=None, num_hidden_layers=5))
     assert LagKVCache(config).compressed_layers == (0, 1, 2, 3, 4)

@@ -103,6 +103,12 @@ class LagKVCache(DynamicCache):
             if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False)
         )
         self._uniform = len({settings.get(i) for i in self._sharing_mask}) == 1
+        attention = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
+        if not self._uniform and attention == "flex_attention":
+            raise ValueError(
+                "layers that keep different numbers of tokens (layer_keep_ratio, skip_layers) cannot share the block "
+                "mask of flex_attention; use the attention implementation sdpa, eager or flash_attention_2"
+            )
         if not self._uniform and not _HAS_QUERY_OFFSET:
             raise ValueError(
                 "layers that keep different numbers of tokens (layer_keep_ratio, skip_layers) need a transformers "

@@ -284,6 +284,8 @@ class LagKVLayer(CacheLayerMixin):
             return key, torch.cat([old_value, value[:, :, end:]], dim=2)
 
     def _compress(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        # The operator takes any strides but those of a last dimension that is not contiguous.
+        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
         return torch.ops.lagkv.compress(
             key,
             value,
