@@ -259,6 +259,11 @@ class TestTasks:
             places.append(sample.context.index(sample.questions[0].answer.strip()) / len(sample.context))
         assert places[0] < 0.1 < 0.4 < places[1] < 0.6 < 0.9 < places[2]
 
+    def test_multikey_asks_at_every_depth(self):
+        samples = Spec("multikey-digits", 4000, 5, (("asked", 2),))(0, Counter(evaluate_models.tokenizer()))
+        depths = sorted(s.context.index(q.answer) / len(s.context) for s in samples for q in s.questions)
+        assert all(abs(depth - (i + 0.5) / 10) < 0.1 for i, depth in enumerate(depths))
+
     def test_pieces_join_to_the_text(self):
         counter = Counter(evaluate_models.tokenizer())
         text = "Some text\nwith lines."

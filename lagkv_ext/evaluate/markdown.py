@@ -42,7 +42,8 @@ def ablation(path: Path) -> str:
     lines = [("full cache", "full")]
     for n in summary.compressed:
         s = summary.settings[n]
-        lines.append((f"{s.label}, L={s.lag_size}, sink={s.sink_size}: {_share(summary, n)}", n))
+        label = s.label.rpartition(":")[2].replace("as_L", "rows as with L")
+        lines.append((f"{label}, L={s.lag_size}, sink={s.sink_size}: {_share(summary, n)}", n))
     return _about(summary, headers) + "\n" + _table(summary, lines)
 
 

@@ -170,8 +170,9 @@ def multikey(
 
         context = fitted(make, count, size)
         there = [pair for pair in pairs if f" {pair[0]} is: {pair[1]}." in context]
-        # Spread over the list, so that every depth is asked for.
-        chosen = [there[int((i + rng.random()) / asked * len(there))] for i in range(asked)]
+        # Spread over the list and over the prompts: with few questions, chance would favour some depths, and a method.
+        places = [(i * prompts + n + rng.random()) / (asked * prompts) for i in range(asked)]
+        chosen = [there[int(place * len(there))] for place in places]
         questions = tuple(Question(f"\nThe value of {key} is:", answer=f" {value}") for key, value in chosen)
         facts = {"size": size, "keys": len(there), "language": "en"}
         samples.append(Sample(f"multikey-{kind}", f"{size}-{n}", context, questions, facts))
