@@ -1,14 +1,14 @@
-"""The SIMT executor: CUDA kernels on the CPU, thread by thread, with every access seen. ``session.h`` says how to bind one.
+"""The SIMT executor: CUDA kernels on the CPU, thread by thread, every access seen. ``session.h`` shows how to bind one.
 
 >>> session = simt.Session(order="random", seed=3)
 >>> simt.module().samples.block_sum(session, simt.tensor(x), simt.tensor(y), grid=[4], block=[256])
 >>> session.unwritten(), session.counts()["global_read"]["sector_efficiency"]
 
-``Session(*, order="forward", seed=0, detect=True, count=True, races_between_blocks=True, max_accesses=...)``: ``order`` is
-the order in which blocks and the runnable threads of a block take their turns, "forward", "reverse" or "random" (by
+``Session(*, order="forward", seed=0, detect=True, count=True, races_between_blocks=True, max_accesses=...)``: ``order``
+is the order in which blocks and the runnable threads of a block take their turns, "forward", "reverse" or "random" (by
 ``seed``). ``detect=False`` leaves out initialisation, roles and races (not bounds, alignment, barriers and masks),
-``count=False`` the requests of warps. A fault in a kernel raises ``Fault``, an AssertionError: "kind: what; kernel, block,
-thread, at file:line (function)".
+``count=False`` the requests of warps. A fault in a kernel raises ``Fault``, an AssertionError: "kind: what; kernel,
+block, thread, at file:line (function)".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
 
 def tensor(x: Any) -> Any:
-    """What a kernel's binding takes for a CPU tensor of torch or an array of numpy: its place, shape, strides and storage.
+    """What a kernel's binding takes for a CPU tensor of torch or an array of numpy: place, shape, strides and storage.
 
     The kernel works on the caller's memory. Bytes of the storage that are not elements of ``x`` are out of bounds.
     """
@@ -45,7 +45,9 @@ def tensor(x: Any) -> Any:
             raise ValueError("the array at the bottom of the views must be contiguous")
         itemsize = x.itemsize
         if any(stride % itemsize for stride in x.strides):
-            raise ValueError(f"strides must be multiples of the element size {itemsize}, got {x.strides} bytes")
+            raise ValueError(
+                f"strides must be multiples of the element size {itemsize}, got {x.strides} bytes"
+            )
         strides, begin, size = [stride // itemsize for stride in x.strides], base.ctypes.data, base.nbytes
         data = x.ctypes.data
     if size == 0:

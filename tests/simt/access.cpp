@@ -134,8 +134,7 @@ void* Executor::global_access(uintptr_t address, size_t size, Access access, con
   return storage->data + offset;
 }
 
-// ---- Shared memory
-// --------------------------------------------------------------------------------------------------------
+// ---- Shared memory ----
 
 void Executor::reset_shared() {
   constexpr unsigned char kPoison = 0xCB;
@@ -243,8 +242,7 @@ void* Executor::shared_access(uintptr_t address, size_t size, Access access, con
   return &shared_data_[offset];
 }
 
-// ---- cp.async
-// -------------------------------------------------------------------------------------------------------------
+// ---- cp.async ----
 // A copy is checked and counted where it is issued and done where it is waited for: until then its
 // destination reads as uninitialised, so that a missing wait shows.
 

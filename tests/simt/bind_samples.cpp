@@ -55,6 +55,7 @@ SIMT_BINDINGS(samples, parent) {
   define(module, "warp_reverse", samples::warp_reverse<float>);
   define(module, "copy_async", samples::copy_async<float>);
   define(module, "collectives", samples::collectives<float>);
+  define(module, "meet_in_parts", samples::meet_in_parts<float>);
   define(module, "tickets", samples::tickets<int>);
   define(module, "many_shuffles", samples::many_shuffles<float>);
   define(module, "many_reads", samples::many_reads<float>);
@@ -100,6 +101,7 @@ SIMT_BINDINGS(faulty, parent) {
   DEFINE(lane_exits_later);
   DEFINE(lane_waits_at_barrier);
   DEFINE(full_mask_in_branch);
+  DEFINE(circle_of_masks);
   DEFINE(full_mask_in_partial_warp);
   DEFINE(source_not_in_mask);
   DEFINE(odd_width);

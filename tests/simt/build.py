@@ -53,7 +53,9 @@ def tool(name: str) -> str:
 def build_module(*, sanitize: bool = False) -> Path:
     """Path of the built module. Raises Unavailable where it cannot be built, RuntimeError where compiling fails."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise Unavailable(f"the executor's context switch is for x86-64, this machine is {platform.machine()}")
+        raise Unavailable(
+            f"the executor's context switch is for x86-64, this machine is {platform.machine()}"
+        )
     cmake, ninja = tool("cmake"), tool("ninja")
     if importlib.util.find_spec("pybind11") is None:
         raise Unavailable(f"pybind11 was not found ({sys.executable} -m pip install pybind11)")

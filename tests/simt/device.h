@@ -38,8 +38,7 @@ constexpr int warpSize = 32;
   type(&name)[count] = *static_cast<type(*)[count]>(::simt::static_shared( \
       &name##_identity, #name, sizeof(type) * (count), alignof(type), ::simt::Site::current()))
 
-// ---- Memory
-// -------------------------------------------------------------------------------------------------------------
+// ---- Memory ----
 
 namespace lagkv {
 namespace detail {
@@ -108,8 +107,7 @@ void cp_async_wait(SIMT_HERE) {
 
 }  // namespace lagkv
 
-// ---- Threads that wait for each other
-// -----------------------------------------------------------------------------------
+// ---- Threads that wait for each other ----
 
 inline void __syncthreads(SIMT_HERE) { ::simt::block_barrier(::simt::BlockVote::kNone, 0, site); }
 inline int __syncthreads_count(int p, SIMT_HERE) {
@@ -217,8 +215,7 @@ SIMT_REDUCE(__reduce_max_sync, unsigned, kReduceMax)
 SIMT_REDUCE(__reduce_max_sync, int, kReduceMaxSigned)
 #undef SIMT_REDUCE
 
-// ---- Atomics, on global and shared memory
-// -------------------------------------------------------------------------------
+// ---- Atomics, on global and shared memory ----
 
 #define SIMT_ATOMIC(name, condition, expression)                                                \
   template <class T>                                                                            \
@@ -255,8 +252,7 @@ T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> v, SI
   return old;
 }
 
-// ---- Arithmetic
-// ---------------------------------------------------------------------------------------------------------
+// ---- Arithmetic ----
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }

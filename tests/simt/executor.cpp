@@ -56,8 +56,7 @@ std::string Executor::fault_text(const char* kind, const Site& site, const std::
   return site.line() == 0 ? all : all + ", at " + site_text(site);
 }
 
-// ---- Launch
-// ---------------------------------------------------------------------------------------------------------------
+// ---- Launch ----
 
 void Executor::check_configuration(const Launch& launch) const {
   const auto refuse = [](const std::string& what) { fail("bad-launch", Site(), what); };
@@ -162,7 +161,7 @@ LaunchCounts Executor::run(const Launch& launch, GlobalMemory& memory, const Con
 void Executor::run_block() {
   ++block_number_;
   exited_ = at_barrier_ = 0;
-  ready_warps_ = turn_warp_ = 0;
+  ready_warps_ = 0;
   reset_shared();
   for (uint32_t w = 0; w < warp_count_; ++w) {
     Warp& warp = warps_[w];
@@ -185,6 +184,7 @@ void Executor::run_block() {
     thread.open_group = 0;
     stacks_.prepare(id, &enter_fibre, thread.context);
   }
+  turn_warp_ = choose(ready_warps_);
   Thread* const first = next();
   self = first;
   ++counts_->switches;
@@ -213,9 +213,9 @@ void Executor::enter_fibre() {
 
 void Executor::exit_thread() {
   Thread& me = *static_cast<Thread*>(self);
-  check_not_awaited("exits", me.site);
+  check_not_awaited("exits", Site());
   if (at_barrier_ != 0) {
-    fail("barrier-divergence", me.site,
+    fail("barrier-divergence", Site(),
          text("a thread exits while ", at_barrier_, " threads wait at __syncthreads at ",
               site_text(barrier_site_)));
   }
@@ -223,7 +223,7 @@ void Executor::exit_thread() {
   me.warp->exited |= 1u << me.lane;
   clear_runnable(*me.warp, me.lane);
   ++exited_;
-  if (exited_ < thread_count_ && ready_warps_ == 0) report_deadlock(me.site);
+  if (exited_ < thread_count_ && ready_warps_ == 0) report_deadlock(Site());
 }
 
 void Executor::abandon(std::exception_ptr error) {
@@ -231,8 +231,7 @@ void Executor::abandon(std::exception_ptr error) {
   leave_context(main_);
 }
 
-// ---- Turns
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Turns ----
 
 void Executor::set_runnable(Warp& warp, uint32_t lanes) {
   warp.runnable |= lanes;
@@ -287,8 +286,7 @@ void Executor::report_deadlock(const Site& site) const {
   fail("deadlock", site, text("no thread can go on, ", thread_count_ - exited_, " wait", who));
 }
 
-// ---- Block barrier
-// --------------------------------------------------------------------------------------------------------
+// ---- Block barrier ----
 
 void Executor::tick(Thread& thread) const {
   if (++thread.clock > Record::kMaxClock) {
@@ -340,8 +338,7 @@ int Executor::block_barrier(BlockVote vote, int predicate, const Site& site) {
   return barrier_result_;
 }
 
-// ---- The functions of runtime.h
-// -------------------------------------------------------------------------------------------
+// ---- The functions of runtime.h ----
 
 namespace {
 

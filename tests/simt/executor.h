@@ -73,7 +73,7 @@ struct Warp {
   uint32_t lanes = 0;  // that exist
   uint32_t exited = 0;
   uint32_t runnable = 0;
-  std::vector<Meeting> meetings;  // with masks that do not overlap
+  std::vector<Meeting> meetings;  // that are not complete
   uint64_t value[32];
   uint32_t operand[32];
   int width[32];

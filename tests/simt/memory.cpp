@@ -114,6 +114,13 @@ void* GlobalMemory::add(const std::string& name, Role role, const TensorArg& ten
     if (begin > storage.bytes || bytes > storage.bytes - begin) {
       throw std::runtime_error("simt: '" + name + "' reaches out of its storage");
     }
+    for (size_t i = begin; i < begin + bytes; ++i) {
+      const uint8_t before = storage.state[i];
+      if ((before & Storage::kView) != 0 && ((before | bits) & Storage::kWritable) != 0) {
+        throw std::runtime_error("simt: '" + name +
+                                 "' shares memory with another tensor, or with itself, and is written");
+      }
+    }
     for (size_t i = begin; i < begin + bytes; ++i) storage.state[i] |= bits;
     if (role == Role::kOut) std::memset(storage.data + begin, kPoison, bytes);
   });

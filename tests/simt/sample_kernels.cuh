@@ -205,6 +205,21 @@ __global__ void __launch_bounds__(256) tickets(const Arrays<T> p) {
   st_global(p.y + int64_t{blockIdx.x} * blockDim.x + threadIdx.x, atomicAdd(p.y + p.count, T(1)));
 }
 
+/// Lanes that meet in parts first and all together later, some earlier than others. y [2, 32].
+template <class T>
+__global__ void __launch_bounds__(32) meet_in_parts(const Arrays<T> p) {
+  const int lane = static_cast<int>(threadIdx.x);
+  T v = ld_global_nc(p.x + lane);
+  if (lane < 4) v = __shfl_xor_sync(0xFu, v, 1);
+  if (lane < 8) v = __shfl_xor_sync(0xFFu, v, 4);
+  st_global(p.y + lane, v);
+  if (lane >= 16) {
+    for (int turn = 0; turn < lane / 8; ++turn)
+      v += __shfl_xor_sync(lane < 24 ? 0xFF0000u : 0xFF000000u, v, 1);
+  }
+  st_global(p.y + 32 + lane, __shfl_xor_sync(~0u, v, 31));
+}
+
 /// Work for the clock: `option` xor shuffles per thread.
 template <class T>
 __global__ void __launch_bounds__(256) many_shuffles(const Arrays<T> p) {

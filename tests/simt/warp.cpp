@@ -82,14 +82,17 @@ uint64_t Executor::collective(Collective what, uint32_t mask, uint64_t value, in
   if (is_shuffle(what) && (width < 1 || width > 32 || (width & (width - 1)) != 0)) {
     bad(text("the width must be a power of two up to 32, got ", width));
   }
+  // Lanes may wait with overlapping masks: a lane that is named elsewhere may come there later. Not where two
+  // wait for each other; longer circles end as a deadlock.
   Meeting* meeting = nullptr;
   for (Meeting& open : warp.meetings) {
-    if ((open.mask & mask) == 0) continue;
-    if (open.mask != mask || open.what != what || !same_site(open.site, site)) {
-      bad(text("lane ", first_lane(open.arrived), " waits at ", collective_name(open.what), " with mask ",
-               mask_text(open.mask), " at ", site_text(open.site)));
+    if (open.mask == mask && open.what == what && same_site(open.site, site)) {
+      meeting = &open;
+    } else if ((open.mask & bit) != 0 && (open.arrived & mask) != 0) {
+      bad(text("it waits for lane ", first_lane(open.arrived & mask), ", which waits for this one at ",
+               collective_name(open.what), " with mask ", mask_text(open.mask), " at ",
+               site_text(open.site)));
     }
-    meeting = &open;
   }
   if (meeting == nullptr) {
     if ((mask & ~warp.lanes) != 0)
