@@ -263,6 +263,21 @@ def test_recording_the_past_rejected_tokens_leave_no_trace(order, steps):
         assert layer.storages()[0].shape[2] <= 2 * max(74, layer.rows + layer.rows // 16)
 
 
+def test_compress_then_use_sees_all_tokens_of_its_own_step():
+    """Also where they fit the buffer: 12 + 16 rows are 3 partitions, of which 2 lose a token, the second a new one."""
+    layer = make_layer(keep=7, order="compress_then_use")
+    first, second = states(12), states(16, seed=1)
+    layer.update(*first)
+    assert layer.storages()[0].shape[2] >= 28
+    assert layer.get_mask_sizes(16) == (27, 1)
+    key, value = layer.update(*second)
+    everything = [torch.cat(pair, dim=2) for pair in zip(first, second, strict=True)]
+    expected = reference.compress(*(x[:, :, :20] for x in everything), 4, 8, 7)
+    assert torch.equal(key, torch.cat([expected[0], everything[0][:, :, 20:]], dim=2))
+    assert torch.equal(value, torch.cat([expected[1], everything[1][:, :, 20:]], dim=2))
+    assert torch.equal(layer.keys, reference.compress(*everything, 4, 8, 7)[0])
+
+
 def test_states_in_any_memory_order():
     """[B, N, H, D] transposed, as projections leave them; and a last dimension that is not contiguous."""
     for order in ((0, 2, 1, 3), (0, 1, 3, 2)):
