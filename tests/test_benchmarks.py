@@ -404,3 +404,75 @@ def test_the_fixed_cost_command(capsys, tmp_path, monkeypatch):
     assert "fixed cost of a call, target at most 15 us" in capsys.readouterr().out
     assert fixed_cost.main(["--partitions", "1"]) == 2
     assert "--partitions must be at least 2" in capsys.readouterr().err
+
+
+# -- the cache, end to end
+
+
+@pytest.fixture(scope="module")
+def cache_benchmark():
+    pytest.importorskip("transformers", reason="benchmarks of the cache need transformers")
+    from benchmarks import cache
+
+    return cache
+
+
+def test_rows_follow_the_recursion(cache_benchmark):
+    assert cache_benchmark.rows_after([100, 200], None) == 300
+    # 16 + 2 * 128 tokens are two partitions, of which one is compressed; then every 128 tokens one more
+    assert cache_benchmark.rows_after([271], 0.25) == 271
+    assert cache_benchmark.rows_after([272], 0.25) == 16 + 32 + 128
+    assert cache_benchmark.rows_after([272, 127], 0.25) == 16 + 32 + 128 + 127
+    assert cache_benchmark.rows_after([272, 128], 0.25) == 16 + 2 * 32 + 128
+
+
+def test_append_and_decode_are_checked_and_told(cache_benchmark, capsys, tmp_path):
+    path = tmp_path / "append.json"
+    quick = ["--tokens", "400", "--keep-ratio", "0.25", "--rounds", "1", "--threads", "1", "--layers", "1"]
+    assert cache_benchmark.main(["append", *quick, "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["checks"] == {"LagKVCache 1": True, "DynamicCache": True, "LagKVCache 0.25": True}
+    assert result["caches"]["LagKVCache 0.25"]["rows"] < result["caches"]["DynamicCache"]["rows"]
+    assert cache_benchmark.main(["decode", *quick]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_cache_that_loses_a_row_is_red_and_has_no_time(cache_benchmark, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        cache_benchmark, "held_rows", lambda cache, layer: cache.layers[layer].keys.shape[2] - 1
+    )
+    path = tmp_path / "append.json"
+    quick = [
+        "--tokens",
+        "300",
+        "--keep-ratio",
+        "0.25",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+        str(path),
+    ]
+    assert cache_benchmark.main(["append", *quick]) == 1
+    assert "LagKVCache 0.25 RED, not shown" in capsys.readouterr().out
+    assert json.loads(path.read_text())["results"][0]["caches"] == {}
+
+
+def test_a_model_that_says_something_else_is_red(cache_benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(
+        cache_benchmark,
+        "make_cache",
+        lambda config, ratio, real=cache_benchmark.make_cache: real(config, 0.25 if ratio == 1.0 else ratio),
+    )
+    assert cache_benchmark.main(["decode", "--tokens", "300", "--rounds", "1", "--layers", "1"]) == 2
+    assert "RED, not timed: with keep_ratio=1 the logits differ" in capsys.readouterr().err
+
+
+def test_the_cache_benchmark_refuses(cache_benchmark, capsys):
+    assert cache_benchmark.main(["append", "--dtype", "int8"]) == 2
+    assert "unknown dtype 'int8'" in capsys.readouterr().err
+    assert cache_benchmark.main(["append", "--tokens", "9000m"]) == 2
+    assert "GB for caches" in capsys.readouterr().err
+    assert cache_benchmark.main(["decode", "--model", "/nowhere"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
