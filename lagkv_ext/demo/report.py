@@ -133,13 +133,12 @@ def _speed(result: Result) -> str:
             (max(o.first_token_s) - min(o.first_token_s)) / o.median_first_token_s for o in result.outcomes
         )
         text += f" (the same reading repeated differs by up to {spread:.0%} on this machine)"
-    share = full.cache_bytes / (full.cache_bytes + result.weight_bytes)
+    share = full.full_layer_bytes / (full.cache_bytes + result.weight_bytes)
     text += (
         f". A decoding step reads up to {megabytes(result.weight_bytes)} MB of weights and "
-        f"{megabytes(full.cache_bytes)} MB of full cache, so no cache however small could take more than about "
-        f"{share:.0%} off it here"
+        f"{megabytes(full.cache_bytes)} MB of full cache, of which compression can touch about {share:.0%}"
     )
-    return text + ("; it pays in speed where the cache outweighs the model." if share < 0.5 else ".")
+    return text + (": it pays in speed where the cache outweighs the model." if share < 0.5 else ".")
 
 
 def answers(result: Result) -> Table:
