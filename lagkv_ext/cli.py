@@ -123,8 +123,8 @@ if typer is not None:
         try:
             from lagkv_ext.demo.command import DemoError, run_demo
             from lagkv_ext.models import DTYPES, ModelError
-        except ImportError as error:
-            _refuse(f"the demo needs {error.name or error}, which is not installed here: {_INSTALL}")
+        except ModuleNotFoundError as error:
+            _refuse(f"the demo needs {error.name}, which is not installed here: {_INSTALL}")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
         try:
