@@ -23,6 +23,73 @@ struct CompressLaunch {
   RealOf<T>* score;        // [B, H, P-1, L] contiguous, or null
   unsigned char* scratch;  // [scoring blocks, storage.scratch_bytes]
   CompressPlan plan;
+  int64_t first_job;       // of this grid: more jobs than a grid can have blocks take several
+};
+
+/// Key (side 0) or value (side 1), field by field: a reference chosen at run time would copy the parameters.
+template <class T>
+__device__ __forceinline__ StridedRows<T> side_of(int side, const StridedRows<T>& key, const StridedRows<T>& value) {
+  return {side == 0 ? key.data : value.data, side == 0 ? key.batch_stride : value.batch_stride,
+          side == 0 ? key.head_stride : value.head_stride, side == 0 ? key.row_stride : value.row_stride,
+          side == 0 ? key.dim : value.dim};
+}
+
+/// What a scoring block knows of its run. It lives in shared memory and is read again in every phase: in registers it would
+/// be there for the whole run, where the streaming loop needs them.
+struct RunSlots {
+  enum Field { kRows, kRowStride, kDim, kShareOfOne, kOut, kOutStride, kReference, kSideFields };
+  enum Common { kFirst = 2 * kSideFields, kLast, kIndex, kScores, kFields };
+  int64_t* fields;  // [kFields] shared
+
+  /// Key (side 0) or value (side 1).
+  template <class Value = int64_t>
+  __device__ __forceinline__ Value get(int side, Field field) const {
+    return as<Value>(ld_shared(fields + side * kSideFields + field));
+  }
+  template <class Value = int64_t>
+  __device__ __forceinline__ Value get(Common field) const {
+    return as<Value>(ld_shared(fields + field));
+  }
+  __device__ __forceinline__ void set(int place, int64_t value) const { st_shared(fields + place, value); }
+  template <class T>
+  __device__ __forceinline__ void set(int place, T* value) const { set(place, reinterpret_cast<int64_t>(value)); }
+
+  /// By one thread. Rows and outputs from position `start` on.
+  template <class T>
+  __device__ __forceinline__ void fill(const CompressLaunch<T>& launch, int64_t job) const {
+    const CompressParams<T>& args = launch.args;
+    const CompressPlan& plan = launch.plan;
+    const int64_t head = job / plan.runs, batch = head / args.heads, part = head % args.heads;
+    const int64_t first = job % plan.runs * plan.run;
+    for (int side = 0; side < 2; ++side) {
+      const StridedRows<const T> x = side_of(side, args.key, args.value);
+      const StridedRows<T> out = side_of(side, args.key_out, args.value_out);
+      const int own = side * kSideFields;
+      set(own + kRows, x.row(batch, part, args.start));
+      set(own + kRowStride, x.row_stride);
+      set(own + kDim, x.dim);
+      set(own + kShareOfOne, bits_as<int64_t>(1.0 / static_cast<double>(x.dim)));
+      set(own + kOut, out.row(batch, part, args.start));
+      set(own + kOutStride, out.row_stride);
+      set(own + kReference, side == 0 ? plan.storage.key_reference : plan.storage.value_reference);
+    }
+    set(kFirst, first);
+    set(kLast, (first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1);
+    set(kIndex, args.index + head * output_length(args.length, args.start, args.lag_size, args.keep) + args.start);
+    set(kScores, launch.score + head * plan.partitions * args.lag_size);
+  }
+
+ private:
+  template <class Value>
+  static __device__ __forceinline__ Value as(int64_t value) {
+    if constexpr (std::is_pointer_v<Value>) {
+      return reinterpret_cast<Value>(value);
+    } else if constexpr (std::is_same_v<Value, double>) {
+      return bits_as<double>(value);
+    } else {
+      return static_cast<Value>(value);
+    }
+  }
 };
 
 template <class Layout, Score kScore>
@@ -30,72 +97,78 @@ __device__ __forceinline__ void score_run(const CompressLaunch<typename Layout::
   using T = typename Layout::T;
   using Real = typename Layout::Real;
   using Bits = BitsOf<T>;
+  using Slots = RunSlots;
   LAGKV_DYNAMIC_SHARED(shared);
-  LAGKV_SHARED(Real, reduce_slots, 6 * kMaxWarps);
-  LAGKV_SHARED(int, count_slots, 4 * kMaxWarps);
+  LAGKV_SHARED(Real, reduce_slots, 6 * kWarps);
+  LAGKV_SHARED(int, count_slots, 4 * kWarps);
   LAGKV_SHARED(unsigned, histogram, kBins + 2);
-
+  LAGKV_SHARED(int64_t, run_slots, Slots::kFields);
   const CompressParams<T>& args = launch.args;
-  const CompressPlan& plan = launch.plan;
-  unsigned char* scratch = launch.scratch + blockIdx.x * plan.storage.scratch_bytes;
+  const Storage& storage = launch.plan.storage;
   const auto store = [&](int64_t offset, bool in_scratch) {
-    return Store<Real>{reinterpret_cast<Real*>(shared + (in_scratch ? 0 : offset)),
-                       reinterpret_cast<Real*>(scratch + (in_scratch ? offset : 0)), in_scratch};
+    unsigned char* memory = in_scratch ? launch.scratch + blockIdx.x * storage.scratch_bytes : shared;
+    return Store<Real>{reinterpret_cast<Real*>(memory + offset), in_scratch};
   };
-  // Only wide rows can have a reference that does not fit.
-  const bool reference_in_scratch = Layout::kWide && plan.storage.reference_in_scratch;
-  const int count = static_cast<int>(args.lag_size);
-  const int64_t padded = padded_lag(args.lag_size);
-  const Store<Real> statistics = store(plan.storage.statistics, plan.storage.statistics_in_scratch);
-  const PassStores<Real> key_stores{store(plan.storage.key_reference, reference_in_scratch), statistics,
-                                    statistics + 2 * padded, shared + plan.storage.partial, reduce_slots + 4 * kMaxWarps};
-  const PassStores<Real> value_stores{store(plan.storage.value_reference, reference_in_scratch), statistics + padded,
-                                      statistics + 2 * padded, shared + plan.storage.partial,
-                                      reduce_slots + 4 * kMaxWarps};
-  const Store<Bits> keys = statistics.template as<Bits>();
-
-  const int64_t head = job / plan.runs;  // of all B * H
-  const int64_t first = job % plan.runs * plan.run;
-  const int64_t last = (first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1;
-  const T* key = args.key.row(head / args.heads, head % args.heads, args.start);
-  const T* value = args.value.row(head / args.heads, head % args.heads, args.start);
-  const auto visit = [&](int64_t partition, Aim aim) {
-    const int64_t row = partition * args.lag_size;
-    visit_partition<Layout, kScore>({key + row * args.key.row_stride, args.key.row_stride, args.key.dim, count}, aim,
-                                    key_stores);
-    visit_partition<Layout, kScore>({value + row * args.value.row_stride, args.value.row_stride, args.value.dim, count},
-                                    aim, value_stores);
+  const auto statistics = [&](int64_t which) {
+    return store(storage.statistics, storage.statistics_in_scratch) + which * padded_lag(args.lag_size);
   };
+  const Slots slots{run_slots};
+  if (thread_of_block() == 0) slots.fill(launch, job);
+  __syncthreads();
 
-  visit(last + 1, {false, true});
-  for (int64_t partition = last; partition >= first; --partition) {
-    visit(partition, {true, partition > first});
-    Real* score = launch.score == nullptr ? nullptr : launch.score + (head * plan.partitions + partition) * args.lag_size;
-    combine_scores<kScore>(statistics, statistics + padded, count, args.key.dim, args.value.dim,
+  // From the partition behind the run, which is only looked at, down to the run's first.
+#pragma unroll 1
+  for (int partition = slots.get<int>(Slots::kLast) + 1; partition >= slots.get<int>(Slots::kFirst); --partition) {
+    const bool scored = partition <= slots.get<int>(Slots::kLast);
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const auto tile = [&] {
+        const int64_t row_stride = slots.get(side, Slots::kRowStride);
+        return Tile<T>{slots.get<const T*>(side, Slots::kRows) + partition * args.lag_size * row_stride, row_stride,
+                       slots.get(side, Slots::kDim), static_cast<Real>(slots.get<double>(side, Slots::kShareOfOne)),
+                       static_cast<int>(args.lag_size)};
+      };
+      const auto stores = [&] {
+        // Only wide rows can have a reference that does not fit into shared memory.
+        return PassStores<Real>{
+            store(slots.get(side, Slots::kReference), Layout::kWide && storage.reference_in_scratch), statistics(side),
+            statistics(2), shared + storage.partial, reduce_slots + 4 * kWarps};
+      };
+      visit_partition<Layout, kScore>({scored, partition > slots.get<int>(Slots::kFirst)}, tile, stores);
+    }
+    if (!scored) continue;
+
+    const int count = static_cast<int>(args.lag_size);
+    const Store<Bits> keys = statistics(0).template as<Bits>();
+    combine_scores<kScore>(statistics(0), statistics(1), count, slots.get(0, Slots::kDim), slots.get(1, Slots::kDim),
                            static_cast<Real>(args.value_weight), reduce_slots, [&](int t, Real x) {
-                             if (score != nullptr) st_global(score + t, x);
+                             if (launch.score != nullptr) {
+                               st_global(slots.get<Real*>(Slots::kScores) + partition * args.lag_size + t, x);
+                             }
                              keys.set(t, ordered(x));
                            });
-    if (args.index == nullptr) {
-      __syncthreads();
-      continue;
+    if (args.index != nullptr) {
+      for (int64_t t = count + thread_of_block(); t < padded_lag(count); t += kThreads) keys.set(t, Bits(0));
     }
-    for (int64_t t = count + threadIdx.x; t < padded; t += blockDim.x) keys.set(t, Bits(0));
     __syncthreads();
+    if (args.index == nullptr) continue;
+
     const int keep = static_cast<int>(args.keep);
-    const int64_t length = output_length(args.length, args.start, args.lag_size, args.keep);
-    const int64_t target = args.start + partition * args.keep, source = args.start + partition * args.lag_size;
-    int32_t* index = args.index + head * length + target;
-    select<Bits>(keys, count, keep, {count_slots, histogram},
-                 [&](int slot, int t) { st_global(index + slot, static_cast<int32_t>(source + t)); });
+    select<Bits>(keys, count, keep, {count_slots, histogram}, [&](int slot, int t) {
+      st_global(slots.get<int32_t*>(Slots::kIndex) + partition * args.keep + slot,
+                static_cast<int32_t>(args.start + partition * args.lag_size + t));
+    });
     __syncthreads();
     if (args.key_out.data == nullptr) continue;
-    const auto to = [](int j) { return static_cast<int64_t>(j); };
-    const auto from = [&](int j) { return ld_global(index + j) - args.start; };
-    copy_rows<Layout>(args.key_out.row(head / args.heads, head % args.heads, target), args.key_out.row_stride, key,
-                      args.key.row_stride, args.key.dim, keep, to, from);
-    copy_rows<Layout>(args.value_out.row(head / args.heads, head % args.heads, target), args.value_out.row_stride, value,
-                      args.value.row_stride, args.value.dim, keep, to, from);
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const int32_t* index = slots.get<const int32_t*>(Slots::kIndex) + partition * args.keep;
+      const int64_t out_stride = slots.get(side, Slots::kOutStride);
+      copy_rows<Layout>(slots.get<T*>(side, Slots::kOut) + partition * args.keep * out_stride, out_stride,
+                        slots.get<const T*>(side, Slots::kRows) - args.start * slots.get(side, Slots::kRowStride),
+                        slots.get(side, Slots::kRowStride), slots.get(side, Slots::kDim), keep, [](int j) { return j; },
+                        [&](int j) { return ld_global(index + j); });
+    }
   }
 }
 
@@ -119,26 +192,26 @@ __device__ __forceinline__ void copy_run(const CompressLaunch<typename Layout::T
     const int64_t i = first + j;
     return compressed && i >= args.start ? i + plan.partitions * args.keep : i;
   };
-  for (int j = threadIdx.x; j < count; j += blockDim.x) {
+  for (int j = thread_of_block(); j < count; j += kThreads) {
     st_global(args.index + head * length + to(j), static_cast<int32_t>(from(j)));
   }
   if (args.key_out.data == nullptr) return;
-  copy_rows<Layout>(args.key_out.row(batch, part, 0), args.key_out.row_stride, args.key.row(batch, part, 0),
-                    args.key.row_stride, args.key.dim, count, to, from);
-  copy_rows<Layout>(args.value_out.row(batch, part, 0), args.value_out.row_stride, args.value.row(batch, part, 0),
-                    args.value.row_stride, args.value.dim, count, to, from);
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    const auto x = side_of(side, args.key, args.value);
+    const auto out = side_of(side, args.key_out, args.value_out);
+    copy_rows<Layout>(out.row(batch, part, 0), out.row_stride, x.row(batch, part, 0), x.row_stride, x.dim, count, to, from);
+  }
 }
 
 template <class Layout, Score kScore>
-__global__ void __launch_bounds__(kThreads) compress_kernel(const CompressLaunch<typename Layout::T> launch) {
-  const int64_t jobs = launch.plan.run_blocks + launch.plan.copy_blocks;
-  // One job a block, unless there are more jobs than a grid can have blocks. Scoring blocks first: they take longer.
-  for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
-    if (job < launch.plan.run_blocks) {
-      score_run<Layout, kScore>(launch, job);
-    } else {
-      copy_run<Layout>(launch, job - launch.plan.run_blocks);
-    }
+__global__ void __launch_bounds__(kThreads, Layout::kBlocks) compress_kernel(const CompressLaunch<typename Layout::T> launch) {
+  const int64_t job = launch.first_job + blockIdx.x;
+  // Scoring blocks first: they take longer.
+  if (job < launch.plan.run_blocks) {
+    score_run<Layout, kScore>(launch, job);
+  } else {
+    copy_run<Layout>(launch, job - launch.plan.run_blocks);
   }
 }
 

@@ -6,9 +6,14 @@
 
 namespace lagkv::cuda {
 
-template <class Real>
-__device__ __forceinline__ Real inverse_or_zero(Real norm) {
-  return norm == Real(0) ? Real(0) : Real(1) / norm;
+/// 1 / sqrt(squares), 0 where the sum is 0. For float32 the hardware's estimate and one step of Newton's method: as accurate as a
+/// square root and a division, without their branches in the streaming loop.
+__device__ __forceinline__ double inverse_norm_of(double squares) { return squares == 0.0 ? 0.0 : 1.0 / sqrt(squares); }
+__device__ __forceinline__ float inverse_norm_of(float squares) {
+  if (squares == 0.0f) return 0.0f;
+  const float estimate = rsqrtf(squares);
+  // An infinite sum has the inverse 0, and NaN stays NaN.
+  return estimate == 0.0f ? estimate : estimate * (1.5f - 0.5f * (squares * estimate) * estimate);
 }
 
 template <class Layout>
@@ -20,40 +25,40 @@ struct CosineTerms {
 
   Real anchor[Layout::kChannels], total[Layout::kChannels];
 
-  __device__ __forceinline__ explicit CosineTerms(int /*dim*/) {
+  __device__ __forceinline__ explicit CosineTerms(Real /*share*/) {
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) anchor[c] = total[c] = Real(0);
   }
 
   /// `reference` holds the anchor as it was summed; here it gets its norm of 1.
-  __device__ __forceinline__ void load(const Store<Real>& reference, int dim) {
+  __device__ __forceinline__ void load(const Store<Real>& reference, int dim, const typename Layout::Seat& seat) {
     Real squares = 0;
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-      if (Layout::channel(chunk) < dim) {
-        get_row<Layout::kElements>(reference, Layout::channel(chunk), anchor + chunk * Layout::kElements);
+      if (seat.channel(chunk) < dim) {
+        get_row<Layout::kElements>(reference, seat.channel(chunk), anchor + chunk * Layout::kElements);
       }
     }
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) squares += anchor[c] * anchor[c];
-    const Real inverse = inverse_or_zero(square_root(lanes_sum<Layout::kLanes>(squares)));
+    const Real inverse = inverse_norm_of(lanes_sum<Layout::kLanes>(squares));
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) anchor[c] *= inverse;
   }
 
   /// s, known to every lane of the row. A missing row is all zeros, has no direction and adds nothing.
-  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int /*dim*/, bool /*exists*/, bool /*scored*/) {
+  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int /*dim*/, bool /*exists*/, bool /*scored*/,
+                                        const typename Layout::Seat& /*seat*/) {
+    Real row[Layout::kChannels];
+    Layout::unpack_row(x, row);
     Real squares = 0;
 #pragma unroll
-    for (int c = 0; c < Layout::kChannels; ++c) {
-      const Real value = to_real(x.chunk[c / Layout::kElements][c % Layout::kElements]);
-      squares += value * value;
-    }
-    const Real inverse = inverse_or_zero(square_root(lanes_sum<Layout::kLanes>(squares)));
+    for (int c = 0; c < Layout::kChannels; ++c) squares += row[c] * row[c];
+    const Real inverse = inverse_norm_of(lanes_sum<Layout::kLanes>(squares));
     Real cosine = 0;
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) {
-      const Real direction = to_real(x.chunk[c / Layout::kElements][c % Layout::kElements]) * inverse;
+      const Real direction = row[c] * inverse;
       cosine += direction * anchor[c];
       total[c] += direction;
     }
@@ -61,8 +66,8 @@ struct CosineTerms {
   }
 
   /// This warp's sum of directions to shared memory, [D] of `partial`.
-  __device__ __forceinline__ void share(Real* partial, int dim) {
-    const Store<Real> mine{partial, nullptr, false};
+  __device__ __forceinline__ void share(Real* partial, int dim, const typename Layout::Seat& seat) {
+    const Store<Real> mine{partial, false};
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       Real* own = total + chunk * Layout::kElements;
@@ -71,15 +76,15 @@ struct CosineTerms {
 #pragma unroll
         for (int offset = Layout::kLanes; offset < 32; offset *= 2) own[e] += __shfl_xor_sync(kFullWarp, own[e], offset);
       }
-      const int channel = Layout::channel(chunk);
-      if (lane_of_warp() < Layout::kLanes && channel < dim) set_row<Layout::kElements>(mine, channel, own);
+      const int channel = seat.channel(chunk);
+      if (Place().lane < Layout::kLanes && channel < dim) set_row<Layout::kElements>(mine, channel, own);
     }
   }
 
   static __device__ __forceinline__ void gather(const Real* partial, int dim, int channel, const Store<Real>& reference,
                                                 int64_t rows) {
     Real sum = 0;
-    for (int warp = 0; warp < warps_of_block(); ++warp) sum += ld_shared(partial + warp * dim + channel);
+    for (int warp = 0; warp < kWarps; ++warp) sum += ld_shared(partial + warp * dim + channel);
     reference.set(channel, sum / static_cast<Real>(rows));
   }
 };

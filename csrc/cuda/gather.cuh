@@ -16,6 +16,7 @@ template <class W>
 struct CompactLaunch {
   CompactParams<W> args;
   CompactPlan plan;
+  int64_t first_job;
 };
 
 /// A position outside x cannot raise an error without waiting for the device: it is a device-side assertion, as in torch's
@@ -46,28 +47,27 @@ template <class W>
 __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W> launch) {
   constexpr int kFlight = 4;
   const auto& args = launch.args;
-  for (int64_t job = blockIdx.x; job < launch.plan.blocks; job += gridDim.x) {
-    const int64_t head = job / launch.plan.tiles, batch = head / args.heads, part = head % args.heads;
-    const int64_t first = job % launch.plan.tiles * kCopyRows;
-    const int rows = static_cast<int>(args.count - first < kCopyRows ? args.count - first : kCopyRows);
-    for (int64_t left = 0; left < args.x.dim; left += blockDim.x) {
-      const Share share(static_cast<int>(args.x.dim - left < blockDim.x ? args.x.dim - left : blockDim.x));
-      const int64_t column = left + share.column;
-      for (int row = share.row; share.works && row < rows; row += share.rows_per_step * kFlight) {
-        W x[kFlight];
+  const int64_t job = launch.first_job + blockIdx.x;
+  const int64_t head = job / launch.plan.tiles, batch = head / args.heads, part = head % args.heads;
+  const int64_t first = job % launch.plan.tiles * kCopyRows;
+  const int rows = static_cast<int>(args.count - first < kCopyRows ? args.count - first : kCopyRows);
+  for (int64_t left = 0; left < args.x.dim; left += blockDim.x) {
+    const Share share(static_cast<int>(args.x.dim - left < blockDim.x ? args.x.dim - left : blockDim.x));
+    const int64_t column = left + share.column;
+    for (int row = share.row; share.works && row < rows; row += share.rows_per_step * kFlight) {
+      W x[kFlight];
 #pragma unroll
-        for (int n = 0; n < kFlight; ++n) {
-          const int j = row + n * share.rows_per_step;
-          if (j >= rows) continue;
-          const int64_t position = ld_global_nc(args.index.row(batch, part, first + j));
-          check_position(position, args.length);
-          x[n] = ld_global_nc_stream(args.x.row(batch, part, position) + column);
-        }
+      for (int n = 0; n < kFlight; ++n) {
+        const int j = row + n * share.rows_per_step;
+        if (j >= rows) continue;
+        const int64_t position = ld_global_nc(args.index.row(batch, part, first + j));
+        check_position(position, args.length);
+        x[n] = ld_global_nc_stream(args.x.row(batch, part, position) + column);
+      }
 #pragma unroll
-        for (int n = 0; n < kFlight; ++n) {
-          const int j = row + n * share.rows_per_step;
-          if (j < rows) st_global(args.out.row(batch, part, first + j) + column, x[n]);
-        }
+      for (int n = 0; n < kFlight; ++n) {
+        const int j = row + n * share.rows_per_step;
+        if (j < rows) st_global(args.out.row(batch, part, first + j) + column, x[n]);
       }
     }
   }
@@ -79,6 +79,7 @@ struct MoveLaunch {
   const int32_t* index;       // [B, H, N'] ascending, index[j] >= j
   int64_t batch, heads;
   MovePlan plan;
+  int64_t first_job;
 };
 
 /// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and goes up in passes:
@@ -87,30 +88,29 @@ struct MoveLaunch {
 template <class W>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
   const MovePlan& plan = launch.plan;
-  for (int64_t job = blockIdx.x; job < plan.blocks; job += gridDim.x) {
-    const int64_t slices = plan.key_slices + plan.value_slices;
-    const int64_t head = job / slices, batch = head / launch.heads, part = head % launch.heads;
-    const int64_t slice = job % slices;
-    const bool is_key = slice < plan.key_slices;
-    const StridedRows<W>& x = is_key ? launch.key : launch.value;
-    const int64_t column = (is_key ? slice : slice - plan.key_slices) * plan.slice;
-    const int columns = static_cast<int>(x.dim - column < plan.slice ? x.dim - column : plan.slice);
-    const Share share(columns);
-    W* base = x.row(batch, part, 0) + column + share.column;
-    const int32_t* index = launch.index + head * plan.rows;
-    for (int64_t pass = plan.first; pass < plan.rows; pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
-      W moved[kMoveVectors];
+  const int64_t job = launch.first_job + blockIdx.x;
+  const int64_t slices = plan.key_slices + plan.value_slices;
+  const int64_t head = job / slices, batch = head / launch.heads, part = head % launch.heads;
+  const int64_t slice = job % slices;
+  const bool is_key = slice < plan.key_slices;
+  const StridedRows<W>& x = is_key ? launch.key : launch.value;
+  const int64_t column = (is_key ? slice : slice - plan.key_slices) * plan.slice;
+  const int columns = static_cast<int>(x.dim - column < plan.slice ? x.dim - column : plan.slice);
+  const Share share(columns);
+  W* base = x.row(batch, part, 0) + column + share.column;
+  const int32_t* index = launch.index + head * plan.rows;
+  for (int64_t pass = plan.first; pass < plan.rows; pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
+    W moved[kMoveVectors];
 #pragma unroll
-      for (int n = 0; n < kMoveVectors; ++n) {
-        const int64_t j = pass + n * share.rows_per_step + share.row;
-        if (share.works && j < plan.rows) moved[n] = ld_global(base + ld_global_nc(index + j) * x.row_stride);
-      }
-      __syncthreads();
+    for (int n = 0; n < kMoveVectors; ++n) {
+      const int64_t j = pass + n * share.rows_per_step + share.row;
+      if (share.works && j < plan.rows) moved[n] = ld_global(base + ld_global_nc(index + j) * x.row_stride);
+    }
+    __syncthreads();
 #pragma unroll
-      for (int n = 0; n < kMoveVectors; ++n) {
-        const int64_t j = pass + n * share.rows_per_step + share.row;
-        if (share.works && j < plan.rows) st_global(base + j * x.row_stride, moved[n]);
-      }
+    for (int n = 0; n < kMoveVectors; ++n) {
+      const int64_t j = pass + n * share.rows_per_step + share.row;
+      if (share.works && j < plan.rows) st_global(base + j * x.row_stride, moved[n]);
     }
   }
 }

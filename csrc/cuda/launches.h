@@ -49,21 +49,30 @@ RowShape shape_of(const StridedRows<const T>& key, const StridedRows<const T>& v
   return row_shape(sizeof(T), std::max(key.dim, value.dim), aligned);
 }
 
+/// One launch for up to max_grid blocks: more take several, each with its `first_job`.
+template <class Run, class Kernel, class Launch>
+void run_blocks(const Run& run, Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, Launch launch,
+                const Device& device) {
+  for (launch.first_job = 0; launch.first_job < blocks; launch.first_job += device.max_grid) {
+    run(kernel, std::min(blocks - launch.first_job, device.max_grid), threads, shared_bytes, launch);
+  }
+}
+
 /// compress (key_out, value_out given), the first step of compress_ (data null), and lag_score (score given, index null).
 /// `scratch(bytes)` gives device memory that lives until the kernels have run.
 template <class T, class Scratch, class Run>
 void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device, const Scratch& scratch,
                      const Run& run) {
-  CompressLaunch<T> launch{args, score, nullptr, {}};
+  CompressLaunch<T> launch{args, score, nullptr, {}, 0};
   launch.plan = plan_compress(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
                               args.batch * args.heads, args.length, args.start, args.lag_size, args.keep,
                               score != nullptr, device);
-  if (launch.plan.grid == 0) return;
+  if (launch.plan.blocks == 0) return;
   if (launch.plan.scratch_bytes > 0) launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
     const auto kernel = args.score == Score::kStd ? compress_kernel<Layout, Score::kStd> : compress_kernel<Layout, Score::kCosine>;
-    run(kernel, launch.plan.grid, kThreads, launch.plan.storage.shared_bytes, launch);
+    run_blocks(run, kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch, device);
   });
 }
 
@@ -71,19 +80,19 @@ template <class T, class Run>
 void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Device& device, const Run& run) {
   const RowShape shape = row_shape(sizeof(T), args.x.dim, rows_aligned(args.x));
   const BoundsLaunch<T> launch{args, plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads, args.length,
-                                                 args.start, args.lag_size, device)};
-  if (launch.plan.grid == 0) return;
+                                                 args.start, args.lag_size, device), 0};
+  if (launch.plan.blocks == 0) return;
   with_layout<T>(shape, [&](auto tag) {
-    run(bounds_kernel<typename decltype(tag)::Type>, launch.plan.grid, kThreads, launch.plan.shared_bytes, launch);
+    run_blocks(run, bounds_kernel<typename decltype(tag)::Type>, launch.plan.blocks, kThreads, launch.plan.shared_bytes, launch,
+               device);
   });
 }
 
 /// `rows` and `args.rows` describe the same rows; args.row_stride is not used.
 template <class T, class Run>
 void launch_topk(const TopkParams<T>& args, const ScoreRows& rows, const Device& device, const Run& run) {
-  const TopkLaunch<T> launch{args, rows, plan_topk(sizeof(BitsOf<T>), args.rows, args.lag_size, device)};
-  if (launch.plan.grid == 0) return;
-  run(topk_kernel<T>, launch.plan.grid, kThreads, launch.plan.shared_bytes, launch);
+  const TopkLaunch<T> launch{args, rows, plan_topk(sizeof(BitsOf<T>), args.lag_size, device), 0};
+  run_blocks(run, topk_kernel<T>, args.rows, kThreads, launch.plan.shared_bytes, launch, device);
 }
 
 /// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims are left.
@@ -144,8 +153,8 @@ void launch_compact(const CompactParams<T>& args, const Device& device, const Ru
     using W = decltype(word);
     const CompactParams<W> words{in_words<W>(args.x), in_words<W>(args.out), args.index, args.batch,
                                  args.heads, args.length, args.count};
-    const CompactLaunch<W> launch{words, plan_compact(args.batch * args.heads, args.count, words.x.dim, device)};
-    if (launch.plan.grid > 0) run(compact_kernel<W>, launch.plan.grid, kThreads, 0, launch);
+    const CompactLaunch<W> launch{words, plan_compact(args.batch * args.heads, args.count, words.x.dim), 0};
+    run_blocks(run, compact_kernel<W>, launch.plan.blocks, kThreads, 0, launch, device);
   });
 }
 
@@ -160,8 +169,9 @@ void launch_move(const StridedRows<T>& key, const StridedRows<T>& value, const i
     using W = decltype(word);
     const MoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), index, batch, heads,
                                plan_move(sizeof(W), in_words<W>(key).dim, in_words<W>(value).dim, batch * heads, first, rows,
-                                         device)};
-    if (launch.plan.grid > 0) run(move_kernel<W>, launch.plan.grid, kMoveThreads, 0, launch);
+                                         device),
+                               0};
+    run_blocks(run, move_kernel<W>, launch.plan.blocks, kMoveThreads, 0, launch, device);
   });
 }
 

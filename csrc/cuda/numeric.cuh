@@ -124,9 +124,29 @@ __device__ __forceinline__ __half2 max_nan(__half2 a, __half2 b) { return __hmax
 __device__ __forceinline__ __nv_bfloat162 min_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat162 max_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2_nan(a, b); }
 
-/// Channel by channel: the lower ones of a and b (kHighest = false) or the higher ones.
+/// N neighbouring elements as one access and as machine words. Not as elements: the compiler would give every 16-bit
+/// element a register of its own.
+template <class T, int N>
+using Packed = std::conditional_t<N * sizeof(T) % 4 == 0, Vec<uint32_t, (N * sizeof(T) + 3) / 4>, Vec<T, N>>;
+
+template <class T, int N>
+__device__ __forceinline__ Packed<T, N> filled(T x) {
+  Vec<T, N> all;
+#pragma unroll
+  for (int i = 0; i < N; ++i) all[i] = x;
+  return bits_as<Packed<T, N>>(all);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void unpack(const Packed<T, N>& packed, RealOf<T>* to) {
+  const Vec<T, N> all = bits_as<Vec<T, N>>(packed);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = to_real(all[i]);
+}
+
+/// Element by element: the lower ones of a and b (kHighest = false) or the higher ones.
 template <bool kHighest, class T, int N>
-__device__ __forceinline__ Vec<T, N> extreme(const Vec<T, N>& a, const Vec<T, N>& b) {
+__device__ __forceinline__ Packed<T, N> extreme(const Packed<T, N>& a, const Packed<T, N>& b) {
   constexpr bool kPairs = N % 2 == 0 && !std::is_void_v<typename Pair<T>::Type>;
   using Item = std::conditional_t<kPairs, typename Pair<T>::Type, T>;
   constexpr int kItems = kPairs ? N / 2 : N;
@@ -137,7 +157,7 @@ __device__ __forceinline__ Vec<T, N> extreme(const Vec<T, N>& a, const Vec<T, N>
   const Items y = bits_as<Items>(b);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) x.item[i] = kHighest ? max_nan(x.item[i], y.item[i]) : min_nan(x.item[i], y.item[i]);
-  return bits_as<Vec<T, N>>(x);
+  return bits_as<Packed<T, N>>(x);
 }
 
 /// Scores as unsigned integers in the order of the selection: NaN is highest, -0 equals +0. 0 is no score's value.

@@ -14,6 +14,7 @@ template <class T>
 struct Tile {
   const T* rows;
   int64_t row_stride, dim;
+  RealOf<T> share_of_one;  // 1/D
   int count;
 };
 
@@ -29,8 +30,21 @@ struct PassStores {
   Store<Real> statistics;  // [L]: filled by the pass
   Store<Real> inverses;    // [L]: WideRow, cosine
   void* partial;           // [warps, ...] shared: not WideRow
-  Real* slots;             // [2 * kMaxWarps] shared
+  Real* slots;             // [2 * kWarps] shared
 };
+
+/// Rows whose sum of squares is not finite, again and exactly.
+template <class T, class Real>
+__device__ __forceinline__ void repair_deviations(const Tile<T>& tile, const PassStores<Real>& stores) {
+  const Place place;
+#pragma unroll 1
+  for (int t = place.warp; t < tile.count; t += kWarps) {
+    if (is_finite(stores.statistics.get(t))) continue;
+    const Real s = exact_deviation(tile.rows + t * tile.row_stride, tile.dim, Bounds<Real>(stores.reference, tile.dim));
+    __syncwarp();
+    if (place.lane == 0) stores.statistics.set(t, -s);
+  }
+}
 
 /// Streams the rows: statistics and every warp's share of the new reference, as `aim` says. Returns whether a statistic of
 /// this thread needs repair.
@@ -39,64 +53,76 @@ __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile
                                             const PassStores<typename Layout::Real>& stores) {
   using Terms = TermsOf<Layout, kScore>;
   const int dim = static_cast<int>(tile.dim);
-  Terms terms(dim);
-  if (aim.scores) terms.load(stores.reference, dim);
+  const typename Layout::Seat seat;
+  Terms terms(tile.share_of_one);
+  if (aim.scores) terms.load(stores.reference, dim, seat);
   bool repair = false;
-  const unsigned step = Layout::rows_per_pass(), count = tile.count;
-  // The bound is the same for all threads of a warp, so that all of them take part in the shuffles.
-  for (unsigned base = 0; base < count; base += step * Layout::kFlight) {
+  constexpr unsigned kStep = Layout::kRowsPerPass, kRound = kStep * Layout::kFlight;
+  const unsigned count = tile.count;
+  const auto* own = tile.rows + seat.first * tile.row_stride + seat.channel(0);
+  unsigned t = seat.first;
+  // As many rounds for every thread, so that all lanes of a warp take part in the shuffles.
+#pragma unroll 1
+  for (unsigned rounds = (count + kRound - 1) / kRound; rounds > 0; --rounds) {
     typename Layout::Values x[Layout::kFlight];
 #pragma unroll
-    for (int n = 0; n < Layout::kFlight; ++n) {
-      const unsigned t = base + n * step + Layout::first();
-      x[n] = Layout::load(tile.rows + t * tile.row_stride, dim, t < count);
+    for (unsigned n = 0; n < Layout::kFlight; ++n) {
+      x[n] = Layout::load(own, dim, t + n * kStep < count, seat);
+      own += kStep * tile.row_stride;
     }
 #pragma unroll
-    for (int n = 0; n < Layout::kFlight; ++n) {
-      const unsigned t = base + n * step + Layout::first();
-      const auto s = terms.visit(x[n], dim, t < count, aim.scores);
-      if (aim.scores && t < count && Layout::lane() == 0) {
+    for (unsigned n = 0; n < Layout::kFlight; ++n) {
+      const bool exists = t < count;
+      const auto s = terms.visit(x[n], dim, exists, aim.scores, seat);
+      if (aim.scores && exists && seat.lane == 0) {
         stores.statistics.set(t, s);
         repair |= kScore == Score::kStd && !is_finite(s);
       }
+      t += kStep;
     }
   }
   auto* partial = static_cast<typename Terms::Partial*>(stores.partial);
-  if (aim.reference) terms.share(partial + warp_of_block() * Terms::kPartials * dim, dim);
+  if (aim.reference) terms.share(partial + Place().warp * Terms::kPartials * dim, dim, seat);
   return repair;
 }
 
-/// The whole pass. On return every thread sees the statistics and the new reference, whichever was wanted.
-template <class Layout, Score kScore>
-__device__ __forceinline__ void visit_partition(const Tile<typename Layout::T>& tile, Aim aim,
-                                                const PassStores<typename Layout::Real>& stores) {
+/// The whole pass. On return every thread sees the statistics and the new reference, whichever was wanted. `tile()` and
+/// `stores()` are asked again in each phase: what they return need not stay in registers while rows stream.
+template <class Layout, Score kScore, class MakeTile, class MakeStores>
+__device__ __forceinline__ void visit_partition(Aim aim, const MakeTile& tile, const MakeStores& stores) {
+  using T = typename Layout::T;
   using Real = typename Layout::Real;
   bool repair = false;
   if constexpr (Layout::kWide) {
-    for (int t = warp_of_block(); aim.scores && t < tile.count; t += warps_of_block()) {
-      const Real s = wide_statistic<kScore>(tile.rows + t * tile.row_stride, tile.dim, stores.reference);
-      if (lane_of_warp() == 0) stores.statistics.set(t, s);
+    const Tile<T> x = tile();
+    const PassStores<Real> to = stores();
+    const Place place;
+    for (int t = place.warp; aim.scores && t < x.count; t += kWarps) {
+      const Real s = wide_statistic<kScore>(x.rows + t * x.row_stride, x.dim, to.reference);
+      if (place.lane == 0) to.statistics.set(t, s);
       repair |= kScore == Score::kStd && !is_finite(s);
     }
   } else {
-    repair = stream_rows<Layout, kScore>(tile, aim, stores);
+    repair = stream_rows<Layout, kScore>(tile(), aim, stores());
   }
   repair = __syncthreads_or(repair);
   if constexpr (kScore == Score::kStd) {
     if (repair) {
-      repair_deviations(tile.rows, tile.row_stride, tile.dim, tile.count, Bounds<Real>(stores.reference, tile.dim),
-                        stores.statistics);
+      repair_deviations(tile(), stores());
       __syncthreads();
     }
   }
   if (!aim.reference) return;  // the same for all threads; the barrier above was the last one
+  const Tile<T> x = tile();
+  const PassStores<Real> to = stores();
   if constexpr (Layout::kWide) {
-    wide_reference<kScore>(tile.rows, tile.row_stride, tile.dim, tile.count, stores.reference, stores.inverses, stores.slots);
+    wide_reference<kScore>(x.rows, x.row_stride, x.dim, x.count, to.reference, to.inverses, to.slots);
   } else {
     using Terms = TermsOf<Layout, kScore>;
-    const int dim = static_cast<int>(tile.dim);
-    for (int channel = threadIdx.x; channel < dim; channel += blockDim.x) {
-      Terms::gather(static_cast<const typename Terms::Partial*>(stores.partial), dim, channel, stores.reference, tile.count);
+    const int dim = static_cast<int>(x.dim);
+#pragma unroll 1
+    for (int channel = thread_of_block(); channel < dim; channel += kThreads) {
+      Terms::gather(static_cast<const typename Terms::Partial*>(to.partial), dim, channel, to.reference, x.count);
     }
   }
   __syncthreads();

@@ -15,7 +15,7 @@ namespace lagkv::cuda {
 constexpr int kThreads = 256;        // of every kernel but move_rows
 constexpr int kMoveThreads = 512;
 constexpr int kMoveVectors = 8;      // accesses in flight per thread of move_rows
-constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kBlocksPerMultiprocessor = 3;  // of compress_kernel: what its registers allow
 constexpr int64_t kScalarDim = 256;  // widest row of the element-wise layout
 constexpr int64_t kCopyRows = 64;    // rows of key and value that one copying block takes
 constexpr int64_t kMaxGrid = 2147483647;
@@ -25,7 +25,7 @@ struct Device {
   int64_t multiprocessors = 108;
   int64_t shared_per_block = 48 * 1024;
   int64_t shared_per_multiprocessor = 164 * 1024;
-  int64_t max_grid = kMaxGrid;
+  int64_t max_grid = kMaxGrid;  // blocks of one launch
 };
 
 /// How a row of D elements lies over the lanes of a warp: `chunks` accesses of `elements` elements for each of `lanes`
@@ -126,7 +126,7 @@ struct CompressPlan {
   int64_t run, runs, run_blocks;  // partitions per run, runs per head, blocks that score
   int64_t copy_blocks;            // blocks that copy the rows before and after the compressed partitions
   int64_t copy_tiles;             // of them per head
-  int64_t grid;
+  int64_t blocks;
   int64_t scratch_bytes;          // of the whole launch
 };
 
@@ -149,15 +149,15 @@ inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_
     plan.copy_tiles = ceil_div(length - plan.partitions * lag_size, kCopyRows);
     plan.copy_blocks = heads * plan.copy_tiles;
   }
-  plan.grid = std::min(plan.run_blocks + plan.copy_blocks, device.max_grid);
-  plan.scratch_bytes = std::min(plan.run_blocks, plan.grid) * plan.storage.scratch_bytes;
+  plan.blocks = plan.run_blocks + plan.copy_blocks;
+  plan.scratch_bytes = std::min(plan.run_blocks, device.max_grid) * plan.storage.scratch_bytes;
   return plan;
 }
 
 /// The launch of partition_bounds: a block per partition and head.
 struct BoundsPlan {
   RowShape shape;
-  int64_t partitions, blocks, grid, shared_bytes;
+  int64_t partitions, blocks, shared_bytes;
 };
 
 inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int64_t heads, int64_t length, int64_t start,
@@ -166,29 +166,28 @@ inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int
   plan.shape = shape;
   plan.partitions = partition_count(length, start, lag_size);
   plan.blocks = dim > 0 ? heads * plan.partitions : 0;
-  plan.grid = std::min(plan.blocks, device.max_grid);
   plan.shared_bytes = shape.wide() ? 0 : kThreads / 32 * 2 * dim * element_size;
   return plan;
 }
 
 /// The launch of topk_index: a block per row of scores, which it holds in shared memory where they fit.
 struct TopkPlan {
-  int64_t grid, shared_bytes;  // shared_bytes = 0: scores are read from global memory in every pass
+  int64_t shared_bytes;  // 0: scores are read from global memory in every pass
 };
 
-inline TopkPlan plan_topk(int bits_size, int64_t rows, int64_t lag_size, const Device& device) {
+inline TopkPlan plan_topk(int bits_size, int64_t lag_size, const Device& device) {
   const int64_t bytes = padded_lag(lag_size) * bits_size;
-  return {std::min(rows, device.max_grid), bytes <= device.shared_per_block - 2048 ? bytes : 0};
+  return {bytes <= device.shared_per_block - 2048 ? bytes : 0};
 }
 
 /// The launch of compact: a block per kCopyRows gathered rows of one head.
 struct CompactPlan {
-  int64_t tiles, blocks, grid;
+  int64_t tiles, blocks;
 };
 
-inline CompactPlan plan_compact(int64_t heads, int64_t count, int64_t dim, const Device& device) {
+inline CompactPlan plan_compact(int64_t heads, int64_t count, int64_t dim) {
   const int64_t tiles = ceil_div(count, kCopyRows), blocks = dim > 0 ? heads * tiles : 0;
-  return {tiles, blocks, std::min(blocks, device.max_grid)};
+  return {tiles, blocks};
 }
 
 /// The launch of compress_'s second step: rows move down within their head. The column slices of a row are independent,
@@ -198,7 +197,7 @@ struct MovePlan {
   int64_t key_columns, value_columns;  // accesses per row
   int64_t slice;            // accesses per row that a block takes
   int64_t key_slices, value_slices;
-  int64_t blocks, grid;
+  int64_t blocks;
 };
 
 inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_columns, int64_t heads, int64_t first,
@@ -217,7 +216,6 @@ inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_c
   plan.key_slices = ceil_div(key_columns, plan.slice);
   plan.value_slices = ceil_div(value_columns, plan.slice);
   plan.blocks = first < rows ? heads * (plan.key_slices + plan.value_slices) : 0;
-  plan.grid = std::min(plan.blocks, device.max_grid);
   return plan;
 }
 

@@ -16,26 +16,43 @@ struct Row {
   static constexpr int kElements = kElements_, kLanes = kLanes_, kChunks = kChunks_;
   static constexpr int kChannels = kElements * kChunks;  // of a row that one lane holds
   // Rows in flight: loads of this many rows are issued before the first is used, 64 bytes a lane where chunks allow.
-  static constexpr int kFlight = kChunks >= 4 ? (kElements == 1 ? 2 : 1) : 4 / kChunks;
-  using Access = Vec<T, kElements>;
+  static constexpr int kFlight = kElements == 1 ? 2 : kChunks == 4 ? 1 : 4 / kChunks;
+  // Blocks per multiprocessor that the registers of compress_kernel must allow. Most registers hold a lane's channels: lo and
+  // scale in arithmetic's type, minimum and maximum as stored.
+  static constexpr int kState = kChannels * (2 * sizeof(Real) + 2 * sizeof(T));
+  static constexpr int kBlocks = kElements == 1 ? (sizeof(T) == 8 ? 1 : 2) : kState <= (sizeof(T) == 8 ? 64 : 128) ? 3 : 2;
+  using Access = Packed<T, kElements>;
   struct Values {
     Access chunk[kChunks];
   };
 
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % kLanes); }
-  static __device__ __forceinline__ int first() { return static_cast<int>(threadIdx.x / kLanes); }
-  static __device__ __forceinline__ int rows_per_pass() { return static_cast<int>(blockDim.x / kLanes); }
-  static __device__ __forceinline__ int channel(int chunk) { return (chunk * kLanes + lane()) * kElements; }
+  /// Channel c of the lane's kChannels, in arithmetic's type.
+  static __device__ __forceinline__ void unpack_row(const Values& x, Real* to) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) unpack<T, kElements>(x.chunk[chunk], to + chunk * kElements);
+  }
+
+  /// Where a thread is in the layout.
+  struct Seat {
+    int lane, first;  // lane of its row; its row among those of a pass over the block
+    __device__ __forceinline__ Seat() {
+      const int thread = thread_of_block();
+      lane = thread % kLanes;
+      first = thread / kLanes;
+    }
+    __device__ __forceinline__ int channel(int chunk) const { return (chunk * kLanes + lane) * kElements; }
+  };
+  static constexpr int kRowsPerPass = kThreads / kLanes;
   static constexpr RowShape shape() { return {kElements, kLanes, kChunks}; }
 
-  /// Zeros where the row ends before the lane's chunk, or where there is no row.
-  static __device__ __forceinline__ Values load(const T* row, int dim, bool exists LAGKV_SITE_PARAM) {
+  /// A row from the lane's first channel on. Zeros where the row ends before a chunk, or where there is no row.
+  static __device__ __forceinline__ Values load(const T* own, int dim, bool exists, const Seat& seat LAGKV_SITE_PARAM) {
     Values x;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       x.chunk[chunk] = Access{};
-      if (exists && channel(chunk) < dim) {
-        x.chunk[chunk] = ld_global_nc_stream(reinterpret_cast<const Access*>(row + channel(chunk)) LAGKV_SITE_ARG);
+      if (exists && seat.channel(chunk) < dim) {
+        x.chunk[chunk] = ld_global_nc_stream(reinterpret_cast<const Access*>(own + chunk * kLanes * kElements) LAGKV_SITE_ARG);
       }
     }
     return x;
@@ -48,6 +65,7 @@ struct WideRow {
   using T = T_;
   using Real = RealOf<T>;
   static constexpr bool kWide = true;
+  static constexpr int kBlocks = 2;
   static constexpr RowShape shape() { return {0, 0, 0}; }
 };
 
@@ -56,21 +74,25 @@ template <class Layout, class To, class From>
 __device__ __forceinline__ void copy_rows(typename Layout::T* target, int64_t target_stride, const typename Layout::T* source,
                                           int64_t source_stride, int64_t dim, int count, const To& to, const From& from) {
   if constexpr (Layout::kWide) {
-    for (int j = warp_of_block(); j < count; j += warps_of_block()) {
+    const Place place;
+    for (int j = place.warp; j < count; j += kWarps) {
       const auto* in = source + from(j) * source_stride;
       auto* out = target + to(j) * target_stride;
-      for (int64_t c = lane_of_warp(); c < dim; c += 32) st_global(out + c, ld_global_nc(in + c));
+      for (int64_t c = place.lane; c < dim; c += 32) st_global(out + c, ld_global_nc(in + c));
     }
   } else {
     using Access = typename Layout::Access;
-    const int step = Layout::rows_per_pass();
-    for (int base = Layout::first(); base < count; base += step * Layout::kFlight) {
+    const typename Layout::Seat seat;
+    constexpr int step = Layout::kRowsPerPass;
+#pragma unroll 1
+    for (int base = seat.first; base < count; base += step * Layout::kFlight) {
       typename Layout::Values x[Layout::kFlight];
 #pragma unroll
       for (int n = 0; n < Layout::kFlight; ++n) {
         const int j = base + n * step;
         const bool exists = j < count;
-        x[n] = Layout::load(source + (exists ? from(j) : 0) * source_stride, static_cast<int>(dim), exists);
+        const auto* row = source + (exists ? from(j) : 0) * source_stride;
+        x[n] = Layout::load(row + seat.channel(0), static_cast<int>(dim), exists, seat);
       }
 #pragma unroll
       for (int n = 0; n < Layout::kFlight; ++n) {
@@ -79,7 +101,7 @@ __device__ __forceinline__ void copy_rows(typename Layout::T* target, int64_t ta
         auto* out = target + to(j) * target_stride;
 #pragma unroll
         for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-          const int channel = Layout::channel(chunk);
+          const int channel = seat.channel(chunk);
           if (channel < dim) st_global(reinterpret_cast<Access*>(out + channel), x[n].chunk[chunk]);
         }
       }

@@ -11,12 +11,13 @@
 namespace lagkv::cuda {
 
 /// Statistics [L] of key and value on entry. Calls result(t, score) with every token's score, from the thread that owns t.
-/// `slots` [2, 2 * kMaxWarps] shared. All threads have passed a barrier after the last read of another thread's statistic.
+/// `slots` [2, 2 * kWarps] shared. All threads have passed a barrier after the last read of another thread's statistic.
 template <Score kScore, class Real, class Result>
 __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Store<Real>& value, int count, int64_t key_dim,
                                                int64_t value_dim, Real weight, Real* slots, const Result& result) {
   const auto for_tokens = [&](const auto& visit) {
-    for (unsigned t = threadIdx.x; t < static_cast<unsigned>(count); t += blockDim.x) visit(static_cast<int>(t));
+#pragma unroll 1  // few tokens per thread: registers matter more
+    for (unsigned t = thread_of_block(); t < static_cast<unsigned>(count); t += kThreads) visit(static_cast<int>(t));
   };
   if constexpr (kScore == Score::kStd) {
     Two<Real> most{infinity<Real>(1), infinity<Real>(1)};
@@ -35,7 +36,7 @@ __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Sto
       value.set(t, e.value);
       sum = {sum.key + e.key, sum.value + e.value};
     });
-    sum = block_two<false>(sum, slots + 2 * kMaxWarps);
+    sum = block_two<false>(sum, slots + 2 * kWarps);
     for_tokens([&](int t) { result(t, key.get(t) / sum.key + weight * (value.get(t) / sum.value)); });
   } else {
     Two<Real> mean{0, 0};
@@ -47,7 +48,7 @@ __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Sto
       const Two<Real> off{key.get(t) - mean.key, value.get(t) - mean.value};
       squares = {squares.key + off.key * off.key, squares.value + off.value * off.value};
     });
-    squares = block_two<false>(squares, slots + 2 * kMaxWarps);
+    squares = block_two<false>(squares, slots + 2 * kWarps);
     const auto deviation_of = [&](Real sum) { return square_root(sum / static_cast<Real>(count - 1)); };
     const Two<Real> std{deviation_of(squares.key), deviation_of(squares.value)};
     const auto z = [&](Real s, Real middle, Real spread) {

@@ -11,7 +11,7 @@ constexpr int kRankLimit = 256;  // scores up to which ranks are counted: count^
 constexpr int kBins = 256;
 
 struct SelectSlots {
-  int* counts;         // [2, 2, kMaxWarps] shared
+  int* counts;         // [2, 2, kWarps] shared
   unsigned* histogram; // [kBins + 2] shared
 };
 
@@ -22,6 +22,7 @@ __device__ __forceinline__ int rank_of(const Store<Bits>& keys, int count, int i
   constexpr int kWide = 16 / sizeof(Bits);
   const auto wide = keys.template as<Vec<Bits, kWide>>();
   int rank = 0;
+#pragma unroll 2
   for (int j = 0; j < count; j += kWide) {
     const Vec<Bits, kWide> others = wide.get(j / kWide);
 #pragma unroll
@@ -40,20 +41,23 @@ struct Threshold {
 /// 3 barriers a pass. `keys.get(i)` is asked once a pass.
 template <class Bits, class Keys>
 __device__ __forceinline__ Threshold<Bits> radix_select(int count, int keep, unsigned* histogram, const Keys& keys) {
+  const Place place;
   Bits prefix = 0, mask = 0;
   int wanted = keep;
+#pragma unroll 1
   for (int shift = 8 * sizeof(Bits) - 8; shift >= 0; shift -= 8) {
-    for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) st_shared(histogram + bin, 0u);
+    for (int bin = place.thread; bin < kBins; bin += kThreads) st_shared(histogram + bin, 0u);
     __syncthreads();
-    for (unsigned i = threadIdx.x; i < static_cast<unsigned>(count); i += blockDim.x) {
+#pragma unroll 2
+    for (unsigned i = place.thread; i < static_cast<unsigned>(count); i += kThreads) {
       const Bits bits = keys.get(static_cast<int>(i));
       if ((bits & mask) == prefix) atomicAdd(histogram + static_cast<int>((bits >> shift) & (kBins - 1)), 1u);
     }
     __syncthreads();
-    if (warp_of_block() == 0) {
+    if (place.warp == 0) {
       // Lane 0 takes the 8 highest bins, lane 31 the 8 lowest; a prefix sum over lanes counts the scores above.
       constexpr int kShare = kBins / 32;
-      const int top = kBins - 1 - lane_of_warp() * kShare;
+      const int top = kBins - 1 - place.lane * kShare;
       int own = 0;
 #pragma unroll
       for (int n = 0; n < kShare; ++n) own += static_cast<int>(ld_shared(histogram + top - n));
@@ -61,7 +65,7 @@ __device__ __forceinline__ Threshold<Bits> radix_select(int count, int keep, uns
 #pragma unroll
       for (int offset = 1; offset < 32; offset *= 2) {
         const int other = __shfl_up_sync(kFullWarp, above, offset);
-        if (lane_of_warp() >= offset) above += other;
+        if (place.lane >= offset) above += other;
       }
       above -= own;
       if (above < wanted && wanted <= above + own) {

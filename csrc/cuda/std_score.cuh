@@ -34,7 +34,7 @@ struct Range {
 template <class T>
 __device__ __forceinline__ Range<T> gathered_range(const T* partial, int dim, int channel) {
   Range<T> range{ld_shared(partial + channel), ld_shared(partial + dim + channel)};
-  for (int warp = 1; warp < warps_of_block(); ++warp) {
+  for (int warp = 1; warp < kWarps; ++warp) {
     partial += 2 * dim;
     range = {min_nan(range.lo, ld_shared(partial + channel)), max_nan(range.hi, ld_shared(partial + dim + channel))};
   }
@@ -53,55 +53,54 @@ struct StdTerms {
   Real share_of_one;  // 1/D
   Access least[Layout::kChunks], most[Layout::kChunks];
 
-  __device__ __forceinline__ explicit StdTerms(int dim) : share_of_one(Real(1) / static_cast<Real>(dim)) {
+  __device__ __forceinline__ explicit StdTerms(Real share) : share_of_one(share) {
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
 #pragma unroll
       for (int e = 0; e < Layout::kElements; ++e) {
         lo[chunk * Layout::kElements + e] = scale[chunk * Layout::kElements + e] = Real(0);
-        least[chunk][e] = infinity<T>(0);
-        most[chunk][e] = infinity<T>(1);
       }
+      least[chunk] = filled<T, Layout::kElements>(infinity<T>(0));
+      most[chunk] = filled<T, Layout::kElements>(infinity<T>(1));
     }
   }
 
-  __device__ __forceinline__ void load(const Store<Real>& reference, int dim) {
+  __device__ __forceinline__ void load(const Store<Real>& reference, int dim, const typename Layout::Seat& seat) {
     const Bounds<Real> bounds(reference, dim);
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-      if (Layout::channel(chunk) >= dim) continue;
-      get_row<Layout::kElements>(bounds.lo, Layout::channel(chunk), lo + chunk * Layout::kElements);
-      get_row<Layout::kElements>(bounds.scale, Layout::channel(chunk), scale + chunk * Layout::kElements);
+      if (seat.channel(chunk) >= dim) continue;
+      get_row<Layout::kElements>(bounds.lo, seat.channel(chunk), lo + chunk * Layout::kElements);
+      get_row<Layout::kElements>(bounds.scale, seat.channel(chunk), scale + chunk * Layout::kElements);
     }
   }
 
   /// sum_c (y_c - mean y)^2, known to every lane of the row; 0 where only the bounds are wanted. The row, where it exists,
   /// widens the bounds of its own partition.
-  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int dim, bool exists, bool scored) {
-    const Real squares = scored ? sum_of_squares(x, dim) : Real(0);
+  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int dim, bool exists, bool scored, const typename Layout::Seat& seat) {
     if (exists) {
 #pragma unroll
       for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-        least[chunk] = extreme<false>(least[chunk], x.chunk[chunk]);
-        most[chunk] = extreme<true>(most[chunk], x.chunk[chunk]);
+        least[chunk] = extreme<false, T, Layout::kElements>(least[chunk], x.chunk[chunk]);
+        most[chunk] = extreme<true, T, Layout::kElements>(most[chunk], x.chunk[chunk]);
       }
     }
-    return squares;
+    return scored ? sum_of_squares(x, dim, seat) : Real(0);
   }
 
   /// This warp's bounds to shared memory, [2, D] of `partial`.
-  __device__ __forceinline__ void share(T* partial, int dim) {
+  __device__ __forceinline__ void share(T* partial, int dim, const typename Layout::Seat& seat) {
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       if constexpr (Layout::kLanes < 32) {
 #pragma unroll
         for (int offset = Layout::kLanes; offset < 32; offset *= 2) {
-          least[chunk] = extreme<false>(least[chunk], shuffled(least[chunk], offset));
-          most[chunk] = extreme<true>(most[chunk], shuffled(most[chunk], offset));
+          least[chunk] = extreme<false, T, Layout::kElements>(least[chunk], shuffled(least[chunk], offset));
+          most[chunk] = extreme<true, T, Layout::kElements>(most[chunk], shuffled(most[chunk], offset));
         }
       }
-      const int channel = Layout::channel(chunk);
-      if (lane_of_warp() < Layout::kLanes && channel < dim) {
+      const int channel = seat.channel(chunk);
+      if (Place().lane < Layout::kLanes && channel < dim) {
         st_shared(reinterpret_cast<Access*>(partial + channel), least[chunk]);
         st_shared(reinterpret_cast<Access*>(partial + dim + channel), most[chunk]);
       }
@@ -116,12 +115,13 @@ struct StdTerms {
   }
 
  private:
-  __device__ __forceinline__ Real sum_of_squares(const typename Layout::Values& x, int dim) const {
+  __device__ __forceinline__ Real sum_of_squares(const typename Layout::Values& x, int dim, const typename Layout::Seat& seat) const {
     Real y[Layout::kChannels];
+    Layout::unpack_row(x, y);
     Real sum = 0;
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) {
-      y[c] = (to_real(x.chunk[c / Layout::kElements][c % Layout::kElements]) - lo[c]) * scale[c];
+      y[c] = (y[c] - lo[c]) * scale[c];
       sum += y[c];
     }
     const Real mean = lanes_sum<Layout::kLanes>(sum) * share_of_one;
@@ -129,19 +129,15 @@ struct StdTerms {
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) {
       const Real off = y[c] - mean;
-      if (Layout::channel(c / Layout::kElements) < dim) squares += off * off;
+      if (seat.channel(c / Layout::kElements) < dim) squares += off * off;
     }
     return lanes_sum<Layout::kLanes>(squares);
   }
 
-  static __device__ __forceinline__ Access shuffled(const Access& x, int offset) {
-    struct Words {
-      unsigned word[sizeof(Access) / 4];
-    };
-    Words words = bits_as<Words>(x);
+  static __device__ __forceinline__ Access shuffled(Access x, int offset) {
 #pragma unroll
-    for (auto& word : words.word) word = __shfl_xor_sync(kFullWarp, word, offset);
-    return bits_as<Access>(words);
+    for (auto& word : x.data) word = __shfl_xor_sync(kFullWarp, word, offset);
+    return x;
   }
 };
 
@@ -157,30 +153,21 @@ __device__ __forceinline__ Real deviation(Real squares, int64_t dim) {
 /// in double. Every lane gets it.
 template <class T, class Real>
 __device__ inline Real exact_deviation(const T* row, int64_t dim, const Bounds<Real>& bounds) {
+  const int lane = Place().lane;
   const auto y = [&](int64_t c) {
     const Real low = bounds.lo.get(c), high = bounds.hi.get(c);
     return low == high ? 0.0 : static_cast<double>((to_real(ld_global_nc(row + c)) - low) / (high - low));
   };
   double sum = 0, squares = 0;
-  for (int64_t c = lane_of_warp(); c < dim; c += 32) sum += y(c);
+#pragma unroll 1
+  for (int64_t c = lane; c < dim; c += 32) sum += y(c);
   const double mean = lanes_sum<32>(sum) / static_cast<double>(dim);
-  for (int64_t c = lane_of_warp(); c < dim; c += 32) {
+#pragma unroll 1
+  for (int64_t c = lane; c < dim; c += 32) {
     const double off = y(c) - mean;
     squares += off * off;
   }
   return static_cast<Real>(sqrt(lanes_sum<32>(squares) / static_cast<double>(dim - 1)));
-}
-
-/// Rows whose sum of squares is not finite, again and exactly.
-template <class T, class Real>
-__device__ inline void repair_deviations(const T* rows, int64_t row_stride, int64_t dim, int count,
-                                         const Bounds<Real>& bounds, const Store<Real>& statistics) {
-  for (int t = warp_of_block(); t < count; t += warps_of_block()) {
-    if (is_finite(statistics.get(t))) continue;
-    const Real s = exact_deviation(rows + t * row_stride, dim, bounds);
-    __syncwarp();
-    if (lane_of_warp() == 0) statistics.set(t, -s);
-  }
 }
 
 }  // namespace lagkv::cuda

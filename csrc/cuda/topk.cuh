@@ -27,6 +27,7 @@ struct TopkLaunch {
   TopkParams<T> args;  // row_stride is not used: `rows` says where rows start
   ScoreRows rows;
   TopkPlan plan;
+  int64_t first_job;
 };
 
 /// Ordered scores computed from the scores themselves at every read; zeros behind the last one.
@@ -43,23 +44,21 @@ struct ScoreKeys {
 template <class T>
 __global__ void __launch_bounds__(kThreads) topk_kernel(const TopkLaunch<T> launch) {
   using Bits = BitsOf<T>;
-  LAGKV_SHARED(int, count_slots, 4 * kMaxWarps);
+  LAGKV_SHARED(int, count_slots, 4 * kWarps);
   LAGKV_SHARED(unsigned, histogram, kBins + 2);
   const int count = static_cast<int>(launch.args.lag_size), keep = static_cast<int>(launch.args.keep);
-  for (int64_t row = blockIdx.x; row < launch.args.rows; row += gridDim.x) {
-    const ScoreKeys<T> scores{launch.args.score + launch.rows.offset(row), count};
-    int32_t* index = launch.args.index + row * launch.args.keep;
-    const auto emit = [&](int slot, int i) { st_global(index + slot, static_cast<int32_t>(i)); };
-    if (launch.plan.shared_bytes > 0) {
-      LAGKV_DYNAMIC_SHARED(shared);
-      const Store<Bits> keys{reinterpret_cast<Bits*>(shared), nullptr, false};
-      for (int i = threadIdx.x; i < padded_lag(count); i += blockDim.x) keys.set(i, scores.get(i));
-      __syncthreads();
-      select<Bits>(keys, count, keep, {count_slots, histogram}, emit);
-    } else {
-      select_by_radix<Bits>(scores, count, keep, {count_slots, histogram}, emit);
-    }
-    __syncthreads();  // before the next row
+  const int64_t row = launch.first_job + blockIdx.x;
+  const ScoreKeys<T> scores{launch.args.score + launch.rows.offset(row), count};
+  int32_t* index = launch.args.index + row * launch.args.keep;
+  const auto emit = [&](int slot, int i) { st_global(index + slot, static_cast<int32_t>(i)); };
+  if (launch.plan.shared_bytes > 0) {
+    LAGKV_DYNAMIC_SHARED(shared);
+    const Store<Bits> keys{reinterpret_cast<Bits*>(shared), false};
+    for (int i = thread_of_block(); i < padded_lag(count); i += kThreads) keys.set(i, scores.get(i));
+    __syncthreads();
+    select<Bits>(keys, count, keep, {count_slots, histogram}, emit);
+  } else {
+    select_by_radix<Bits>(scores, count, keep, {count_slots, histogram}, emit);
   }
 }
 

@@ -11,7 +11,7 @@ namespace lagkv::cuda {
 /// Calls visit(c, x_c) for the channels of a row that belong to this lane.
 template <class T, class Visit>
 __device__ __forceinline__ void for_channels(const T* row, int64_t dim, const Visit& visit) {
-  for (int64_t c = lane_of_warp(); c < dim; c += 32) visit(c, to_real(ld_global_nc(row + c)));
+  for (int64_t c = Place().lane; c < dim; c += 32) visit(c, to_real(ld_global_nc(row + c)));
 }
 
 /// 1 / |x|, or 0 where the norm is 0; every lane gets it.
@@ -19,7 +19,7 @@ template <class T, class Real>
 __device__ __forceinline__ Real inverse_norm(const T* row, int64_t dim) {
   Real squares = 0;
   for_channels(row, dim, [&](int64_t, Real x) { squares += x * x; });
-  return inverse_or_zero(square_root(lanes_sum<32>(squares)));
+  return inverse_norm_of(lanes_sum<32>(squares));
 }
 
 /// Bounds of one channel, by one thread.
@@ -54,31 +54,32 @@ __device__ __forceinline__ Real wide_statistic(const T* row, int64_t dim, const 
 }
 
 /// The reference that the rows of this partition make for the partition before. `inverses` [rows] holds 1/|x| of its rows
-/// (cosine); `slots` [2 * kMaxWarps] shared. Ends without a barrier.
+/// (cosine); `slots` [2 * kWarps] shared. Ends without a barrier.
 template <Score kScore, class T, class Real>
 __device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride, int64_t dim, int count,
                                                const Store<Real>& reference, const Store<Real>& inverses, Real* slots) {
   if constexpr (kScore == Score::kStd) {
-    for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
       const Range<T> range = column_range(rows + c, row_stride, count);
       Bounds<Real>(reference, dim).set(c, to_real(range.lo), to_real(range.hi));
     }
   } else {
-    for (int t = warp_of_block(); t < count; t += warps_of_block()) {
+    const Place place;
+    for (int t = place.warp; t < count; t += kWarps) {
       const Real inverse = inverse_norm<T, Real>(rows + t * row_stride, dim);
-      if (lane_of_warp() == 0) inverses.set(t, inverse);
+      if (place.lane == 0) inverses.set(t, inverse);
     }
     __syncthreads();
     Two<Real> squares{0, 0};
-    for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
       Real sum = 0;
       for (int t = 0; t < count; ++t) sum += to_real(ld_global_nc(rows + t * row_stride + c)) * inverses.get(t);
       sum /= static_cast<Real>(count);
       reference.set(c, sum);
       squares.key += sum * sum;
     }
-    const Real inverse = inverse_or_zero(square_root(block_two<false>(squares, slots).key));
-    for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) reference.set(c, reference.get(c) * inverse);
+    const Real inverse = inverse_norm_of(block_two<false>(squares, slots).key);
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads) reference.set(c, reference.get(c) * inverse);
   }
 }
 

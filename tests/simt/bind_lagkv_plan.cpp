@@ -45,7 +45,7 @@ SIMT_BINDINGS(lagkv_plan, module) {
         all["run_blocks"] = plan.run_blocks;
         all["copy_blocks"] = plan.copy_blocks;
         all["copy_tiles"] = plan.copy_tiles;
-        all["grid"] = plan.grid;
+        all["blocks"] = plan.blocks;
         all["scratch_bytes"] = plan.scratch_bytes;
         all["shared_bytes"] = plan.storage.shared_bytes;
         all["statistics_in_scratch"] = plan.storage.statistics_in_scratch;
@@ -66,7 +66,6 @@ SIMT_BINDINGS(lagkv_plan, module) {
         all["key_slices"] = plan.key_slices;
         all["value_slices"] = plan.value_slices;
         all["blocks"] = plan.blocks;
-        all["grid"] = plan.grid;
         return all;
       },
       py::arg("access_bytes"), py::arg("key_columns"), py::arg("value_columns"), py::arg("heads"),
