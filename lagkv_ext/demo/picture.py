@@ -67,8 +67,11 @@ def _facts_axis(axis: Axes, result: Result) -> None:
         height = (
             0.55 if number % 2 else 0.1
         )  # neighbours one above the other, so that close ones stay legible
-        axis.text(middle, height + 0.08, label, ha="center", fontsize=8, color=_FACT_KEPT)
-        axis.plot([middle, middle], [0, height], color=_FACT_KEPT, linewidth=1)
+        axis.plot([middle, middle], [0, height], color=_FACT_KEPT, linewidth=1, zorder=1)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        axis.text(
+            middle, height + 0.1, label, ha="center", fontsize=8, color=_FACT_KEPT, bbox=behind, zorder=2
+        )
     axis.set_title("the facts, where their answers stand in the text", loc="left", fontsize=9)
     axis.tick_params(bottom=False)
 

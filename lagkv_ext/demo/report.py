@@ -21,7 +21,7 @@ def table(result: Result) -> Table:
     out = Table(
         title=f"{result.model_name}, {result.dtype} on {result.device}, {result.threads} CPU threads, "
         f"lag_size {result.lag_size}, sink_size {result.sink_size}",
-        caption=f"times: medians of {result.rounds} readings and {len(result.full.step_s)} decoding steps per cache; "
+        caption=f"times: readings {result.rounds}, decoding steps {len(result.full.step_s)} per cache, medians; "
         f"full-att.: the {len(result.full_layers)} full-attention layers of {result.layer_count}",
         title_justify="left",
         caption_justify="left",
