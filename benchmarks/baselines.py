@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from benchmarks.cases import Case
 from lagkv_ext import ops, reference
 from lagkv_ext.traffic import Problem
 
+ISA_VARIABLE = "LAGKV_CPU_ISA"
 WORKER = Path(__file__).with_name("kvpress_worker.py")
 assert ops  # defines torch.ops.lagkv
 
@@ -64,6 +67,23 @@ def contenders(case: Case, *, kvpress_python: str | None = None) -> dict[str, Ca
         index = torch.ops.lagkv.compress_(b.key, b.value, *arguments, **scoring)
         return b.key[:, :, : p.rows], b.value[:, :, : p.rows], index
 
+    def at_level(level: str) -> Callable[[], Contender]:
+        def make() -> Contender:
+            if case.device != "cpu":
+                raise Skipped("instruction sets are the CPU's")
+            try:
+                with cpu_isa(level):
+                    torch.ops.lagkv._cpu_isa()
+            except RuntimeError as error:
+                raise Skipped(str(error).splitlines()[0]) from error
+            return Contender(f"compress_-{level}", f"compress_ with {ISA_VARIABLE}={level}", run, "compress_")
+
+        def run(b: Buffers) -> tuple[Tensor, Tensor, Tensor]:
+            with cpu_isa(level):
+                return in_place(b)
+
+        return make
+
     def compress(b: Buffers) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.lagkv.compress(b.key, b.value, *arguments, **scoring)
 
@@ -97,6 +117,8 @@ def contenders(case: Case, *, kvpress_python: str | None = None) -> dict[str, Ca
     return {
         "compress_": of("compress_", "torch.ops.lagkv.compress_, in place", in_place, "compress_"),
         "compress": of("compress", "torch.ops.lagkv.compress", compress, "compress"),
+        "compress_-avx2": at_level("avx2"),
+        "compress_-portable": at_level("portable"),
         "copy": of("copy", "copying key and value into existing buffers", copy, "copy", "copied"),
         "clone": of("clone", "key.clone(), value.clone()", clone, "copy", "copied"),
         "compiled": compiled,
@@ -104,6 +126,20 @@ def contenders(case: Case, *, kvpress_python: str | None = None) -> dict[str, Ca
         "eager": of("eager", "lagkv_ext.reference.compress", eager, "compress"),
         "kvpress": lambda: kvpress(case, kvpress_python),
     }
+
+
+@contextlib.contextmanager
+def cpu_isa(level: str) -> Iterator[None]:
+    """The CPU kernels at one instruction set; they look at the variable at every call."""
+    before = os.environ.get(ISA_VARIABLE)
+    os.environ[ISA_VARIABLE] = level
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ISA_VARIABLE]
+        else:
+            os.environ[ISA_VARIABLE] = before
 
 
 def plain_compress(p: Problem) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:

@@ -30,7 +30,7 @@ def traffic(problem: Problem, *, build: bool) -> dict[str, Any]:
     ``build``: compile the executor where it was never built, which takes minutes.
     """
     try:
-        if not build and not list(_BUILT.glob("*/*.so")):
+        if not build and not list(_BUILT.glob("**/lagkv_simt*.so")):
             return {"reason": "the executor is not built yet; --model-cuda builds it once, in minutes"}
         simt, operators = _executor()
     except (ImportError, RuntimeError) as error:

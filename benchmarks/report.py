@@ -16,6 +16,7 @@ TARGETS: dict[tuple[str, str], tuple[Callable[[float], bool], str]] = {
     ("compress", "clone"): (lambda x: x <= 1.0, "at most 1.0"),
     ("compiled", "compress"): (lambda x: x >= 2.5, "at least 2.5"),
     ("eager", "compress"): (lambda x: x >= 25.0, "at least 25"),
+    ("compress_-portable", "compress_-avx2"): (lambda x: x <= 3.0, "at most 3"),
 }
 RATIOS = (
     *TARGETS,

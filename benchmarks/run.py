@@ -27,7 +27,18 @@ from lagkv_ext import checks, timing
 from lagkv_ext.traffic import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTENDERS = ("compress_", "compress", "copy", "clone", "compiled", "compiled-topk", "eager", "kvpress")
+CONTENDERS = (
+    "compress_",
+    "compress",
+    "copy",
+    "clone",
+    "compress_-avx2",
+    "compress_-portable",
+    "compiled",
+    "compiled-topk",
+    "eager",
+    "kvpress",
+)
 
 
 class Refused(ValueError):

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -101,6 +102,18 @@ def test_kvpress_is_skipped_by_name_with_the_reason(capsys, tmp_path):
     assert run.main([*SMALL, "--contenders", "kvpress", "--kvpress-python", str(without)]) == 0
     shown = capsys.readouterr().out
     assert "kvpress skipped: kvpress's process ended with 3: ModuleNotFoundError: kvpress" in shown
+
+
+def test_contenders_at_an_instruction_set_run_that_set(monkeypatch):
+    case, seen = small_case(), []
+    real = torch.ops.lagkv.compress_
+    spy = mock.Mock(side_effect=lambda *a, **k: seen.append(torch.ops.lagkv._cpu_isa()) or real(*a, **k))
+    spy.default = real.default
+    monkeypatch.setattr(torch.ops.lagkv, "compress_", spy)
+    before = torch.ops.lagkv._cpu_isa()
+    assert verify.verify(baselines.contenders(case)["compress_-portable"](), baselines.Buffers(case)).green
+    assert seen == ["portable"]
+    assert torch.ops.lagkv._cpu_isa() == before
 
 
 # -- a number never appears beside a red check
