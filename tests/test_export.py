@@ -17,8 +17,10 @@ class Compress(nn.Module):
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         new_key, new_value, index = torch.ops.lagkv.compress(key, value, 4, 16, 4, score="std")
         copies = key.clone(), value.clone()
-        index_in_place = torch.ops.lagkv.compress_(*copies, 4, 16, 4)
-        return new_key + 1, new_value, index, index_in_place, copies[0][:, :, : index_in_place.shape[2]]
+        rows = torch.ops.lagkv.compress_(*copies, 4, 16, 4).shape[2]
+        # Not a slice: export would ask whether it is all of the tensor, and accept one answer only.
+        first = torch.arange(rows, dtype=torch.int32, device=key.device).expand(*key.shape[:2], rows)
+        return new_key + 1, new_value, index, *(torch.ops.lagkv.compact(x, first) for x in copies)
 
 
 def pair(length: int) -> tuple[Tensor, Tensor]:
