@@ -160,6 +160,7 @@ def measure_case(case: cases.Case, names: Sequence[str], options: argparse.Names
         if entered:
             time_case(case, entered, buffers, options, result)
         if case.device == "cpu" and not torch.cuda.is_available() and options.model_cuda is not False:
+            print("  cuda: bringing the executor up to date and counting its traffic", flush=True)
             result["modelled"] = modelled.traffic(case.problem, build=options.model_cuda is True)
     finally:
         for contender in entered:
