@@ -48,6 +48,10 @@ def test_tables_of_known_results(tmp_path):
                     "questions": [{"score": score}],
                 }
             )
+    # A task that was interrupted before all settings had their prompts.
+    lines.append({**lines[1], "task": "half"})
+    lines.append({**lines[2], "task": "half"})
+    lines.append({**lines[6], "task": "half"})
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results r.jsonl -->\nold\n<!-- end -->\nafter\n")
@@ -55,6 +59,8 @@ def test_tables_of_known_results(tmp_path):
     assert text.startswith("before\n<!-- results r.jsonl -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
+    assert "Unfinished, and not shown: half." in text
+    assert "half |" not in text
     assert "| full cache | 100.0 (100 to 100) |" in text
     assert "| window | 50.0 (50 to 50) ▼ |" in text
     assert "**4x: keep_ratio 0.25** (40% of the rows kept)" in text

@@ -51,16 +51,32 @@ def _about(summary: Summary, headers: list[dict]) -> str:
     x = headers[-1]
     sizes = [
         f"{t} {c.interval.prompts}x{c.interval.questions // c.interval.prompts} ({c.tokens:.0f} tokens)"
-        for t in summary.tasks
+        for t in _finished(summary)
         if (c := summary.cell("full", t)) is not None
     ]
     v = x["versions"]
-    silent = summary.silent()
+    left = [t for t in summary.tasks if t not in _finished(summary)]
+    unfinished = f" Unfinished, and not shown: {', '.join(left)}." if left else ""
+    cpu = sum(r.get("cpu_seconds", 0.0) for r in summary.records) / 60
+    spent = f" {len(summary.records)} measurements, {cpu:.1f} minutes of processor time."
+    silent = [t for t in summary.silent() if t not in left]
     note = f" Hardly better than guessing with the full cache: {', '.join(silent)}." if silent else ""
     return (
         f"{x['model']}, {x['dtype']}, torch {v['torch']}, transformers {v['transformers']}, seed {x['seed']}. "
-        f"Prompts x questions: {', '.join(sizes)}.{note}\n"
+        f"Prompts x questions: {', '.join(sizes)}.{note}{unfinished}{spent}\n"
     )
+
+
+def _finished(summary: Summary) -> list[str]:
+    """Tasks that every setting was measured on with as many prompts as the full cache, or was not possible
+    on at all.
+    """
+    out = []
+    for task in summary.tasks:
+        counts = {c.interval.prompts for n in summary.settings if (c := summary.cell(n, task)) is not None}
+        if len(counts) == 1:
+            out.append(task)
+    return out
 
 
 def _share(summary: Summary, name: str) -> str:
@@ -69,11 +85,12 @@ def _share(summary: Summary, name: str) -> str:
 
 
 def _table(summary: Summary, lines: list[tuple[str, str]]) -> str:
-    kl = [t for t in summary.tasks if "kl" in (c.extra if (c := summary.cell("full", t)) else {})]
-    columns = [*summary.tasks, *(f"{t}: KL, nats" for t in kl)]
+    tasks = _finished(summary)
+    kl = [t for t in tasks if "kl" in (c.extra if (c := summary.cell("full", t)) else {})]
+    columns = [*tasks, *(f"{t}: KL, nats" for t in kl)]
     out = ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for label, name in lines:
-        shown = [_cell(summary.cell(name, t)) for t in summary.tasks]
+        shown = [_cell(summary.cell(name, t)) for t in tasks]
         shown += ["-" if (c := summary.cell(name, t)) is None else f"{c.extra['kl']:.3f}" for t in kl]
         out.append(f"| {label} | " + " | ".join(shown) + " |")
     return "\n".join(out) + "\n"
