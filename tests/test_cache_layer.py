@@ -8,6 +8,9 @@ import itertools
 import weakref
 
 import pytest
+
+pytest.importorskip("transformers", reason="the cache needs transformers")
+
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st

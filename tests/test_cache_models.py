@@ -6,6 +6,9 @@ import copy
 import itertools
 
 import pytest
+
+pytest.importorskip("transformers", reason="the cache needs transformers")
+
 import torch
 from cache_models import (
     KINDS,

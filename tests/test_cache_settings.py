@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+
+pytest.importorskip("transformers", reason="the cache needs transformers")
+
 import torch
 from cache_models import SMALL, forward, prompt, tiny_config, tiny_model
 from transformers import (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
+pytest.importorskip("transformers", reason="the evaluation needs transformers")
+
 import evaluate_models
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
