@@ -2,6 +2,10 @@
 
 The build lives in ``build/simt/`` of the checkout and is kept: a later run compiles what has changed, and nothing where
 nothing has.
+
+``LAGKV_SIMT_SANITIZE=1`` takes a build with AddressSanitizer, which the process must be started with:
+``LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+ASAN_OPTIONS=detect_leaks=0:allow_user_segv_handler=1:use_sigaltstack=0``.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -87,6 +88,12 @@ void leave_context(Context& to) {
   __builtin_unreachable();
 }
 
+void forget_frames([[maybe_unused]] const Context& context) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(context.stack_bottom, context.stack_size);
+#endif
+}
+
 Stacks::~Stacks() {
   for (unsigned char* stack : stacks_) munmap(stack - kGuardBytes, kStackBytes + kGuardBytes);
 }
@@ -103,6 +110,7 @@ void Stacks::prepare(size_t index, void (*entry)(), Context& context) {
   context.stack_bottom = bottom;
   context.stack_size = kStackBytes;
   context.fake_stack = nullptr;
+  forget_frames(context);
   // Six registers, the entry, and a return address of 0 for unwinders; at entry rsp is 8 below a multiple
   // of 16. Neighbouring stacks start at different cache sets.
   void** top = reinterpret_cast<void**>(bottom + kStackBytes - 64 - (index % 16) * 128);

@@ -26,6 +26,9 @@ void switch_context(Context& from, Context& to);
 /// Must be the first call of a new flow of control.
 void entered_context();
 
+/// The frames on this stack are given up: nothing of them may stay marked for AddressSanitizer.
+void forget_frames(const Context& context);
+
 /// Stacks of kStackBytes each, with an inaccessible page below every one of them.
 class Stacks {
  public:

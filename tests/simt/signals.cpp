@@ -87,6 +87,7 @@ const char* Executor::describe_signal(int signal, uintptr_t address) const {
 
 uintptr_t Executor::landing_stack() const {
   const Context& context = static_cast<const Thread*>(self)->context;
+  forget_frames(context);
   return reinterpret_cast<uintptr_t>(context.stack_bottom) + context.stack_size;
 }
 
