@@ -6,15 +6,34 @@
 
 namespace lagkv::cuda {
 
-/// 1 / sqrt(squares), 0 where the sum is 0. For float32 the hardware's estimate and one step of Newton's method: as accurate as a
-/// square root and a division, without their branches in the streaming loop.
-__device__ __forceinline__ double inverse_norm_of(double squares) { return squares == 0.0 ? 0.0 : 1.0 / sqrt(squares); }
-__device__ __forceinline__ float inverse_norm_of(float squares) {
-  if (squares == 0.0f) return 0.0f;
-  const float estimate = rsqrtf(squares);
-  // An infinite sum has the inverse 0, and NaN stays NaN.
-  return estimate == 0.0f ? estimate : estimate * (1.5f - 0.5f * (squares * estimate) * estimate);
+__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
+
+__device__ __forceinline__ double quick_inverse(double x) { return 1.0 / x; }
+__device__ __forceinline__ float quick_inverse(float x) {
+#if defined(LAGKV_SIMT)
+  return 1.0f / x;
+#else
+  return __fdividef(1.0f, x);  // norms are neither denormal nor above 2^64: no special cases
+#endif
 }
+
+/// Divides a row by its norm: x * (1/norm) and one correction by the remainder, which rounds as a division does. A row with one
+/// channel other than 0 has a direction of exactly 1 or -1, and tokens of one direction tie.
+template <class Real>
+struct Norm {
+  Real norm, inverse;
+
+  __device__ __forceinline__ explicit Norm(Real squares) : norm(square_root(squares)) {
+    // An infinite norm divides to 0, and a norm of 0 is no direction at all.
+    if (norm == infinity<Real>(0)) norm = Real(0);
+    inverse = norm == Real(0) ? Real(0) : quick_inverse(norm);
+  }
+  __device__ __forceinline__ Real divide(Real x) const {
+    const Real quotient = x * inverse;
+    return fused(fused(-quotient, norm, x), inverse, quotient);
+  }
+};
 
 template <class Layout>
 struct CosineTerms {
@@ -41,9 +60,9 @@ struct CosineTerms {
     }
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) squares += anchor[c] * anchor[c];
-    const Real inverse = inverse_norm_of(lanes_sum<Layout::kLanes>(squares));
+    const Norm<Real> norm(lanes_sum<Layout::kLanes>(squares));
 #pragma unroll
-    for (int c = 0; c < Layout::kChannels; ++c) anchor[c] *= inverse;
+    for (int c = 0; c < Layout::kChannels; ++c) anchor[c] = norm.divide(anchor[c]);
   }
 
   /// s, known to every lane of the row. A missing row is all zeros, has no direction and adds nothing.
@@ -54,11 +73,11 @@ struct CosineTerms {
     Real squares = 0;
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) squares += row[c] * row[c];
-    const Real inverse = inverse_norm_of(lanes_sum<Layout::kLanes>(squares));
+    const Norm<Real> norm(lanes_sum<Layout::kLanes>(squares));
     Real cosine = 0;
 #pragma unroll
     for (int c = 0; c < Layout::kChannels; ++c) {
-      const Real direction = row[c] * inverse;
+      const Real direction = norm.divide(row[c]);
       cosine += direction * anchor[c];
       total[c] += direction;
     }

@@ -20,9 +20,9 @@ struct CompactLaunch {
 };
 
 /// A position outside x cannot raise an error without waiting for the device: it is a device-side assertion, as in torch's
-/// own gather (in the executor: a trap).
-__device__ __forceinline__ void check_position(int64_t position, int64_t length) {
-  if (position >= 0 && position < length) return;
+/// own gather (in the executor: a trap). Nothing outside x is read, and what is written then is never seen.
+__device__ __forceinline__ void require_positions_in_range(bool in_range) {
+  if (in_range) return;
 #if defined(LAGKV_SIMT)
   __trap();
 #else
@@ -46,6 +46,7 @@ struct Share {
 template <class W>
 __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W> launch) {
   constexpr int kFlight = 4;
+  bool in_range = true;
   const auto& args = launch.args;
   const int64_t job = launch.first_job + blockIdx.x;
   const int64_t head = job / launch.plan.tiles, batch = head / args.heads, part = head % args.heads;
@@ -61,8 +62,9 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W
         const int j = row + n * share.rows_per_step;
         if (j >= rows) continue;
         const int64_t position = ld_global_nc(args.index.row(batch, part, first + j));
-        check_position(position, args.length);
-        x[n] = ld_global_nc_stream(args.x.row(batch, part, position) + column);
+        const bool exists = position >= 0 && position < args.length;
+        in_range = in_range && exists;
+        x[n] = exists ? ld_global_nc_stream(args.x.row(batch, part, position) + column) : W{};
       }
 #pragma unroll
       for (int n = 0; n < kFlight; ++n) {
@@ -71,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W
       }
     }
   }
+  require_positions_in_range(in_range);
 }
 
 template <class W>

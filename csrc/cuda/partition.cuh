@@ -28,7 +28,7 @@ template <class Real>
 struct PassStores {
   Store<Real> reference;   // [3, D] or anchor [D]: of the next partition before the pass, of this one after it
   Store<Real> statistics;  // [L]: filled by the pass
-  Store<Real> inverses;    // [L]: WideRow, cosine
+  Store<Real> norms;       // [L]: WideRow, cosine
   void* partial;           // [warps, ...] shared: not WideRow
   Real* slots;             // [2 * kWarps] shared
 };
@@ -116,7 +116,7 @@ __device__ __forceinline__ void visit_partition(Aim aim, const MakeTile& tile, c
   const Tile<T> x = tile();
   const PassStores<Real> to = stores();
   if constexpr (Layout::kWide) {
-    wide_reference<kScore>(x.rows, x.row_stride, x.dim, x.count, to.reference, to.inverses, to.slots);
+    wide_reference<kScore>(x.rows, x.row_stride, x.dim, x.count, to.reference, to.norms, to.slots);
   } else {
     using Terms = TermsOf<Layout, kScore>;
     const int dim = static_cast<int>(x.dim);

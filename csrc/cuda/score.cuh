@@ -39,23 +39,27 @@ __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Sto
     sum = block_two<false>(sum, slots + 2 * kWarps);
     for_tokens([&](int t) { result(t, key.get(t) / sum.key + weight * (value.get(t) / sum.value)); });
   } else {
+    // Relative to the first token's, so that equal statistics have a deviation of exactly 0.
+    const Two<Real> origin{key.get(0), value.get(0)};
     Two<Real> mean{0, 0};
-    for_tokens([&](int t) { mean = {mean.key + key.get(t), mean.value + value.get(t)}; });
+    for_tokens([&](int t) { mean = {mean.key + (key.get(t) - origin.key), mean.value + (value.get(t) - origin.value)}; });
     mean = block_two<false>(mean, slots);
     mean = {mean.key / static_cast<Real>(count), mean.value / static_cast<Real>(count)};
+    const auto off = [&](int t) {
+      return Two<Real>{(key.get(t) - origin.key) - mean.key, (value.get(t) - origin.value) - mean.value};
+    };
     Two<Real> squares{0, 0};
     for_tokens([&](int t) {
-      const Two<Real> off{key.get(t) - mean.key, value.get(t) - mean.value};
-      squares = {squares.key + off.key * off.key, squares.value + off.value * off.value};
+      const Two<Real> x = off(t);
+      squares = {squares.key + x.key * x.key, squares.value + x.value * x.value};
     });
     squares = block_two<false>(squares, slots + 2 * kWarps);
     const auto deviation_of = [&](Real sum) { return square_root(sum / static_cast<Real>(count - 1)); };
     const Two<Real> std{deviation_of(squares.key), deviation_of(squares.value)};
-    const auto z = [&](Real s, Real middle, Real spread) {
-      return count == 1 || spread == Real(0) ? Real(0) : (s - middle) / spread;
-    };
+    const auto z = [&](Real x, Real spread) { return count == 1 || spread == Real(0) ? Real(0) : x / spread; };
     for_tokens([&](int t) {
-      result(t, z(key.get(t), mean.key, std.key) + weight * z(value.get(t), mean.value, std.value));
+      const Two<Real> x = off(t);
+      result(t, z(x.key, std.key) + weight * z(x.value, std.value));
     });
   }
 }

@@ -14,12 +14,17 @@ __device__ __forceinline__ void for_channels(const T* row, int64_t dim, const Vi
   for (int64_t c = Place().lane; c < dim; c += 32) visit(c, to_real(ld_global_nc(row + c)));
 }
 
-/// 1 / |x|, or 0 where the norm is 0; every lane gets it.
+/// |x|; every lane gets it.
 template <class T, class Real>
-__device__ __forceinline__ Real inverse_norm(const T* row, int64_t dim) {
+__device__ __forceinline__ Real norm_of(const T* row, int64_t dim) {
   Real squares = 0;
   for_channels(row, dim, [&](int64_t, Real x) { squares += x * x; });
-  return inverse_norm_of(lanes_sum<32>(squares));
+  return square_root(lanes_sum<32>(squares));
+}
+
+template <class Real>
+__device__ __forceinline__ Real divide_or_zero(Real x, Real divisor) {
+  return divisor == Real(0) ? Real(0) : x / divisor;
 }
 
 /// Bounds of one channel, by one thread.
@@ -46,18 +51,18 @@ __device__ __forceinline__ Real wide_statistic(const T* row, int64_t dim, const 
     });
     return lanes_sum<32>(squares);
   } else {
-    const Real inverse = inverse_norm<T, Real>(row, dim);
+    const Real norm = norm_of<T, Real>(row, dim);
     Real cosine = 0;
-    for_channels(row, dim, [&](int64_t c, Real x) { cosine += x * inverse * reference.get(c); });
+    for_channels(row, dim, [&](int64_t c, Real x) { cosine += divide_or_zero(x, norm) * reference.get(c); });
     return -lanes_sum<32>(cosine);
   }
 }
 
-/// The reference that the rows of this partition make for the partition before. `inverses` [rows] holds 1/|x| of its rows
+/// The reference that the rows of this partition make for the partition before. `norms` [rows] holds |x| of its rows
 /// (cosine); `slots` [2 * kWarps] shared. Ends without a barrier.
 template <Score kScore, class T, class Real>
 __device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride, int64_t dim, int count,
-                                               const Store<Real>& reference, const Store<Real>& inverses, Real* slots) {
+                                               const Store<Real>& reference, const Store<Real>& norms, Real* slots) {
   if constexpr (kScore == Score::kStd) {
     for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
       const Range<T> range = column_range(rows + c, row_stride, count);
@@ -66,20 +71,22 @@ __device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride
   } else {
     const Place place;
     for (int t = place.warp; t < count; t += kWarps) {
-      const Real inverse = inverse_norm<T, Real>(rows + t * row_stride, dim);
-      if (place.lane == 0) inverses.set(t, inverse);
+      const Real norm = norm_of<T, Real>(rows + t * row_stride, dim);
+      if (place.lane == 0) norms.set(t, norm);
     }
     __syncthreads();
     Two<Real> squares{0, 0};
     for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
       Real sum = 0;
-      for (int t = 0; t < count; ++t) sum += to_real(ld_global_nc(rows + t * row_stride + c)) * inverses.get(t);
+      for (int t = 0; t < count; ++t) {
+        sum += divide_or_zero(to_real(ld_global_nc(rows + t * row_stride + c)), norms.get(t));
+      }
       sum /= static_cast<Real>(count);
       reference.set(c, sum);
       squares.key += sum * sum;
     }
-    const Real inverse = inverse_norm_of(block_two<false>(squares, slots).key);
-    for (int64_t c = thread_of_block(); c < dim; c += kThreads) reference.set(c, reference.get(c) * inverse);
+    const Real norm = square_root(block_two<false>(squares, slots).key);
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads) reference.set(c, divide_or_zero(reference.get(c), norm));
   }
 }
 

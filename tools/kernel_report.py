@@ -1,0 +1,211 @@
+"""What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy on A100 and H100, width of loads.
+
+``python tools/kernel_report.py [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture, reads
+``ptxas -v`` and the disassembly, and prints a table (``--out``: also to a file). No GPU is needed. Ends with status 1 where
+a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, or where fewer blocks than the planner
+counts on fit a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = [
+    *("-std=c++17", "-O3", "-Xptxas", "-v", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *("-DPy_LIMITED_API=0x030A0000", f"-I{ROOT / 'csrc'}"),
+]
+LAG_SIZE = 128  # of the shared memory that occupancy is computed for
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One instantiation on one architecture."""
+
+    arch: str
+    symbol: str
+    name: str
+    registers: int
+    static_shared: int
+    stack: int
+    spills: int  #: bytes, stores and loads
+    loads: Counter[str] = dataclasses.field(default_factory=Counter)  #: streaming loads by bits
+    dynamic_shared: int = 0
+    blocks: int = 0  #: per multiprocessor
+    occupancy: int = 0  #: percent of its warps
+
+    @property
+    def layout(self) -> tuple[str, int, int, int] | None:
+        """(element type, elements, lanes, chunks) of a kernel of a streaming layout."""
+        found = re.search(r"Row<(\w+), (\d+), (\d+), (\d+)>", self.name)
+        return (found[1], int(found[2]), int(found[3]), int(found[4])) if found else None
+
+    @property
+    def scores(self) -> bool:
+        return self.name.startswith("compress_kernel")
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spills or self.stack:
+            found.append(f"{self.spills} bytes of spills, {self.stack} bytes of stack")
+        if self.layout and self.layout[1] > 1:
+            narrow = [f"{count} of {bits}" for bits, count in self.loads.items() if bits != "128"]
+            if narrow or not self.loads:
+                found.append(f"streaming loads are not all 128 bits wide: {', '.join(narrow) or 'none found'}")
+        return found
+
+
+def tool(name: str) -> str:
+    """A CUDA tool: of the toolkit, on the PATH, or among those that come with the triton package."""
+    folders = [f"{CUDA_HOME}/bin" if CUDA_HOME else "", *os.environ["PATH"].split(os.pathsep)]
+    spec = importlib.util.find_spec("triton")
+    for location in spec.submodule_search_locations or [] if spec else []:
+        folders.append(f"{location}/backends/nvidia/bin")
+    found = shutil.which(name, path=os.pathsep.join(filter(None, folders)))
+    if found is None:
+        raise SystemExit(f"kernel_report: {name} was not found (CUDA_HOME={CUDA_HOME}, PATH, the triton package)")
+    return found
+
+
+def run(command: list[str], **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode != 0:
+        raise SystemExit(f"kernel_report: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_one(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
+    target = folder / f"{source.stem}.{arch}.o"
+    ccache = [path for path in [shutil.which("ccache")] if path]
+    includes = [f"-I{path}" for path in include_paths()]
+    return target, run(
+        [*ccache, f"{CUDA_HOME}/bin/nvcc", *FLAGS, *includes, f"-arch={arch}", "-c", str(source), "-o", str(target)]
+    )
+
+
+def parse(report: str, arch: str) -> list[Kernel]:
+    kernels = []
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        re.DOTALL,
+    )
+    for symbol, stack, stores, loads, registers, rest in pattern.findall(report):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels.append(
+            Kernel(
+                arch, symbol, "", int(registers), int(shared[1]) if shared else 0, int(stack), int(stores) + int(loads)
+            )
+        )
+    return kernels
+
+
+def short_name(symbol: str) -> str:
+    name = run(["c++filt", symbol]).strip()
+    name = re.sub(r"^void |\(lagkv::cuda::\w+Launch<.*$|lagkv::cuda::|lagkv::", "", name)
+    name = name.replace("(Score)0", "std").replace("(Score)1", "cosine")
+    return name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
+
+
+def read_loads(target: Path, kernels: list[Kernel]) -> None:
+    """Streaming loads: those that pass L1 by (ld_global_nc_stream)."""
+    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])}
+    by_symbol = {kernel.symbol: kernel for kernel in kernels}
+    current = None
+    for line in run([tool("cuobjdump"), "-sass", str(target)], env=environment).splitlines():
+        function = re.search(r"Function : (\w+)", line)
+        if function:
+            current = by_symbol[function[1]]
+        load = re.search(r"\bLDG\.E((?:\.\w+)*)", line)
+        if load and current and ".NA" in load[1]:
+            width = re.search(r"\.(64|128)(?=\.|$)", re.sub(r"LTC\d+B", "", load[1]))
+            small = re.search(r"\.[US](8|16)\b", load[1])
+            current.loads[width[1] if width else small[1] if small else "32"] += 1
+
+
+def add_occupancy(kernels: list[Kernel], folder: Path) -> None:
+    program = folder / "occupancy"
+    compiler = os.environ.get("CXX", "c++").split()
+    run([*compiler, "-std=c++17", f"-I{CUDA_HOME}/include", str(ROOT / "tools" / "occupancy.cpp"), "-o", str(program)])
+    sizes = {"float16": 2, "bfloat16": 2, "float": 4, "double": 8}
+    lines = []
+    for kernel in kernels:
+        start = f"{kernel.arch.removeprefix('sm_')} {kernel.registers} {kernel.static_shared}"
+        if kernel.scores and kernel.layout:
+            kind, elements, lanes, chunks = kernel.layout
+            lines.append(f"{start} {elements} {lanes} {chunks} {sizes[kind]} {elements * lanes * chunks} {LAG_SIZE}")
+        else:
+            lines.append(f"{start} {512 if kernel.name.startswith('move') else 256} 0")
+    answers = run([str(program)], input="\n".join(lines) + "\n").splitlines()
+    for kernel, answer in zip(kernels, answers, strict=True):
+        kernel.blocks, kernel.occupancy, kernel.dynamic_shared = map(int, answer.split())
+
+
+def table(kernels: list[Kernel]) -> str:
+    rows = [
+        f"Shared memory: static + dynamic, for L = {LAG_SIZE} and the widest D of the layout. Row<T, elements, lanes, chunks>: "
+        "a lane reads `chunks` times `elements` elements of a row.\n",
+        "| kernel | GPU | registers | shared bytes | spill bytes | blocks per SM | occupancy | streaming loads |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    cards = {"sm_80": "A100", "sm_90": "H100"}
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch)):
+        loads = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(kernel.loads.items())) or "-"
+        rows.append(
+            f"| `{kernel.name}` | {cards[kernel.arch]} | {kernel.registers} | {kernel.static_shared} + {kernel.dynamic_shared} "
+            f"| {kernel.spills} | {kernel.blocks} | {kernel.occupancy} % | {loads} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=["sm_80", "sm_90"])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "kernel-report.md")
+    options = parser.parse_args()
+    if CUDA_HOME is None:
+        raise SystemExit("kernel_report: no CUDA toolkit was found; set CUDA_HOME")
+    folder = ROOT / "build" / "kernel-report"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    jobs = [(source, arch) for arch in options.arch for source in sources]
+    kernels: list[Kernel] = []
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        built = pool.map(lambda job: compile_one(*job, folder), jobs)
+        for (source, arch), (target, report) in zip(jobs, built, strict=True):
+            found = parse(report, arch)
+            if not found:
+                raise SystemExit(f"kernel_report: the compiler reported no kernel for {source.name}")
+            for kernel in found:
+                kernel.name = short_name(kernel.symbol)
+            read_loads(target, found)
+            kernels += found
+            print(f"{arch} {source.name}: {len(found)} kernels", file=sys.stderr)
+    add_occupancy(kernels, folder)
+
+    text = table(kernels)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text, encoding="utf-8")
+    print(text)
+    faults = [f"{kernel.arch} {kernel.name}: {fault}" for kernel in kernels for fault in kernel.faults()]
+    for fault in faults:
+        print(f"FAULT {fault}")
+    print(f"{len(kernels)} kernels, {len(faults)} faults; table in {options.out}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
