@@ -65,6 +65,8 @@ class TestMetrics:
     def test_contains_compares_whole_words(self):
         assert metrics.contains("it is 12345.", "12345") == 1.0
         assert metrics.contains("it is 123456.", "12345") == 0.0
+        # An answer that is an article.
+        assert metrics.exact("", "a") == metrics.contains("", "a") == 0.0
 
     def test_longbench_counts(self):
         assert metrics.number_share("Paragraph 3 or 4", "Paragraph 3") == 0.5

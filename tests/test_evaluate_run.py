@@ -177,11 +177,15 @@ class TestResume:
     def test_two_runs_do_not_write_to_one_file(self, tmp_path):
         path = tmp_path / RESULTS
         with Results(path, HEADER) as results:
-            with pytest.raises(EvaluationError, match="another run is writing"):
-                Results(path, HEADER)
+            for fresh in (False, True):
+                with pytest.raises(EvaluationError, match="another run is writing"):
+                    Results(path, HEADER, fresh=fresh)
             results.add({"kind": "result", "n": 1})
         with Results(path, HEADER) as results:
             assert len(results.records) == 1
+        with Results(path, {**HEADER, "model": "other"}, fresh=True) as results:
+            assert results.records == []
+        assert [x["model"] for x in storage.load(path)[0]] == ["other"]
 
     def test_a_file_of_something_else_is_refused(self, tmp_path):
         path = tmp_path / RESULTS

@@ -64,7 +64,7 @@ def contains(said: str, wanted: str) -> float:
 
 def exact(said: str, wanted: str) -> float:
     """1 where both are the same words."""
-    return float(words(said) == words(wanted))
+    return float(words(said, articles=True) == words(wanted, articles=True))
 
 
 def classification(said: str, wanted: str, classes: Sequence[str]) -> float:

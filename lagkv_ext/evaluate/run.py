@@ -132,9 +132,7 @@ def evaluate(
     path = out / RESULTS
     interrupted = False
     try:
-        if fresh:
-            path.unlink(missing_ok=True)
-        with storage.Results(path, header) as results:
+        with storage.Results(path, header, fresh=fresh) as results:
             runner = Runner(loaded.model, loaded.tokenizer, results, seed=plan.seed)
             wanted = presets.settings(
                 preset.methods, preset.keep_ratios, preset.lag_sizes, plan.sink_size, preset.extra

@@ -21,19 +21,19 @@ IDENTITY = ("format", "model", "weights", "dtype", "seed")
 class Results:
     """The lines of a results file. Opening it takes up what an earlier run left: a torn last line is cut off."""
 
-    def __init__(self, path: Path, header: dict[str, Any]):
+    def __init__(self, path: Path, header: dict[str, Any], *, fresh: bool = False):
         self.path = path
         self.header = {"kind": "run", "format": FORMAT, **header}
         self.records: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         try:
-            self._take_up()
+            self._take_up(fresh)
         except BaseException:
             self._file.close()
             raise
 
-    def _take_up(self) -> None:
+    def _take_up(self, fresh: bool) -> None:
         try:
             # Released by the system when the file is closed or its process dies.
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +41,7 @@ class Results:
             raise EvaluationError(
                 f"another run is writing to {self.path}: wait for it, or give another --out"
             ) from None
-        whole, lines = _read(self.path)
+        whole, lines = (0, []) if fresh else _read(self.path)
         for run in (x for x in lines if x.get("kind") == "run"):
             for name in IDENTITY:
                 if run.get(name) != self.header.get(name):
