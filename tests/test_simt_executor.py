@@ -12,10 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 import simt
 import torch
+
+np = pytest.importorskip("numpy")
 
 try:
     simt.module()

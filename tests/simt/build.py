@@ -65,7 +65,7 @@ def build_module(*, sanitize: bool = False) -> Path:
         raise Unavailable(f"pybind11 was not found ({sys.executable} -m pip install pybind11)")
     headers = cuda_headers()
     if headers is None:
-        raise Unavailable("no CUDA headers were found: set CUDA_HOME, or install a CUDA build of torch")
+        raise Unavailable("no CUDA headers were found: set CUDA_HOME, or pip install nvidia-cuda-runtime")
 
     environment = hashlib.sha256(f"{sys.prefix} {headers}".encode()).hexdigest()[:8]
     name = f"{sys.implementation.cache_tag}-{environment}{'-asan' if sanitize else ''}"
