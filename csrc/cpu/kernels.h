@@ -19,7 +19,8 @@ constexpr Kernels<T> make_kernels() {
           bounds<T>,
           select<Real>,
           widen<T>,
-          gather<T>};
+          gather<T>,
+          fence};
 }
 
 const KernelSet kernel_set = {make_kernels<Half>(), make_kernels<BFloat16>(), make_kernels<float>(),

@@ -16,6 +16,7 @@
 
 // GCC 12 takes the deliberately undefined operand inside its own intrinsics for ours.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #define LAGKV_ISA avx512
 #define LAGKV_VECTOR_BYTES 64

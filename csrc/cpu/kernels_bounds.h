@@ -31,13 +31,15 @@ void bounds_floating(const Tile<T>& tile, T* lo, T* hi) {
     store(hi + c, set1<T>(-__builtin_inf()));
   }
   for (int64_t first = 0; first < tile.count; first += kRows) {
+    prefetch(tile.ahead, first, kRows);
     const T* row[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       row[r] = tile.rows + (first + r < tile.count ? first + r : tile.count - 1) * tile.row_stride;
     }
     const auto step = [&](int64_t c, const auto& read) {
-      const Reg x0 = read(row[0] + c), x1 = read(row[1] + c), x2 = read(row[2] + c), x3 = read(row[3] + c);
+      const Reg x0 = read(row[0] + c).reg[0], x1 = read(row[1] + c).reg[0];
+      const Reg x2 = read(row[2] + c).reg[0], x3 = read(row[3] + c).reg[0];
       nan.see(x0, x1);
       nan.see(x2, x3);
       store(lo + c, min(min(min(x0, x1), min(x2, x3)), load(lo + c)));
@@ -50,39 +52,47 @@ void bounds_floating(const Tile<T>& tile, T* lo, T* hi) {
   if (nan.any()) bounds_exact(tile, lo, hi);
 }
 
-/// The bits of a 16-bit number as an integer in the order of the numbers; its own inverse.
-inline Int16Reg order(Int16Reg bits) { return bits ^ ((bits >> 15) & 0x7fff); }
-
-/// float16 and bfloat16 as 16-bit integers in the order of the numbers, twice as many to a vector. A NaN lies
-/// beyond the infinity of its sign, so the extremes themselves tell whether a channel has one.
-template <class T>
+/// float16 and bfloat16 by their bits, sign and magnitude, twice as many to a vector. Three extremes of the
+/// bits tell both bounds:
+///     hi = the signed maximum where it is not negative, else (no channel value has a clear sign bit) the
+///     least
+///          bits: the smallest magnitude;
+///     lo = the unsigned maximum where its sign bit is set (the largest magnitude of the negative ones), else
+///          the least bits.
+/// A NaN lies beyond the infinity of its sign, so that the extremes tell whether a channel has one.
+template <class T, bool kBlocked>
 void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
   constexpr int width = kWidth<int16_t>, panel = 512;
   constexpr int16_t infinity = kInfinityBits<T>;
 
-  int16_t low[panel], high[panel];
+  int16_t greatest[panel], most[panel], least[panel];  // signed, unsigned, unsigned
   for (int64_t base = 0; base < tile.dim; base += panel) {
     const int64_t channels = tile.dim - base < panel ? tile.dim - base : panel;
     for (int64_t c = 0; c < channels; c += width) {
-      store_raw(low + c, Int16Reg{} + 0x7fff);
-      store_raw(high + c, Int16Reg{} + -0x8000);
+      store_raw(greatest + c, Int16Reg{} + -0x8000);
+      store_raw(most + c, Int16Reg{});
+      store_raw(least + c, Int16Reg{} + -1);
     }
     for (int64_t first = 0; first < tile.count; first += kBoundsRows) {
+      if (base == 0) prefetch(tile.ahead, first, kBoundsRows);
       const T* row[kBoundsRows];
 #pragma GCC unroll 8
       for (int r = 0; r < kBoundsRows; ++r) {
         row[r] = tile.rows + (first + r < tile.count ? first + r : tile.count - 1) * tile.row_stride + base;
       }
       const auto step = [&](int64_t c, const auto& read) {
-        Int16Reg least = load_raw<Int16Reg>(low + c), most = load_raw<Int16Reg>(high + c);
+        Int16Reg high = load_raw<Int16Reg>(greatest + c);
+        Int16Reg up = load_raw<Int16Reg>(most + c), down = load_raw<Int16Reg>(least + c);
 #pragma GCC unroll 8
         for (int r = 0; r < kBoundsRows; ++r) {
-          const Int16Reg x = order(read(row[r] + c));
-          least = x < least ? x : least;
-          most = x > most ? x : most;
+          const Int16Reg x = read(row[r] + c);
+          high = max_signed(x, high);
+          up = max_unsigned(x, up);
+          down = min_unsigned(x, down);
         }
-        store_raw(low + c, least);
-        store_raw(high + c, most);
+        store_raw(greatest + c, high);
+        store_raw(most + c, up);
+        store_raw(least + c, down);
       };
       int64_t c = 0;
       for (; c + width <= channels; c += width) step(c, WholeBits());
@@ -90,29 +100,43 @@ void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
       if (c < channels && channels >= width) step(channels - width, WholeBits());
       if (channels < width) step(0, PartBits{channels});
     }
+    for (int64_t c = channels; c % width != 0; ++c) greatest[c] = most[c] = least[c] = 0;
     constexpr int out_width = kWidth<float>;
     for (int64_t c = 0; c < channels; c += width) {
-      const Int16Reg least = load_raw<Int16Reg>(low + c), most = load_raw<Int16Reg>(high + c);
-      const Int16Reg has_nan = (least < static_cast<int16_t>(-infinity - 1)) | (most > infinity);
+      const Int16Reg high = load_raw<Int16Reg>(greatest + c), up = load_raw<Int16Reg>(most + c);
+      const Int16Reg down = load_raw<Int16Reg>(least + c);
+      // Of two negative numbers the one beyond infinity is the greater one as a signed integer, too.
+      const Int16Reg negative_nan = (up < 0) & (up > static_cast<int16_t>(infinity | -0x8000));
+      const Int16Reg all_ones = ((high > infinity) | negative_nan) & 0x7fff;
       T bits[2][width];
-      store_raw(bits[0], order(least) | (has_nan & 0x7fff));
-      store_raw(bits[1], order(most) | (has_nan & 0x7fff));
+      store_raw(bits[0], (up < 0 ? up : down) | all_ones);
+      store_raw(bits[1], (high < 0 ? down : high) | all_ones);
       for (int64_t i = 0; i < width && c + i < padded(channels); i += out_width) {
-        store(lo + base + c + i, load(bits[0] + i));
-        store(hi + base + c + i, load(bits[1] + i));
+        if constexpr (kBlocked && kBlockRegs<T> == 2) {  // width is that of a block
+          store(lo + base + c + i, Whole()(bits[0]).reg[i / out_width]);
+          store(hi + base + c + i, Whole()(bits[1]).reg[i / out_width]);
+        } else {
+          store(lo + base + c + i, load(bits[0] + i));
+          store(hi + base + c + i, load(bits[1] + i));
+        }
       }
     }
   }
-  for (int64_t c = tile.dim; c < padded(tile.dim); ++c) lo[c] = hi[c] = 0;
+}
+
+/// In the order of channels, or in that of blocks.
+template <class T, bool kBlocked>
+void bounds_in_order(const Tile<T>& tile, RealOf<T>* lo, RealOf<T>* hi) {
+  if constexpr (kIs16Bit<T>) {
+    bounds_16bit<T, kBlocked>(tile, lo, hi);
+  } else {
+    bounds_floating(tile, lo, hi);
+  }
 }
 
 template <class T>
 void bounds(const Tile<T>& tile, RealOf<T>* lo, RealOf<T>* hi) {
-  if constexpr (kIs16Bit<T>) {
-    bounds_16bit(tile, lo, hi);
-  } else {
-    bounds_floating(tile, lo, hi);
-  }
+  bounds_in_order<T, false>(tile, lo, hi);
 }
 
 }  // namespace lagkv::cpu::LAGKV_ISA

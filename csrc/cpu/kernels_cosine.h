@@ -26,70 +26,87 @@ struct Anchor {
   }
   void finish(int64_t dim) const {
     flush(dim);
-    double square = 0;
-    for (int64_t c = 0; c < dim; ++c) square += total[c] * total[c];
-    const double norm = __builtin_sqrt(square);
-    for (int64_t c = 0; c < padded(dim); ++c)
-      unit[c] = norm == 0 ? Real(0) : static_cast<Real>(total[c] / norm);
+    DoubleReg squares = {};
+    for (int64_t c = 0; c < padded(dim); c += kWidth<double>) {
+      const DoubleReg sum = load(total + c);
+      squares = fma(sum, sum, squares);
+    }
+    const double norm = __builtin_sqrt(sum_lanes<double>(squares)), inverse = norm == 0 ? 0 : 1 / norm;
+    for (int64_t c = 0; c < padded(dim); ++c) unit[c] = static_cast<Real>(total[c] * inverse);
   }
 };
 
 constexpr int64_t kFlushRows = 256;
 
-/// Lane-wise sums of x^2 and x a of kRows rows.
+/// Lane-wise sums of x^2 and x a of kRows rows, row r at slot(r).
 template <class T, int kRows, bool kStatistic>
-inline void cosine_rows(const T* row, int64_t stride, int64_t dim, const RealOf<T>* anchor,
-                        RegOf<RealOf<T>>* square, RegOf<RealOf<T>>* dot) {
-  using Reg = RegOf<RealOf<T>>;
-  constexpr int width = kWidth<RealOf<T>>;
-  for (int r = 0; r < kRows; ++r) square[r] = dot[r] = Reg{};
-  const auto step = [&](int64_t c, const auto& read) {
-    Reg a = {};
-    if constexpr (kStatistic) a = load(anchor + c);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Reg x = read(row + r * stride + c);
-      square[r] = fma(x, x, square[r]);
-      if constexpr (kStatistic) dot[r] = fma(x, a, dot[r]);
-    }
-  };
-  Reg panel_square[kRows] = {}, panel_dot[kRows] = {};
-  int64_t c = 0;
-  for (int64_t panel = kPanel * width; c + width <= dim; panel += kPanel * width) {
-    for (; c + width <= dim && c < panel; c += width) step(c, Whole());
-    if (dim <= kPanel * width) break;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      panel_square[r] += square[r], panel_dot[r] += dot[r];
-      square[r] = dot[r] = Reg{};
-    }
-  }
-  if (c < dim) step(c, Part<RealOf<T>>(dim - c));
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) square[r] += panel_square[r], dot[r] += panel_dot[r];
-}
-
-/// partial[c] += sum over rows of x[t, c] / |x[t]|. Products are rounded before they are added, so that
-/// opposite directions cancel to exactly zero.
-template <class T>
-inline void add_directions(const T* first_row, int64_t stride, int64_t rows, int64_t dim,
-                           const RealOf<T>* inverse_norm, RealOf<T>* partial) {
+__attribute__((noinline)) void cosine_rows(const T* row, int64_t stride, int64_t dim, const RealOf<T>* anchor,
+                                           RegOf<RealOf<T>>* square, RegOf<RealOf<T>>* dot) {
   using Real = RealOf<T>;
   using Reg = RegOf<Real>;
-  constexpr int width = kWidth<Real>;
+  constexpr int width = kWidth<Real>, block = kBlock<T>;
+  constexpr int64_t panel = kPanel * width;
+  Reg squares[kRows] = {}, dots[kRows] = {}, panel_squares[kRows] = {}, panel_dots[kRows] = {};
   const auto step = [&](int64_t c, const auto& read) {
-    Reg even = {}, odd = {};
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-      even += read(first_row + r * stride + c) * set1<Real>(inverse_norm[r]);
-      odd += read(first_row + (r + 1) * stride + c) * set1<Real>(inverse_norm[r + 1]);
+    Block<T> x[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] = read(row + r * stride + c);
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlockRegs<T>; ++i) {
+      Reg a = {};
+      if constexpr (kStatistic) a = load(anchor + c + i * width);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        squares[r] = fma(x[r].reg[i], x[r].reg[i], squares[r]);
+        if constexpr (kStatistic) dots[r] = fma(x[r].reg[i], a, dots[r]);
+      }
     }
-    if (r < rows) even += read(first_row + r * stride + c) * set1<Real>(inverse_norm[r]);
-    store(partial + c, load(partial + c) + (even + odd));
   };
   int64_t c = 0;
-  for (; c + width <= dim; c += width) step(c, Whole());
-  if (c < dim) step(c, Part<RealOf<T>>(dim - c));
+  for (int64_t end = panel; c + block <= dim; end += panel) {
+    for (; c + block <= dim && c < end; c += block) step(c, Whole());
+    if (dim <= panel) break;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      panel_squares[r] += squares[r], panel_dots[r] += dots[r];
+      squares[r] = dots[r] = Reg{};
+    }
+  }
+  if (c < dim) step(c, Part<T>(dim - c));
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    square[slot<Real>(r)] = squares[r] + panel_squares[r];
+    dot[slot<Real>(r)] = dots[r] + panel_dots[r];
+  }
+}
+
+/// partial[c] += sum over kRows rows of x[t, c] / |x[t]|. Products are rounded before they are added, so that
+/// opposite directions cancel to exactly zero.
+template <class T, int kRows>
+__attribute__((noinline)) void add_directions(const T* row, int64_t stride, int64_t dim,
+                                              const RealOf<T>* inverse_norm, RealOf<T>* partial) {
+  using Real = RealOf<T>;
+  using Reg = RegOf<Real>;
+  constexpr int width = kWidth<Real>, regs = kBlockRegs<T>, block = kBlock<T>;
+  Reg inverse[kRows];
+  for (int r = 0; r < kRows; ++r) inverse[r] = set1<Real>(inverse_norm[r]);
+  const auto step = [&](int64_t c, const auto& read) {
+    Block<T> x[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] = read(row + r * stride + c);
+#pragma GCC unroll 2
+    for (int i = 0; i < regs; ++i) {
+      Reg sum = x[0].reg[i] * inverse[0];
+      if constexpr (kRows == 4) {
+        sum = (sum + x[1].reg[i] * inverse[1]) + (x[2].reg[i] * inverse[2] + x[3].reg[i] * inverse[3]);
+      }
+      Real* out = partial + c + i * width;
+      store(out, load(out) + sum);
+    }
+  };
+  int64_t c = 0;
+  for (; c + block <= dim; c += block) step(c, Whole());
+  if (c < dim) step(c, Part<T>(dim - c));
 }
 
 /// One row in float64: its statistic, and its direction added to `total` (null: not wanted).
@@ -106,8 +123,8 @@ __attribute__((noinline)) RealOf<T> cosine_exact(const T* row, int64_t dim, cons
   const double norm = __builtin_sqrt(square);
   for (int64_t c = 0; c < dim; ++c) {
     const double direction = norm == 0 ? 0 : to_real(row[c]) / norm;  // float64 squares may vanish, too
-    if (anchor != nullptr) dot += direction * anchor[c];
-    if (total != nullptr) total[c] += direction;
+    if (anchor != nullptr) dot += direction * anchor[position<T>(c)];
+    if (total != nullptr) total[position<T>(c)] += direction;
   }
   return static_cast<RealOf<T>>(-dot);
 }
@@ -128,20 +145,21 @@ void cosine_tile(const Tile<T>& tile, const RealOf<T>* reference, RealOf<T>* sta
   const Reg one = set1<Real>(1), zero = {};
 
   for (int64_t first = 0; first < tile.count; first += width) {
-    const int rows = static_cast<int>(tile.count - first < width ? tile.count - first : width);
+    const int64_t rows = tile.count - first < width ? tile.count - first : width;
     const T* group = tile.rows + first * stride;
-    Reg square[width], dot[width], some_square[kRows], some_dot[kRows];
-    int r = 0;
+    Reg square[width], dot[width];
+    int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) {
       prefetch(tile.ahead, first + r, kRows);
-      cosine_rows<T, kRows, kStatistic>(group + r * stride, stride, dim, anchor, some_square, some_dot);
-      for (int i = 0; i < kRows; ++i)
-        square[slot<Real>(r + i)] = some_square[i], dot[slot<Real>(r + i)] = some_dot[i];
+      cosine_rows<T, kRows, kStatistic>(group + r * stride, stride, dim, anchor, square + slot<Real>(r),
+                                        dot + slot<Real>(r));
     }
+#pragma GCC unroll 1
     for (; r < rows; ++r) {
-      cosine_rows<T, 1, kStatistic>(group + r * stride, stride, dim, anchor, some_square, some_dot);
-      square[slot<Real>(r)] = some_square[0], dot[slot<Real>(r)] = some_dot[0];
+      cosine_rows<T, 1, kStatistic>(group + r * stride, stride, dim, anchor, square + slot<Real>(r),
+                                    dot + slot<Real>(r));
     }
+#pragma GCC unroll 1
     for (; r < width; ++r) square[slot<Real>(r)] = one, dot[slot<Real>(r)] = zero;
 
     const Reg squares = fold_sum<Real>(square);
@@ -150,7 +168,14 @@ void cosine_tile(const Tile<T>& tile, const RealOf<T>* reference, RealOf<T>* sta
     Real inverse_norm[width];
     store(inverse_norm, inverse);
     if constexpr (kStatistic) store(statistic + first, zero - fold_sum<Real>(dot) * inverse);
-    if constexpr (kAnchor) add_directions(group, stride, rows, dim, inverse_norm, next.partial);
+    if constexpr (kAnchor) {
+      int64_t i = 0;
+      for (; i + kRows <= rows; i += kRows) {
+        add_directions<T, kRows>(group + i * stride, stride, dim, inverse_norm + i, next.partial);
+      }
+      for (; i < rows; ++i)
+        add_directions<T, 1>(group + i * stride, stride, dim, inverse_norm + i, next.partial);
+    }
     for (int i = 0; i < rows; ++i) {
       if (inverse_norm[i] != 0) continue;
       const Real s = cosine_exact(group + i * stride, dim, anchor, kAnchor ? next.total : nullptr);

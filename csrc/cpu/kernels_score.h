@@ -47,52 +47,53 @@ inline RegOf<Real> exp_negative(RegOf<Real> x) {
   return result * power_of_two<Real>(half) * power_of_two<Real>(n - half);
 }
 
-/// s becomes softmax(s); s has room for padded(count).
+/// Elements between two moves of a sum to float64, so that long partitions lose nothing to rounding.
 template <class Real>
-inline void softmax(Real* s, int64_t count) {
+constexpr int64_t kScoreBlock = 64 * kWidth<Real>;
+
+/// s becomes exp(s - max s); returns what that must be multiplied by for the softmax.
+template <class Real>
+inline double exp_shifted(Real* s, int64_t count) {
   using Reg = RegOf<Real>;
   constexpr int width = kWidth<Real>;
-  constexpr int64_t block = 64 * width;
   for (int64_t i = count; i < padded(count); ++i) s[i] = -__builtin_inf();
   Reg most = set1<Real>(-__builtin_inf());
   for (int64_t i = 0; i < count; i += width) most = max(load(s + i), most);
-  Real maximum = most[0];
-  for (int lane = 1; lane < width; ++lane) maximum = most[lane] > maximum ? most[lane] : maximum;
+  const Reg maximum = set1<Real>(reduce<Real>(most, Greater()));
 
-  double total = 0;  // in float64 beyond a block, so that long partitions lose nothing
-  for (int64_t begin = 0; begin < count; begin += block) {
-    const int64_t end = count - begin < block ? count : begin + block;
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kScoreBlock<Real>) {
+    const int64_t end = count - begin < kScoreBlock<Real> ? count : begin + kScoreBlock<Real>;
     Reg sum = {};
     for (int64_t i = begin; i < end; i += width) {
-      const Reg e = exp_negative<Real>(load(s + i) - set1<Real>(maximum));
+      const Reg e = exp_negative<Real>(load(s + i) - maximum);
       store(s + i, e);
       sum += e;
     }
     total += sum_lanes<Real>(sum);
   }
-  const Reg divisor = set1<Real>(static_cast<Real>(total));
-  for (int64_t i = 0; i < count; i += width) store(s + i, load(s + i) / divisor);
+  return 1 / total;
 }
 
-/// s becomes (s - mean) / std, unbiased; 0 where the deviation is 0 or there is one token.
+/// s becomes s - mean s; returns what that must be multiplied by for unit deviation (unbiased): 0 where the
+/// deviation is 0 or there is one token.
 template <class Real>
-inline void standardise(Real* s, int64_t count) {
+inline double centre(Real* s, int64_t count) {
   using Reg = RegOf<Real>;
   constexpr int width = kWidth<Real>;
-  constexpr int64_t block = 64 * width;
   if (count == 1) {
     s[0] = 0;
-    return;
+    return 0;
   }
   // Relative to the first token: where all are equal everything below is exactly 0.
-  const Real first = s[0];
-  for (int64_t i = count; i < padded(count); ++i) s[i] = first;
+  const Reg first = set1<Real>(s[0]);
+  for (int64_t i = count; i < padded(count); ++i) s[i] = s[0];
   double total = 0;
-  for (int64_t begin = 0; begin < count; begin += block) {
-    const int64_t end = count - begin < block ? count : begin + block;
+  for (int64_t begin = 0; begin < count; begin += kScoreBlock<Real>) {
+    const int64_t end = count - begin < kScoreBlock<Real> ? count : begin + kScoreBlock<Real>;
     Reg sum = {};
     for (int64_t i = begin; i < end; i += width) {
-      const Reg d = load(s + i) - set1<Real>(first);
+      const Reg d = load(s + i) - first;
       store(s + i, d);
       sum += d;
     }
@@ -101,8 +102,8 @@ inline void standardise(Real* s, int64_t count) {
   const Real mean = static_cast<Real>(total / static_cast<double>(count));
   for (int64_t i = count; i < padded(count); ++i) s[i] = mean;
   double square = 0;
-  for (int64_t begin = 0; begin < count; begin += block) {
-    const int64_t end = count - begin < block ? count : begin + block;
+  for (int64_t begin = 0; begin < count; begin += kScoreBlock<Real>) {
+    const int64_t end = count - begin < kScoreBlock<Real> ? count : begin + kScoreBlock<Real>;
     Reg sum = {};
     for (int64_t i = begin; i < end; i += width) {
       const Reg d = load(s + i) - set1<Real>(mean);
@@ -111,30 +112,33 @@ inline void standardise(Real* s, int64_t count) {
     }
     square += sum_lanes<Real>(sum);
   }
-  const Real deviation = static_cast<Real>(__builtin_sqrt(square / static_cast<double>(count - 1)));
-  const Reg zero = {}, divisor = set1<Real>(deviation);
-  for (int64_t i = 0; i < count; i += width) store(s + i, divisor == zero ? zero : load(s + i) / divisor);
+  if (square < 1e-30) {  // float32 squares may have vanished
+    square = 0;
+    for (int64_t i = 0; i < count; ++i) square += static_cast<double>(s[i]) * s[i];
+  }
+  return square == 0 ? 0 : 1 / __builtin_sqrt(square / static_cast<double>(count - 1));
 }
 
-/// key += value_weight * value; 0 times NaN is NaN, as in the reference.
+/// key = key_factor key + value_factor value; 0 times NaN is NaN, as in the reference.
 template <class Real>
-inline void add_weighted(Real* key, const Real* value, int64_t count, double value_weight) {
-  const RegOf<Real> weight = set1<Real>(static_cast<Real>(value_weight));
-  for (int64_t i = 0; i < count; i += kWidth<Real>) store(key + i, load(key + i) + weight * load(value + i));
+inline void combine(Real* key, double key_factor, const Real* value, double value_factor, int64_t count) {
+  using Reg = RegOf<Real>;
+  const Reg a = set1<Real>(static_cast<Real>(key_factor)), b = set1<Real>(static_cast<Real>(value_factor));
+  for (int64_t i = 0; i < count; i += kWidth<Real>) {
+    store(key + i, load(key + i) * a + load(value + i) * b);  // the same for key and value swapped
+  }
 }
 
 template <class Real>
 void std_score(Real* key, Real* value, int64_t count, double value_weight) {
-  softmax(key, count);
-  softmax(value, count);
-  add_weighted(key, value, count, value_weight);
+  const double key_factor = exp_shifted(key, count), value_factor = exp_shifted(value, count);
+  combine(key, key_factor, value, value_weight * value_factor, count);
 }
 
 template <class Real>
 void cosine_score(Real* key, Real* value, int64_t count, double value_weight) {
-  standardise(key, count);
-  standardise(value, count);
-  add_weighted(key, value, count, value_weight);
+  const double key_factor = centre(key, count), value_factor = centre(value, count);
+  combine(key, key_factor, value, value_weight * value_factor, count);
 }
 
 }  // namespace lagkv::cpu::LAGKV_ISA

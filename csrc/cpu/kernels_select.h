@@ -24,21 +24,9 @@ inline void order_keys(Real* score, int64_t count, typename LanesOf<Real>::Int& 
     high = key > high ? key : high;
     store_raw(score + i, key);
   }
-  least = low[0], most = high[0];
-  for (int lane = 1; lane < width; ++lane) {
-    least = low[lane] < least ? low[lane] : least;
-    most = high[lane] > most ? high[lane] : most;
-  }
+  least = reduce<Real>(low, Less());
+  most = reduce<Real>(high, Greater());
   for (int64_t i = count; i < padded(count); ++i) __builtin_memcpy(score + i, &lowest, sizeof lowest);
-}
-
-/// Number of keys above the bound.
-template <class Int>
-inline int64_t count_greater(const Int* keys, int64_t count, Int bound) {
-  constexpr int width = LAGKV_VECTOR_BYTES / sizeof(Int);
-  int64_t greater = 0;
-  for (int64_t i = 0; i < count; i += width) greater += __builtin_popcountll(greater_bits(keys + i, bound));
-  return greater;
 }
 
 /// Ascending positions, plus `base`, of the `keep` highest scores; of equal ones the lower positions.
@@ -67,9 +55,13 @@ void select(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* ind
     }
     const Int middle = static_cast<Int>(static_cast<Unsigned>(low) + distance / 2);
     const int64_t greater = count_greater(keys, count, middle);
-    if (greater == keep) bound = middle, ties = 0;
-    if (greater >= keep) low = middle;
-    if (greater < keep) high = middle;
+    if (greater == keep) {
+      bound = middle;
+      ties = 0;
+    }
+    const bool enough = greater >= keep;  // unpredictable: no branch
+    low = enough ? middle : low;
+    high = enough ? high : middle;
   }
 
   for (int64_t i = 0; i < count; i += 64) {

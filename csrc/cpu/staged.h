@@ -42,7 +42,7 @@ void run_lag_score(const ScoreParams<T, RealOf<T>>& p, const Kernels<T>& kernels
     const int64_t head = task / runs.count, begin = task % runs.count * runs.length;
     const HeadTiles<T> tiles{p.key, p.value, head / p.heads, head % p.heads, p.start, p.lag_size};
     const WalkScratch<Real> memory(scratch.of(worker), p.key.dim, p.value.dim, p.lag_size);
-    walk(tiles, method, memory, begin, std::min(begin + runs.length, partitions), false, p.value_weight,
+    walk(tiles, method, memory, begin, std::min(begin + runs.length, partitions), false, p.value_weight, {},
          [&](int64_t partition, const Real* score) {
            std::copy_n(score, p.lag_size, p.score + (head * partitions + partition) * p.lag_size);
          });

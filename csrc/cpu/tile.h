@@ -56,8 +56,11 @@ struct Kernels {
   /// A row of storage type to reals, for `select`.
   void (*widen)(const T* row, int64_t count, Real* out);
   /// out row i = row index[i] of `rows`; the two may overlap as long as no out row lies past its source.
+  /// `stream`: past the caches, where the rows are aligned for it.
   void (*gather)(const T* rows, int64_t row_stride, const int32_t* index, int64_t count, int64_t dim, T* out,
                  int64_t out_stride, bool stream);
+  /// Makes streamed stores visible to other threads; once after the last of them.
+  void (*fence)();
 };
 
 /// The kernels of one instruction set.
@@ -87,7 +90,7 @@ inline const Kernels<double>& KernelSet::of() const {
   return f64;
 }
 
-constexpr int64_t kPadding = 16;  // reals: the widest vector
+constexpr int64_t kPadding = 32;  // reals: two of the widest vectors
 
 constexpr int64_t padded(int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 

@@ -52,6 +52,11 @@ inline void store_raw(void* p, Reg x) {
 
 inline FloatReg load(const float* p) { return load_raw<FloatReg>(p); }
 inline DoubleReg load(const double* p) { return load_raw<DoubleReg>(p); }
+typedef float HalfFloatReg __attribute__((vector_size(LAGKV_VECTOR_BYTES / 2)));
+inline DoubleReg load_double(const float* p) {
+  return __builtin_convertvector(load_raw<HalfFloatReg>(p), DoubleReg);
+}
+inline DoubleReg load_double(const double* p) { return load(p); }
 inline void store(float* p, FloatReg x) { store_raw(p, x); }
 inline void store(double* p, DoubleReg x) { store_raw(p, x); }
 
@@ -91,9 +96,10 @@ constexpr int pair_lane(int level, bool high, int lane) {
   return (within < block / 2 ? 0 : width) + out_block * block + source;
 }
 
-/// Where row i of W must stand so that its result ends in lane i.
+/// Where row i of W must stand so that its result ends in lane i. For i a multiple of 4, slot(i + j) is
+/// slot(i) + slot(j).
 template <class Real>
-constexpr int slot(int row) {
+constexpr int64_t slot(int64_t row) {
   constexpr int block = 16 / sizeof(Real), blocks = kWidth<Real> / block;
   return row / block + row % block * blocks;
 }
@@ -127,12 +133,63 @@ inline RegOf<Real> fold_sum(RegOf<Real>* rows) {
   }
 }
 
-template <class Real>
-inline double sum_lanes(RegOf<Real> x) {
-  double sum = 0;
-  for (int lane = 0; lane < kWidth<Real>; ++lane) sum += x[lane];
-  return sum;
+template <class Real, int kBy, class Reg, size_t... kLane>
+inline Reg rotate(Reg x, std::index_sequence<kLane...>) {
+  using IntReg = typename LanesOf<Real>::IntReg;
+  return __builtin_shuffle(x, IntReg{static_cast<int>((kLane + kBy) % kWidth<Real>)...});
 }
+
+/// Lane 0 of the result combines all lanes, by halves. Reg holds reals or the integers of their width.
+template <class Real, class Reg, class Combine, int kBy = kWidth<Real> / 2>
+inline auto reduce(Reg x, const Combine& combine) {
+  if constexpr (kBy == 0) {
+    return x[0];
+  } else {
+    constexpr auto lanes = std::make_index_sequence<kWidth<Real>>();
+    return reduce<Real, Reg, Combine, kBy / 2>(combine(x, rotate<Real, kBy>(x, lanes)), combine);
+  }
+}
+
+struct Add {
+  template <class Reg>
+  Reg operator()(Reg a, Reg b) const {
+    return a + b;
+  }
+};
+struct Greater {
+  template <class Reg>
+  Reg operator()(Reg a, Reg b) const {
+    return a > b ? a : b;
+  }
+};
+struct Less {
+  template <class Reg>
+  Reg operator()(Reg a, Reg b) const {
+    return a < b ? a : b;
+  }
+};
+
+template <class Real>
+inline Real sum_lanes(RegOf<Real> x) {
+  return reduce<Real>(x, Add());
+}
+
+#if LAGKV_VECTOR_BYTES < 64  // AVX-512 counts bits of masks
+/// Number of integers above the bound among `count` padded to whole vectors.
+template <class Int>
+inline int64_t count_greater(const Int* keys, int64_t count, Int bound) {
+  using Real = std::conditional_t<sizeof(Int) == 4, float, double>;
+  using IntReg = typename LanesOf<Real>::IntReg;
+  IntReg even = {}, odd = {};  // minus the count of each lane
+  int64_t i = 0;
+  for (; i + kWidth<Real> < count; i += 2 * kWidth<Real>) {
+    even += load_raw<IntReg>(keys + i) > bound;
+    odd += load_raw<IntReg>(keys + i + kWidth<Real>) > bound;
+  }
+  if (i < count) even += load_raw<IntReg>(keys + i) > bound;
+  return -static_cast<int64_t>(reduce<Real>(even + odd, Add()));
+}
+#endif
 
 /// All ones in the first `count` lanes.
 template <class Real>

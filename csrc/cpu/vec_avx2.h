@@ -2,6 +2,8 @@
 
 namespace lagkv::cpu::LAGKV_ISA {
 
+constexpr bool kHalfPairs = false;  // float16 converts in one instruction
+
 inline FloatReg load(const BFloat16* p) {
   return (FloatReg)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
@@ -33,6 +35,17 @@ inline DoubleReg max(DoubleReg a, DoubleReg b) { return _mm256_max_pd(a, b); }
 inline FloatReg sqrt(FloatReg a) { return _mm256_sqrt_ps(a); }
 inline DoubleReg sqrt(DoubleReg a) { return _mm256_sqrt_pd(a); }
 
+/// Of 16-bit integers, read as signed or as unsigned.
+inline Int16Reg max_signed(Int16Reg a, Int16Reg b) {
+  return (Int16Reg)_mm256_max_epi16((__m256i)a, (__m256i)b);
+}
+inline Int16Reg max_unsigned(Int16Reg a, Int16Reg b) {
+  return (Int16Reg)_mm256_max_epu16((__m256i)a, (__m256i)b);
+}
+inline Int16Reg min_unsigned(Int16Reg a, Int16Reg b) {
+  return (Int16Reg)_mm256_min_epu16((__m256i)a, (__m256i)b);
+}
+
 /// a b + c, a b - c, c - a b.
 inline FloatReg fma(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
 inline FloatReg fms(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmsub_ps(a, b, c); }
@@ -62,5 +75,6 @@ inline uint64_t greater_bits(const int64_t* p, int64_t bound) {
 }
 
 inline void stream_raw(void* p, Int32Reg x) { _mm256_stream_si256((__m256i*)p, (__m256i)x); }
+inline void fence() { _mm_sfence(); }
 
 }  // namespace lagkv::cpu::LAGKV_ISA

@@ -2,6 +2,8 @@
 
 namespace lagkv::cpu::LAGKV_ISA {
 
+constexpr bool kHalfPairs = false;  // float16 converts in one instruction
+
 inline FloatReg load(const BFloat16* p) {
   return (FloatReg)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
@@ -32,6 +34,17 @@ inline DoubleReg max(DoubleReg a, DoubleReg b) { return _mm512_max_pd(a, b); }
 inline FloatReg sqrt(FloatReg a) { return _mm512_sqrt_ps(a); }
 inline DoubleReg sqrt(DoubleReg a) { return _mm512_sqrt_pd(a); }
 
+/// Of 16-bit integers, read as signed or as unsigned.
+inline Int16Reg max_signed(Int16Reg a, Int16Reg b) {
+  return (Int16Reg)_mm512_max_epi16((__m512i)a, (__m512i)b);
+}
+inline Int16Reg max_unsigned(Int16Reg a, Int16Reg b) {
+  return (Int16Reg)_mm512_max_epu16((__m512i)a, (__m512i)b);
+}
+inline Int16Reg min_unsigned(Int16Reg a, Int16Reg b) {
+  return (Int16Reg)_mm512_min_epu16((__m512i)a, (__m512i)b);
+}
+
 /// a b + c, a b - c, c - a b.
 inline FloatReg fma(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_ps(a, b, c); }
 inline FloatReg fms(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmsub_ps(a, b, c); }
@@ -56,6 +69,18 @@ inline uint64_t greater_bits(const int64_t* p, int64_t bound) {
   return _mm512_cmpgt_epi64_mask(_mm512_loadu_si512(p), _mm512_set1_epi64(bound));
 }
 
+/// Number of integers above the bound among `count` padded to whole vectors.
+template <class Int>
+inline int64_t count_greater(const Int* keys, int64_t count, Int bound) {
+  int64_t greater = 0;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; i += LAGKV_VECTOR_BYTES / static_cast<int>(sizeof(Int))) {
+    greater += __builtin_popcountll(greater_bits(keys + i, bound));
+  }
+  return greater;
+}
+
 inline void stream_raw(void* p, Int32Reg x) { _mm512_stream_si512((__m512i*)p, (__m512i)x); }
+inline void fence() { _mm_sfence(); }
 
 }  // namespace lagkv::cpu::LAGKV_ISA

@@ -1,34 +1,93 @@
-// How kernels read rows, on top of vec_<isa>.h.
+// How kernels read rows, on top of vec_<isa>.h: in blocks of channels that fill one or two vectors of reals.
 
 namespace lagkv::cpu::LAGKV_ISA {
+
+/// bfloat16 comes in pairs of vectors, even channels and odd channels: with one shift and one mask they are
+/// float32, where channels in their order would have to be spread first. Arrays over channels that only the
+/// kernels see are kept in the order of these blocks. float16 comes in pairs where it is converted by hand.
+template <class T>
+constexpr int kBlockRegs = 1;
+template <>
+constexpr int kBlockRegs<BFloat16> = 2;
+template <>
+constexpr int kBlockRegs<Half> = kHalfPairs ? 2 : 1;
+
+template <class T>
+constexpr int kBlock = kBlockRegs<T> * kWidth<RealOf<T>>;
+
+/// Where a channel stands in an array of that order.
+template <class T>
+constexpr int64_t position(int64_t channel) {
+  if (!std::is_same_v<T, BFloat16>) return channel;
+  constexpr int64_t regs = kBlockRegs<T>, width = kWidth<RealOf<T>>;
+  const int64_t within = channel % kBlock<T>;
+  return channel - within + within % regs * width + within / regs;
+}
 
 /// Vectors of a row that are summed before their sum joins that of the vectors before them: the error of a
 /// long sum grows with the longer of the two, not with their product.
 constexpr int64_t kPanel = 64;
 
-/// How a step of a loop over channels reads a vector: whole, or the last channels of a row. (No lambdas: GCC
-/// 12 settles the ABI of a lambda's vectors before it sees the target pragma.)
+template <class T>
+struct Block {
+  RegOf<RealOf<T>> reg[kBlockRegs<T>];
+};
+
+inline Block<BFloat16> split_pairs(Int32Reg pairs) {
+  return {{(FloatReg)(pairs << 16), (FloatReg)(pairs & static_cast<int32_t>(0xffff0000))}};
+}
+
+template <class T>
+inline Block<T> split_halves(Int16Reg bits) {
+  Block<T> block;
+  convert_halves(bits, block.reg[0], block.reg[1]);
+  return block;
+}
+
+/// A step of a loop over channels on a whole block. (No lambdas for vectors: GCC 12 settles the ABI of a
+/// lambda's vectors before it sees the target pragma.)
 struct Whole {
   template <class T>
-  auto operator()(const T* p) const {
-    return load(p);
+  Block<T> operator()(const T* p) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return split_pairs(load_raw<Int32Reg>(p));
+    } else if constexpr (kBlockRegs<T> == 2) {
+      return split_halves<T>(load_raw<Int16Reg>(p));
+    } else {
+      return {{load(p)}};
+    }
   }
   template <class Reg>
-  Reg mask(Reg x) const {
+  Reg mask(Reg x, int) const {
     return x;
   }
 };
 
-template <class Real>
+/// The same on the last `count` channels of a row: zeros beyond them, and a mask for what must stay zero.
+template <class T>
 struct Part {
+  using Real = RealOf<T>;
   int64_t count;
-  typename LanesOf<Real>::IntReg valid;
-  explicit Part(int64_t channels) : count(channels), valid(first_lanes<Real>(channels)) {}
-  template <class T>
-  RegOf<Real> operator()(const T* p) const {
-    return load_part(p, count);
+  typename LanesOf<Real>::IntReg valid[kBlockRegs<T>];
+  explicit Part(int64_t channels) : count(channels) {
+    for (int i = 0; i < kBlockRegs<T>; ++i) {
+      // How many of these channels stand in vector i.
+      const int64_t left = channels - i * kWidth<Real>;
+      valid[i] = first_lanes<Real>(std::is_same_v<T, BFloat16> ? (channels + 1 - i) / 2
+                                   : left > 0                  ? left
+                                                               : 0);
+    }
   }
-  RegOf<Real> mask(RegOf<Real> x) const { return keep_lanes<Real>(x, valid); }
+  Block<T> operator()(const T* p) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return split_pairs((Int32Reg)load_part_bits(p, count));
+    } else if constexpr (kBlockRegs<T> == 2) {
+      return split_halves<T>(load_part_bits(p, count));
+    } else {
+      return {{load_part(p, count)}};
+    }
+  }
+  RegOf<Real> mask(RegOf<Real> x, int reg) const { return keep_lanes<Real>(x, valid[reg]); }
 };
 
 struct WholeBits {

@@ -14,14 +14,12 @@ struct HeadTiles {
   StridedRows<const T> key, value;
   int64_t batch, head, start, lag_size;
 
-  Tile<T> tile(const StridedRows<const T>& x, int64_t partition) const {
-    return {x.row(batch, head, start + partition * lag_size), x.row_stride, lag_size, x.dim, {}};
-  }
-  Ahead ahead(const StridedRows<const T>& x, int64_t partition) const {
+  /// Rows from `position` on as something to fetch.
+  Ahead ahead(const StridedRows<const T>& x, int64_t position) const {
     constexpr int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(x.row(batch, head, start + partition * lag_size)),
-            x.row_stride * size, x.dim * size};
+    return {reinterpret_cast<const char*>(x.row(batch, head, position)), x.row_stride * size, x.dim * size};
   }
+  int64_t first(int64_t partition) const { return start + partition * lag_size; }
 };
 
 /// What one worker needs to score: two references for each of key and value, and their statistics.
@@ -42,58 +40,63 @@ struct WalkScratch {
   }
 };
 
-/// A tile and its neighbours stay in the L2 cache up to this size of one tile; larger ones are walked
-/// backwards.
-constexpr int64_t kForwardTileBytes = 128 * 1024;
+/// A tile and its neighbours stay in the L2 cache up to this size of one tile.
+constexpr int64_t kCachedTileBytes = 128 * 1024;
 
 /// Calls consume(partition, score) for the partitions begin .. end-1, each scored against the one after it.
 ///
 /// Backward, the rows of a partition are read once: they are scored against the reference of the partition
 /// after it and build their own. Forward, they are read twice, the second time from the cache; the partitions
 /// up to `partition` may then be overwritten in `consume`. Both give the same scores.
+///
+/// Every pass over a tile fetches the tile that comes from memory next, `upcoming` after the last one:
+/// hardware alone stops at the end of each page. Tiles beyond the cache fetch their own rows some way ahead.
 template <class T, class Consume>
 void walk(const HeadTiles<T>& head, const Method<T>& method, WalkScratch<RealOf<T>> scratch, int64_t begin,
-          int64_t end, bool forward, double value_weight, const Consume& consume) {
+          int64_t end, bool forward, double value_weight, Ahead upcoming, const Consume& consume) {
+  const StridedRows<const T>&key = head.key, &value = head.value;
   const auto score = [&](int64_t partition) {
     method.score(scratch.key_statistic, scratch.value_statistic, head.lag_size, value_weight);
     consume(partition, scratch.key_statistic);
   };
-  const auto fetch = [&](const StridedRows<const T>& x, int64_t partition) {
-    const bool inside = partition >= begin && partition <= end;
-    const bool fits = head.lag_size * x.dim * static_cast<int64_t>(sizeof(T)) <= kForwardTileBytes;
-    return inside && fits ? head.ahead(x, partition) : Ahead{};
+  const auto tile = [&](const StridedRows<const T>& x, int64_t partition, Ahead next) {
+    constexpr int64_t kAheadBytes = 16 * 1024;
+    const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T));
+    if (head.lag_size * row_bytes > kCachedTileBytes) {
+      next = head.ahead(x, head.first(partition) + kAheadBytes / row_bytes + 4);
+    }
+    return Tile<T>{x.row(head.batch, head.head, head.first(partition)), x.row_stride, head.lag_size, x.dim,
+                   next};
+  };
+  const auto rows = [&](const StridedRows<const T>& x, int64_t partition) {
+    return head.ahead(x, head.first(partition));
   };
 
   if (forward) {
     for (int64_t p = begin; p < end; ++p) {
-      Tile<T> key = head.tile(head.key, p), value = head.tile(head.value, p);
-      key.ahead = fetch(head.value, p + 1);
-      value.ahead = fetch(head.key, p + 2);
-      method.reference(head.tile(head.key, p + 1), scratch.key_now);
-      method.statistic(key, scratch.key_now, scratch.key_statistic);
-      method.reference(head.tile(head.value, p + 1), scratch.value_now);
-      method.statistic(value, scratch.value_now, scratch.value_statistic);
+      const bool first = p == begin, last = p + 1 == end;
+      method.reference(tile(key, p + 1, first ? rows(key, p) : Ahead{}), scratch.key_now);
+      method.statistic(tile(key, p, rows(value, p + 1)), scratch.key_now, scratch.key_statistic);
+      method.reference(tile(value, p + 1, first ? rows(value, p) : Ahead{}), scratch.value_now);
+      method.statistic(tile(value, p, last ? upcoming : rows(key, p + 2)), scratch.value_now,
+                       scratch.value_statistic);
       score(p);
     }
     return;
   }
-  method.reference(head.tile(head.key, end), scratch.key_now);
-  method.reference(head.tile(head.value, end), scratch.value_now);
-  for (int64_t p = end - 1; p >= begin; --p) {
-    Tile<T> key = head.tile(head.key, p), value = head.tile(head.value, p);
-    key.ahead = fetch(head.value, p);
-    value.ahead = fetch(head.key, p - 1);
-    if (p > begin) {
-      method.advance(key, scratch.key_now, scratch.key_statistic, scratch.key_next);
-      method.advance(value, scratch.value_now, scratch.value_statistic, scratch.value_next);
-      std::swap(scratch.key_now, scratch.key_next);
-      std::swap(scratch.value_now, scratch.value_next);
-    } else {
-      method.statistic(key, scratch.key_now, scratch.key_statistic);
-      method.statistic(value, scratch.value_now, scratch.value_statistic);
-    }
+  method.reference(tile(key, end, rows(value, end)), scratch.key_now);
+  method.reference(tile(value, end, rows(key, end - 1)), scratch.value_now);
+  for (int64_t p = end - 1; p > begin; --p) {
+    method.advance(tile(key, p, rows(value, p)), scratch.key_now, scratch.key_statistic, scratch.key_next);
+    method.advance(tile(value, p, rows(key, p - 1)), scratch.value_now, scratch.value_statistic,
+                   scratch.value_next);
+    std::swap(scratch.key_now, scratch.key_next);
+    std::swap(scratch.value_now, scratch.value_next);
     score(p);
   }
+  method.statistic(tile(key, begin, rows(value, begin)), scratch.key_now, scratch.key_statistic);
+  method.statistic(tile(value, begin, upcoming), scratch.value_now, scratch.value_statistic);
+  score(begin);
 }
 
 }  // namespace lagkv::cpu
