@@ -53,6 +53,11 @@ class Backend:
         return self.isa is not None or self.device.type == "cuda"
 
     @property
+    def sums_by_alignment(self) -> bool:
+        """The CUDA kernels: the width of a load follows the alignment, and the order of a sum the width."""
+        return self.name == "simt" or self.device.type == "cuda"
+
+    @property
     def is_slow(self) -> bool:
         """Executes thread by thread: large shapes are scaled down."""
         return self.name == "simt"
@@ -139,7 +144,9 @@ def make_cpu(level: str) -> Backend:
 def make_simt() -> Backend:
     try:
         operators = importlib.import_module("simt.operators")
-        importlib.import_module("simt").module()  # builds it; a kernel that does not compile is no ImportError
+        importlib.import_module(
+            "simt"
+        ).module()  # builds it; a kernel that does not compile is no ImportError
     except ImportError as error:
         raise Unavailable(f"the SIMT executor cannot be built: {error}") from error
     return Backend("simt", operators)
