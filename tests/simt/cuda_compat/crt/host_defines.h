@@ -1,4 +1,5 @@
-// In place of the toolkit's header, which the wheel nvidia-cuda-runtime leaves out: CUDA's qualifiers, for a host compiler.
+// In place of the toolkit's header, which the wheel nvidia-cuda-runtime leaves out: CUDA's qualifiers, for a
+// host compiler.
 #pragma once
 
 #define __host__
