@@ -1,9 +1,9 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy on A100 and H100, width of loads.
+"""What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy, width of loads.
 
-``python tools/kernel_report.py [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture, reads
-``ptxas -v`` and the disassembly, and prints a table (``--out``: also to a file). No GPU is needed. Ends with status 1 where
-a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, or where fewer blocks than the planner
-counts on fit a multiprocessor.
+``python tools/kernel_report.py [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture,
+reads ``ptxas -v`` and the disassembly, and prints a table (``--out``: also to a file). No GPU is needed. Ends with
+status 1 where a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, or where fewer blocks
+than the planner counts on fit a multiprocessor.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Kernel:
     loads: Counter[str] = dataclasses.field(default_factory=Counter)  #: streaming loads by bits
     dynamic_shared: int = 0
     blocks: int = 0  #: per multiprocessor
+    planned: int = 0  #: per multiprocessor, as the launch planner counts
     occupancy: int = 0  #: percent of its warps
 
     @property
@@ -63,7 +64,11 @@ class Kernel:
         if self.layout and self.layout[1] > 1:
             narrow = [f"{count} of {bits}" for bits, count in self.loads.items() if bits != "128"]
             if narrow or not self.loads:
-                found.append(f"streaming loads are not all 128 bits wide: {', '.join(narrow) or 'none found'}")
+                found.append(
+                    f"streaming loads are not all 128 bits wide: {', '.join(narrow) or 'none found'}"
+                )
+        if self.blocks < self.planned:
+            found.append(f"{self.blocks} blocks fit a multiprocessor, the planner counts on {self.planned}")
         return found
 
 
@@ -75,7 +80,9 @@ def tool(name: str) -> str:
         folders.append(f"{location}/backends/nvidia/bin")
     found = shutil.which(name, path=os.pathsep.join(filter(None, folders)))
     if found is None:
-        raise SystemExit(f"kernel_report: {name} was not found (CUDA_HOME={CUDA_HOME}, PATH, the triton package)")
+        raise SystemExit(
+            f"kernel_report: {name} was not found (CUDA_HOME={CUDA_HOME}, PATH, the triton package)"
+        )
     return found
 
 
@@ -91,7 +98,17 @@ def compile_one(source: Path, arch: str, folder: Path) -> tuple[Path, str]:
     ccache = [path for path in [shutil.which("ccache")] if path]
     includes = [f"-I{path}" for path in include_paths()]
     return target, run(
-        [*ccache, f"{CUDA_HOME}/bin/nvcc", *FLAGS, *includes, f"-arch={arch}", "-c", str(source), "-o", str(target)]
+        [
+            *ccache,
+            f"{CUDA_HOME}/bin/nvcc",
+            *FLAGS,
+            *includes,
+            f"-arch={arch}",
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
     )
 
 
@@ -106,7 +123,13 @@ def parse(report: str, arch: str) -> list[Kernel]:
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels.append(
             Kernel(
-                arch, symbol, "", int(registers), int(shared[1]) if shared else 0, int(stack), int(stores) + int(loads)
+                arch,
+                symbol,
+                "",
+                int(registers),
+                int(shared[1]) if shared else 0,
+                int(stack),
+                int(stores) + int(loads),
             )
         )
     return kernels
@@ -121,7 +144,10 @@ def short_name(symbol: str) -> str:
 
 def read_loads(target: Path, kernels: list[Kernel]) -> None:
     """Streaming loads: those that pass L1 by (ld_global_nc_stream)."""
-    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])}
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]]),
+    }
     by_symbol = {kernel.symbol: kernel for kernel in kernels}
     current = None
     for line in run([tool("cuobjdump"), "-sass", str(target)], env=environment).splitlines():
@@ -138,25 +164,36 @@ def read_loads(target: Path, kernels: list[Kernel]) -> None:
 def add_occupancy(kernels: list[Kernel], folder: Path) -> None:
     program = folder / "occupancy"
     compiler = os.environ.get("CXX", "c++").split()
-    run([*compiler, "-std=c++17", f"-I{CUDA_HOME}/include", str(ROOT / "tools" / "occupancy.cpp"), "-o", str(program)])
+    run(
+        [
+            *compiler,
+            "-std=c++17",
+            f"-I{CUDA_HOME}/include",
+            str(ROOT / "tools" / "occupancy.cpp"),
+            "-o",
+            str(program),
+        ]
+    )
     sizes = {"float16": 2, "bfloat16": 2, "float": 4, "double": 8}
     lines = []
     for kernel in kernels:
         start = f"{kernel.arch.removeprefix('sm_')} {kernel.registers} {kernel.static_shared}"
         if kernel.scores and kernel.layout:
             kind, elements, lanes, chunks = kernel.layout
-            lines.append(f"{start} {elements} {lanes} {chunks} {sizes[kind]} {elements * lanes * chunks} {LAG_SIZE}")
+            lines.append(
+                f"{start} {elements} {lanes} {chunks} {sizes[kind]} {elements * lanes * chunks} {LAG_SIZE}"
+            )
         else:
             lines.append(f"{start} {512 if kernel.name.startswith('move') else 256} 0")
     answers = run([str(program)], input="\n".join(lines) + "\n").splitlines()
     for kernel, answer in zip(kernels, answers, strict=True):
-        kernel.blocks, kernel.occupancy, kernel.dynamic_shared = map(int, answer.split())
+        kernel.blocks, kernel.occupancy, kernel.dynamic_shared, kernel.planned = map(int, answer.split())
 
 
 def table(kernels: list[Kernel]) -> str:
     rows = [
-        f"Shared memory: static + dynamic, for L = {LAG_SIZE} and the widest D of the layout. Row<T, elements, lanes, chunks>: "
-        "a lane reads `chunks` times `elements` elements of a row.\n",
+        f"Shared memory: static + dynamic, for L = {LAG_SIZE} and the widest D of the layout. "
+        "Row<T, elements, lanes, chunks>: a lane reads `chunks` times `elements` elements of a row.\n",
         "| kernel | GPU | registers | shared bytes | spill bytes | blocks per SM | occupancy | streaming loads |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -164,14 +201,16 @@ def table(kernels: list[Kernel]) -> str:
     for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch)):
         loads = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(kernel.loads.items())) or "-"
         rows.append(
-            f"| `{kernel.name}` | {cards[kernel.arch]} | {kernel.registers} | {kernel.static_shared} + {kernel.dynamic_shared} "
-            f"| {kernel.spills} | {kernel.blocks} | {kernel.occupancy} % | {loads} |"
+            f"| `{kernel.name}` | {cards[kernel.arch]} | {kernel.registers} "
+            f"| {kernel.static_shared} + {kernel.dynamic_shared} | {kernel.spills} | {kernel.blocks} | {kernel.occupancy} % | {loads} |"
         )
     return "\n".join(rows) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=["sm_80", "sm_90"])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "kernel-report.md")
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-// Occupancy of compiled kernels, from the compiler's own register counts, by NVIDIA's calculator (cuda_occupancy.h): no GPU
-// needed. Reads lines "capability registers static_shared threads dynamic_shared", or
-// "capability registers static_shared elements lanes chunks element_size dim lag_size" for a scoring kernel, whose threads and dynamic
-// shared memory the launch planner knows. Writes "blocks_per_multiprocessor warps_of_max_percent dynamic_shared" for each.
+// Occupancy of compiled kernels, from the compiler's own register counts, by NVIDIA's calculator
+// (cuda_occupancy.h): no GPU needed. Reads lines "capability registers static_shared threads dynamic_shared",
+// or "capability registers static_shared elements lanes chunks element_size dim lag_size" for a scoring
+// kernel, whose threads and dynamic shared memory the launch planner knows. Writes "blocks_per_multiprocessor
+// warps_of_max_percent dynamic_shared planned_blocks" for each.
 #include <cuda_occupancy.h>
 
 #include <cstdio>
@@ -33,7 +34,8 @@ cudaOccDeviceProp device_of(int capability) {
     device.sharedMemPerBlockOptin = 227 << 10;
     device.numSms = 132;
   } else {
-    std::cerr << "occupancy: no device is known for compute capability " << capability << " (80 and 90 are)\n";
+    std::cerr << "occupancy: no device is known for compute capability " << capability
+              << " (80 and 90 are)\n";
     std::exit(2);
   }
   return device;
@@ -52,11 +54,14 @@ int main() {
     }
     int threads = n[3];
     size_t dynamic = n[4];
+    int planned = 1;
     if (n.size() == 9) {
       lagkv::cuda::Device limits;
       limits.shared_per_multiprocessor = static_cast<int64_t>(device_of(n[0]).sharedMemPerMultiprocessor);
       threads = lagkv::cuda::kThreads;
-      dynamic = lagkv::cuda::plan_storage({n[3], n[4], n[5]}, n[6], n[7], n[7], n[8], limits).shared_bytes;
+      const lagkv::cuda::RowShape shape{n[3], n[4], n[5]};
+      dynamic = lagkv::cuda::plan_storage(shape, n[6], n[7], n[7], n[8], limits).shared_bytes;
+      planned = lagkv::cuda::planned_blocks(shape, n[6], static_cast<int64_t>(dynamic), limits);
     }
     cudaOccFuncAttributes kernel;
     kernel.maxThreadsPerBlock = threads;
@@ -69,12 +74,14 @@ int main() {
     const cudaOccDeviceProp device = device_of(n[0]);
     const cudaOccDeviceState state;
     cudaOccResult result;
-    const cudaOccError error = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, dynamic);
+    const cudaOccError error =
+        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, dynamic);
     if (error != CUDA_OCC_SUCCESS) {
       std::cerr << "occupancy: error " << error << " for '" << line << "'\n";
       return 2;
     }
     const int blocks = result.activeBlocksPerMultiprocessor;
-    std::printf("%d %d %zu\n", blocks, blocks * threads * 100 / device.maxThreadsPerMultiprocessor, dynamic);
+    std::printf("%d %d %zu %d\n", blocks, blocks * threads * 100 / device.maxThreadsPerMultiprocessor,
+                dynamic, planned);
   }
 }

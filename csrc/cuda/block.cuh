@@ -1,5 +1,5 @@
-// What the threads of a warp and of a block do together: sums, maxima, ascending compaction. Fixed orders throughout, so
-// that results do not depend on timing.
+// What the threads of a warp and of a block do together: sums, maxima, ascending compaction. Fixed orders
+// throughout, so that results do not depend on timing.
 #pragma once
 
 #include "numeric.cuh"
@@ -10,8 +10,9 @@ namespace lagkv::cuda {
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 constexpr int kWarps = kThreads / 32;
 
-/// threadIdx.x, read anew at every call. The compiler would otherwise compute all that follows from it once, before the
-/// loop over partitions, and keep it in registers that the streaming loop needs: three blocks per multiprocessor, not two.
+/// threadIdx.x, read anew at every call. The compiler would otherwise compute all that follows from it once,
+/// before the loop over partitions, and keep it in registers that the streaming loop needs: three blocks per
+/// multiprocessor, not two.
 __device__ __forceinline__ int thread_of_block() {
 #if defined(LAGKV_SIMT)
   return static_cast<int>(threadIdx.x);
@@ -28,7 +29,6 @@ struct Place {
   __device__ __forceinline__ Place() : thread(thread_of_block()), lane(thread % 32), warp(thread / 32) {}
 };
 
-
 /// Sum over groups of `lanes` neighbouring lanes; every lane of the group gets it, bit for bit the same.
 template <int lanes, class Real>
 __device__ __forceinline__ Real lanes_sum(Real x) {
@@ -44,8 +44,9 @@ __device__ __forceinline__ Real warp_larger(Real x) {
   return x;
 }
 
-/// An array in shared memory, or in this block's scratch in global memory where it does not fit. On the device both are
-/// one generic access where `in_scratch` is known at run time only, and one pointer in registers.
+/// An array in shared memory, or in this block's scratch in global memory where it does not fit. On the
+/// device both are one generic access where `in_scratch` is known at run time only, and one pointer in
+/// registers.
 template <class T>
 struct Store {
   T* data;
@@ -68,7 +69,8 @@ struct Store {
   __device__ __forceinline__ Store operator+(int64_t offset) const { return {data + offset, in_scratch}; }
 };
 
-/// `count` neighbouring numbers in accesses of up to 16 bytes; count times their size must keep the accesses aligned.
+/// `count` neighbouring numbers in accesses of up to 16 bytes; count times their size must keep the accesses
+/// aligned.
 template <int count, class Real>
 __device__ __forceinline__ void get_row(const Store<Real>& from, int64_t i, Real* to) {
   constexpr int kWide = count * sizeof(Real) >= 16 ? 16 / sizeof(Real) : count;
@@ -98,8 +100,8 @@ struct Two {
   Real key, value;
 };
 
-/// Sums (or maxima) of two numbers over the block; every thread gets them. `slots` [2 * kWarps] shared; the caller uses
-/// other slots, or a barrier, before the next call.
+/// Sums (or maxima) of two numbers over the block; every thread gets them. `slots` [2 * kWarps] shared; the
+/// caller uses other slots, or a barrier, before the next call.
 template <bool kMaximum, class Real>
 __device__ __forceinline__ Two<Real> block_two(Two<Real> x, Real* slots) {
   x.key = kMaximum ? warp_larger(x.key) : lanes_sum<32>(x.key);
@@ -119,14 +121,15 @@ __device__ __forceinline__ Two<Real> block_two(Two<Real> x, Real* slots) {
   return x;
 }
 
-
 /// What the selection says of a position.
 enum class Choice : int { kDrop, kTie, kKeep };
 
-/// Calls emit(slot, i) for every kept position 0 <= i < count, slots 0, 1, ... in ascending position. Of the ties the first
-/// `ties` are kept: the lower position wins. `slots` [2, 2, kWarps] shared: two sets, so that one barrier a round is enough.
+/// Calls emit(slot, i) for every kept position 0 <= i < count, slots 0, 1, ... in ascending position. Of the
+/// ties the first `ties` are kept: the lower position wins. `slots` [2, 2, kWarps] shared: two sets, so that
+/// one barrier a round is enough.
 template <class Choose, class Emit>
-__device__ __forceinline__ void compact_positions(int count, int ties, int* slots, const Choose& choose, const Emit& emit) {
+__device__ __forceinline__ void compact_positions(int count, int ties, int* slots, const Choose& choose,
+                                                  const Emit& emit) {
   const Place place;
   const unsigned lower_lanes = (1u << place.lane) - 1u;
   int keeps_before = 0, ties_before = 0;
@@ -142,7 +145,8 @@ __device__ __forceinline__ void compact_positions(int count, int ties, int* slot
       st_shared(counts + kWarps + place.warp, __popc(tie_lanes));
     }
     __syncthreads();
-    int keeps = keeps_before + __popc(keep_lanes & lower_lanes), tied = ties_before + __popc(tie_lanes & lower_lanes);
+    int keeps = keeps_before + __popc(keep_lanes & lower_lanes),
+        tied = ties_before + __popc(tie_lanes & lower_lanes);
     for (int other = 0; other < kWarps; ++other) {
       const int keeps_there = ld_shared(counts + other), ties_there = ld_shared(counts + kWarps + other);
       keeps_before += keeps_there;

@@ -1,5 +1,6 @@
-// partition_bounds: lo[b, h, p, c] = min_t X[start + p L + t, c], hi likewise the maximum; NaN where the channel has a NaN.
-// Traffic: every element of the full partitions once; writes [B, H, P, 2, D]. A block takes one partition of one head.
+// partition_bounds: lo[b, h, p, c] = min_t X[start + p L + t, c], hi likewise the maximum; NaN where the
+// channel has a NaN. Traffic: every element of the full partitions once; writes [B, H, P, 2, D]. A block
+// takes one partition of one head.
 #pragma once
 
 #include "partition.cuh"
@@ -29,14 +30,16 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(const BoundsLaunch<typ
     st_global(lo + dim + channel, Real(to_real(range.hi)));
   };
   if constexpr (Layout::kWide) {
-    for (int64_t c = thread_of_block(); c < dim; c += kThreads) write(c, column_range(rows + c, args.x.row_stride, count));
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads)
+      write(c, column_range(rows + c, args.x.row_stride, count));
   } else {
     LAGKV_DYNAMIC_SHARED(shared);
     T* partial = reinterpret_cast<T*>(shared);
     const PassStores<Real> stores{{}, {}, {}, partial, nullptr};
     stream_rows<Layout, Score::kStd>({rows, args.x.row_stride, dim, Real(0), count}, {false, true}, stores);
     __syncthreads();
-    for (int c = thread_of_block(); c < dim; c += kThreads) write(c, gathered_range(partial, static_cast<int>(dim), c));
+    for (int c = thread_of_block(); c < dim; c += kThreads)
+      write(c, gathered_range(partial, static_cast<int>(dim), c));
   }
 }
 

@@ -1,14 +1,17 @@
 // The fused kernel behind compress, compress_ and lag_score.
 //
-//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)       (spec section 1)
+//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)       (spec section
+//   1)
 //
-// A scoring block takes a run of R partitions of one head and walks it from last to first. For each partition it streams the
-// key rows and then the value rows (partition.cuh), combines their statistics (score.cuh), selects (select.cuh), writes the
-// kept positions, and copies the kept rows while they are still in cache. Copying blocks take the rows before and after.
+// A scoring block takes a run of R partitions of one head and walks it from last to first. For each partition
+// it streams the key rows and then the value rows (partition.cuh), combines their statistics (score.cuh),
+// selects (select.cuh), writes the kept positions, and copies the kept rows while they are still in cache.
+// Copying blocks take the rows before and after.
 //
-// Traffic: reads every element of K and V of the compressed partitions once, one more partition per run, and the kept
-// rows again (from L2); writes the kept rows and the index. Limits: blocks of kThreads; L and D are bounded by memory
-// alone (what does not fit in shared memory goes to scratch); D > 256 elements that are not 16-byte vectors takes WideRow.
+// Traffic: reads every element of K and V of the compressed partitions once, one more partition per run, and
+// the kept rows again (from L2); writes the kept rows and the index. Limits: blocks of kThreads; L and D are
+// bounded by memory alone (what does not fit in shared memory goes to scratch); D > 256 elements that are not
+// 16-byte vectors takes WideRow.
 #pragma once
 
 #include "partition.cuh"
@@ -19,23 +22,25 @@ namespace lagkv::cuda {
 
 template <class T>
 struct CompressLaunch {
-  CompressParams<T> args;  // key_out.data is null where no rows are copied, index is null where nothing is selected
-  RealOf<T>* score;        // [B, H, P-1, L] contiguous, or null
+  CompressParams<T>
+      args;          // key_out.data is null where no rows are copied, index is null where nothing is selected
+  RealOf<T>* score;  // [B, H, P-1, L] contiguous, or null
   unsigned char* scratch;  // [scoring blocks, storage.scratch_bytes]
   CompressPlan plan;
-  int64_t first_job;       // of this grid: more jobs than a grid can have blocks take several
+  int64_t first_job;  // of this grid: more jobs than a grid can have blocks take several
 };
 
 /// Key (side 0) or value (side 1), field by field: a reference chosen at run time would copy the parameters.
 template <class T>
-__device__ __forceinline__ StridedRows<T> side_of(int side, const StridedRows<T>& key, const StridedRows<T>& value) {
+__device__ __forceinline__ StridedRows<T> side_of(int side, const StridedRows<T>& key,
+                                                  const StridedRows<T>& value) {
   return {side == 0 ? key.data : value.data, side == 0 ? key.batch_stride : value.batch_stride,
           side == 0 ? key.head_stride : value.head_stride, side == 0 ? key.row_stride : value.row_stride,
           side == 0 ? key.dim : value.dim};
 }
 
-/// What a scoring block knows of its run. It lives in shared memory and is read again in every phase: in registers it would
-/// be there for the whole run, where the streaming loop needs them.
+/// What a scoring block knows of its run. It lives in shared memory and is read again in every phase: in
+/// registers it would be there for the whole run, where the streaming loop needs them.
 struct RunSlots {
   enum Field { kRows, kRowStride, kDim, kShareOfOne, kOut, kOutStride, kReference, kSideFields };
   enum Common { kFirst = 2 * kSideFields, kLast, kIndex, kScores, kFields };
@@ -52,7 +57,9 @@ struct RunSlots {
   }
   __device__ __forceinline__ void set(int place, int64_t value) const { st_shared(fields + place, value); }
   template <class T>
-  __device__ __forceinline__ void set(int place, T* value) const { set(place, reinterpret_cast<int64_t>(value)); }
+  __device__ __forceinline__ void set(int place, T* value) const {
+    set(place, reinterpret_cast<int64_t>(value));
+  }
 
   /// By one thread. Rows and outputs from position `start` on.
   template <class T>
@@ -75,7 +82,8 @@ struct RunSlots {
     }
     set(kFirst, first);
     set(kLast, (first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1);
-    set(kIndex, args.index + head * output_length(args.length, args.start, args.lag_size, args.keep) + args.start);
+    set(kIndex,
+        args.index + head * output_length(args.length, args.start, args.lag_size, args.keep) + args.start);
     set(kScores, launch.score + head * plan.partitions * args.lag_size);
   }
 
@@ -118,21 +126,23 @@ __device__ __forceinline__ void score_run(const CompressLaunch<typename Layout::
 
   // From the partition behind the run, which is only looked at, down to the run's first.
 #pragma unroll 1
-  for (int partition = slots.get<int>(Slots::kLast) + 1; partition >= slots.get<int>(Slots::kFirst); --partition) {
+  for (int partition = slots.get<int>(Slots::kLast) + 1; partition >= slots.get<int>(Slots::kFirst);
+       --partition) {
     const bool scored = partition <= slots.get<int>(Slots::kLast);
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
       const auto tile = [&] {
         const int64_t row_stride = slots.get(side, Slots::kRowStride);
-        return Tile<T>{slots.get<const T*>(side, Slots::kRows) + partition * args.lag_size * row_stride, row_stride,
-                       slots.get(side, Slots::kDim), static_cast<Real>(slots.get<double>(side, Slots::kShareOfOne)),
+        return Tile<T>{slots.get<const T*>(side, Slots::kRows) + partition * args.lag_size * row_stride,
+                       row_stride, slots.get(side, Slots::kDim),
+                       static_cast<Real>(slots.get<double>(side, Slots::kShareOfOne)),
                        static_cast<int>(args.lag_size)};
       };
       const auto stores = [&] {
         // Only wide rows can have a reference that does not fit into shared memory.
         return PassStores<Real>{
-            store(slots.get(side, Slots::kReference), Layout::kWide && storage.reference_in_scratch), statistics(side),
-            statistics(2), shared + storage.partial, reduce_slots + 4 * kWarps};
+            store(slots.get(side, Slots::kReference), Layout::kWide && storage.reference_in_scratch),
+            statistics(side), statistics(2), shared + storage.partial, reduce_slots + 4 * kWarps};
       };
       visit_partition<Layout, kScore>({scored, partition > slots.get<int>(Slots::kFirst)}, tile, stores);
     }
@@ -140,8 +150,9 @@ __device__ __forceinline__ void score_run(const CompressLaunch<typename Layout::
 
     const int count = static_cast<int>(args.lag_size);
     const Store<Bits> keys = statistics(0).template as<Bits>();
-    combine_scores<kScore>(statistics(0), statistics(1), count, slots.get(0, Slots::kDim), slots.get(1, Slots::kDim),
-                           static_cast<Real>(args.value_weight), reduce_slots, [&](int t, Real x) {
+    combine_scores<kScore>(statistics(0), statistics(1), count, slots.get(0, Slots::kDim),
+                           slots.get(1, Slots::kDim), static_cast<Real>(args.value_weight), reduce_slots,
+                           [&](int t, Real x) {
                              if (launch.score != nullptr) {
                                st_global(slots.get<Real*>(Slots::kScores) + partition * args.lag_size + t, x);
                              }
@@ -164,10 +175,11 @@ __device__ __forceinline__ void score_run(const CompressLaunch<typename Layout::
     for (int side = 0; side < 2; ++side) {
       const int32_t* index = slots.get<const int32_t*>(Slots::kIndex) + partition * args.keep;
       const int64_t out_stride = slots.get(side, Slots::kOutStride);
-      copy_rows<Layout>(slots.get<T*>(side, Slots::kOut) + partition * args.keep * out_stride, out_stride,
-                        slots.get<const T*>(side, Slots::kRows) - args.start * slots.get(side, Slots::kRowStride),
-                        slots.get(side, Slots::kRowStride), slots.get(side, Slots::kDim), keep, [](int j) { return j; },
-                        [&](int j) { return ld_global(index + j); });
+      copy_rows<Layout>(
+          slots.get<T*>(side, Slots::kOut) + partition * args.keep * out_stride, out_stride,
+          slots.get<const T*>(side, Slots::kRows) - args.start * slots.get(side, Slots::kRowStride),
+          slots.get(side, Slots::kRowStride), slots.get(side, Slots::kDim), keep, [](int j) { return j; },
+          [&](int j) { return ld_global(index + j); });
     }
   }
 }
@@ -179,7 +191,8 @@ __device__ __forceinline__ void copy_run(const CompressLaunch<typename Layout::T
   const auto& plan = launch.plan;
   const int64_t head = job / plan.copy_tiles, batch = head / args.heads, part = head % args.heads;
   const int64_t first = job % plan.copy_tiles * kCopyRows;
-  const int64_t window = args.start + plan.partitions * args.lag_size;  // first row after the compressed partitions
+  const int64_t window =
+      args.start + plan.partitions * args.lag_size;  // first row after the compressed partitions
   const int64_t total = args.length - plan.partitions * args.lag_size;
   const int64_t length = total + plan.partitions * args.keep;
   const int count = static_cast<int>(total - first < kCopyRows ? total - first : kCopyRows);
@@ -200,12 +213,14 @@ __device__ __forceinline__ void copy_run(const CompressLaunch<typename Layout::T
   for (int side = 0; side < 2; ++side) {
     const auto x = side_of(side, args.key, args.value);
     const auto out = side_of(side, args.key_out, args.value_out);
-    copy_rows<Layout>(out.row(batch, part, 0), out.row_stride, x.row(batch, part, 0), x.row_stride, x.dim, count, to, from);
+    copy_rows<Layout>(out.row(batch, part, 0), out.row_stride, x.row(batch, part, 0), x.row_stride, x.dim,
+                      count, to, from);
   }
 }
 
 template <class Layout, Score kScore>
-__global__ void __launch_bounds__(kThreads, Layout::kBlocks) compress_kernel(const CompressLaunch<typename Layout::T> launch) {
+__global__ void __launch_bounds__(kThreads, Layout::kBlocks)
+    compress_kernel(const CompressLaunch<typename Layout::T> launch) {
   const int64_t job = launch.first_job + blockIdx.x;
   // Scoring blocks first: they take longer.
   if (job < launch.plan.run_blocks) {

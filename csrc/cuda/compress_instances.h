@@ -8,11 +8,12 @@ namespace lagkv::cuda {
 
 template <class T, class Real>
 void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score) {
-  launch_compress<T>(args, score, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); }, launcher);
+  launch_compress<T>(
+      args, score, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); }, launcher);
 }
 
 }  // namespace lagkv::cuda
 
-#define LAGKV_COMPRESS_INSTANCES(T)                                             \
-  template void lagkv::cuda::run_compress<T, lagkv::cuda::RealOf<T>>(            \
+#define LAGKV_COMPRESS_INSTANCES(T)                                   \
+  template void lagkv::cuda::run_compress<T, lagkv::cuda::RealOf<T>>( \
       lagkv::cuda::Launcher&, const lagkv::CompressParams<T>&, lagkv::cuda::RealOf<T>*);

@@ -1,5 +1,6 @@
-// The cosine statistic (spec section 2): direction u_t = x_t / |x_t| (0 where |x_t| = 0), anchor of the next partition
-// a = mean_t u_t, s = -cos(x, a) = -(u . a / |a|). The same rows add to the anchor of their own partition.
+// The cosine statistic (spec section 2): direction u_t = x_t / |x_t| (0 where |x_t| = 0), anchor of the next
+// partition a = mean_t u_t, s = -cos(x, a) = -(u . a / |a|). The same rows add to the anchor of their own
+// partition.
 #pragma once
 
 #include "rows.cuh"
@@ -18,8 +19,9 @@ __device__ __forceinline__ float quick_inverse(float x) {
 #endif
 }
 
-/// Divides a row by its norm: x * (1/norm) and one correction by the remainder, which rounds as a division does. A row with one
-/// channel other than 0 has a direction of exactly 1 or -1, and tokens of one direction tie.
+/// Divides a row by its norm: x * (1/norm) and one correction by the remainder, which rounds as a division
+/// does. A row with one channel other than 0 has a direction of exactly 1 or -1, and tokens of one direction
+/// tie.
 template <class Real>
 struct Norm {
   Real norm, inverse;
@@ -50,7 +52,8 @@ struct CosineTerms {
   }
 
   /// `reference` holds the anchor as it was summed; here it gets its norm of 1.
-  __device__ __forceinline__ void load(const Store<Real>& reference, int dim, const typename Layout::Seat& seat) {
+  __device__ __forceinline__ void load(const Store<Real>& reference, int dim,
+                                       const typename Layout::Seat& seat) {
     Real squares = 0;
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
@@ -66,8 +69,8 @@ struct CosineTerms {
   }
 
   /// s, known to every lane of the row. A missing row is all zeros, has no direction and adds nothing.
-  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int /*dim*/, bool /*exists*/, bool /*scored*/,
-                                        const typename Layout::Seat& /*seat*/) {
+  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int /*dim*/, bool /*exists*/,
+                                        bool /*scored*/, const typename Layout::Seat& /*seat*/) {
     Real row[Layout::kChannels];
     Layout::unpack_row(x, row);
     Real squares = 0;
@@ -84,24 +87,41 @@ struct CosineTerms {
     return -lanes_sum<Layout::kLanes>(cosine);
   }
 
-  /// This warp's sum of directions to shared memory, [D] of `partial`.
-  __device__ __forceinline__ void share(Real* partial, int dim, const typename Layout::Seat& seat) {
-    const Store<Real> mine{partial, false};
+  // Sums in two levels: a lane's own of this many rounds, and their sum in `partial`. The error of a sum of
+  // 65,536 directions one by one would show in the scores.
+  static constexpr unsigned kShareRounds = 32;
+
+  /// Adds this warp's directions to its sums in shared memory, [D] of `partial`, or starts them, and clears
+  /// its own.
+  __device__ __forceinline__ void share(Real* partial, int dim, bool first,
+                                        const typename Layout::Seat& seat) {
+    const Store<Real> sums{partial, false};
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       Real* own = total + chunk * Layout::kElements;
 #pragma unroll
       for (int e = 0; e < Layout::kElements; ++e) {
 #pragma unroll
-        for (int offset = Layout::kLanes; offset < 32; offset *= 2) own[e] += __shfl_xor_sync(kFullWarp, own[e], offset);
+        for (int offset = Layout::kLanes; offset < 32; offset *= 2)
+          own[e] += __shfl_xor_sync(kFullWarp, own[e], offset);
       }
       const int channel = seat.channel(chunk);
-      if (Place().lane < Layout::kLanes && channel < dim) set_row<Layout::kElements>(mine, channel, own);
+      if (Place().lane < Layout::kLanes && channel < dim) {
+        if (!first) {
+          Real before[Layout::kElements];
+          get_row<Layout::kElements>(sums, channel, before);
+#pragma unroll
+          for (int e = 0; e < Layout::kElements; ++e) own[e] += before[e];
+        }
+        set_row<Layout::kElements>(sums, channel, own);
+      }
+#pragma unroll
+      for (int e = 0; e < Layout::kElements; ++e) own[e] = Real(0);
     }
   }
 
-  static __device__ __forceinline__ void gather(const Real* partial, int dim, int channel, const Store<Real>& reference,
-                                                int64_t rows) {
+  static __device__ __forceinline__ void gather(const Real* partial, int dim, int channel,
+                                                const Store<Real>& reference, int64_t rows) {
     Real sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) sum += ld_shared(partial + warp * dim + channel);
     reference.set(channel, sum / static_cast<Real>(rows));

@@ -1,5 +1,6 @@
-// Rows gathered by index: compact (into another tensor) and the second step of compress_ (down in the same tensor). Rows are
-// moved as machine words W of 2 to 16 bytes, whatever they hold: dims, strides and pointers are in units of W.
+// Rows gathered by index: compact (into another tensor) and the second step of compress_ (down in the same
+// tensor). Rows are moved as machine words W of 2 to 16 bytes, whatever they hold: dims, strides and pointers
+// are in units of W.
 #pragma once
 
 #include "block.cuh"
@@ -7,7 +8,8 @@
 #if !defined(LAGKV_SIMT)
 // CUDA's own, behind assert(), which NDEBUG would switch off.
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
-                                                  const char* function) noexcept __attribute__((__noreturn__));
+                                                  const char* function) noexcept
+    __attribute__((__noreturn__));
 #endif
 
 namespace lagkv::cuda {
@@ -19,14 +21,16 @@ struct CompactLaunch {
   int64_t first_job;
 };
 
-/// A position outside x cannot raise an error without waiting for the device: it is a device-side assertion, as in torch's
-/// own gather (in the executor: a trap). Nothing outside x is read, and what is written then is never seen.
+/// A position outside x cannot raise an error without waiting for the device: it is a device-side assertion,
+/// as in torch's own gather (in the executor: a trap). Nothing outside x is read, and what is written then is
+/// never seen.
 __device__ __forceinline__ void require_positions_in_range(bool in_range) {
   if (in_range) return;
 #if defined(LAGKV_SIMT)
   __trap();
 #else
-  __assert_fail("lagkv::compact: index must hold positions between 0 and N - 1", __FILE__, __LINE__, "compact");
+  __assert_fail("lagkv::compact: index must hold positions between 0 and N - 1", __FILE__, __LINE__,
+                "compact");
 #endif
 }
 
@@ -85,9 +89,10 @@ struct MoveLaunch {
   int64_t first_job;
 };
 
-/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and goes up in passes:
-/// all sources of a pass are in registers before any of its rows is written (the barrier), and sources of later passes lie
-/// above everything that is written by then, for index[j] >= j and ascending. Traffic: moved rows once in, once out.
+/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and goes
+/// up in passes: all sources of a pass are in registers before any of its rows is written (the barrier), and
+/// sources of later passes lie above everything that is written by then, for index[j] >= j and ascending.
+/// Traffic: moved rows once in, once out.
 template <class W>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
   const MovePlan& plan = launch.plan;
@@ -102,7 +107,8 @@ __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> 
   const Share share(columns);
   W* base = x.row(batch, part, 0) + column + share.column;
   const int32_t* index = launch.index + head * plan.rows;
-  for (int64_t pass = plan.first; pass < plan.rows; pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
+  for (int64_t pass = plan.first; pass < plan.rows;
+       pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
     W moved[kMoveVectors];
 #pragma unroll
     for (int n = 0; n < kMoveVectors; ++n) {

@@ -1,6 +1,7 @@
-// From tensors as pointers, sizes and strides to kernel launches: what the launchers (.cu) and the executor's bindings share.
-// Each `launch_*` makes the plan, chooses the instantiation and calls run(kernel, grid, threads, shared_bytes, params) for
-// every kernel, in order. Includes device code, so it is compiled by nvcc or for the executor.
+// From tensors as pointers, sizes and strides to kernel launches: what the launchers (.cu) and the executor's
+// bindings share. Each `launch_*` makes the plan, chooses the instantiation and calls run(kernel, grid,
+// threads, shared_bytes, params) for every kernel, in order. Includes device code, so it is compiled by nvcc
+// or for the executor.
 #pragma once
 
 #include <stdexcept>
@@ -44,34 +45,37 @@ void with_layout(RowShape shape, const F& f) {
 /// The layout of two tensors that share a kernel: both aligned or neither, wide enough for the wider one.
 template <class T>
 RowShape shape_of(const StridedRows<const T>& key, const StridedRows<const T>& value) {
-  const bool aligned = rows_aligned(key) && rows_aligned(value) && std::min(key.dim, value.dim) * sizeof(T) % 16 == 0;
+  const bool aligned =
+      rows_aligned(key) && rows_aligned(value) && std::min(key.dim, value.dim) * sizeof(T) % 16 == 0;
   if (std::min(key.dim, value.dim) < 1) return row_shape(sizeof(T), 0, false);
   return row_shape(sizeof(T), std::max(key.dim, value.dim), aligned);
 }
 
 /// One launch for up to max_grid blocks: more take several, each with its `first_job`.
 template <class Run, class Kernel, class Launch>
-void run_blocks(const Run& run, Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, Launch launch,
-                const Device& device) {
+void run_blocks(const Run& run, Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes,
+                Launch launch, const Device& device) {
   for (launch.first_job = 0; launch.first_job < blocks; launch.first_job += device.max_grid) {
     run(kernel, std::min(blocks - launch.first_job, device.max_grid), threads, shared_bytes, launch);
   }
 }
 
-/// compress (key_out, value_out given), the first step of compress_ (data null), and lag_score (score given, index null).
-/// `scratch(bytes)` gives device memory that lives until the kernels have run.
+/// compress (key_out, value_out given), the first step of compress_ (data null), and lag_score (score given,
+/// index null). `scratch(bytes)` gives device memory that lives until the kernels have run.
 template <class T, class Scratch, class Run>
-void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device, const Scratch& scratch,
-                     const Run& run) {
+void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device,
+                     const Scratch& scratch, const Run& run) {
   CompressLaunch<T> launch{args, score, nullptr, {}, 0};
   launch.plan = plan_compress(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
                               args.batch * args.heads, args.length, args.start, args.lag_size, args.keep,
                               score != nullptr, device);
   if (launch.plan.blocks == 0) return;
-  if (launch.plan.scratch_bytes > 0) launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
+  if (launch.plan.scratch_bytes > 0)
+    launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
-    const auto kernel = args.score == Score::kStd ? compress_kernel<Layout, Score::kStd> : compress_kernel<Layout, Score::kCosine>;
+    const auto kernel = args.score == Score::kStd ? compress_kernel<Layout, Score::kStd>
+                                                  : compress_kernel<Layout, Score::kCosine>;
     run_blocks(run, kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch, device);
   });
 }
@@ -79,12 +83,14 @@ void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Devi
 template <class T, class Run>
 void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Device& device, const Run& run) {
   const RowShape shape = row_shape(sizeof(T), args.x.dim, rows_aligned(args.x));
-  const BoundsLaunch<T> launch{args, plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads, args.length,
-                                                 args.start, args.lag_size, device), 0};
+  const BoundsLaunch<T> launch{args,
+                               plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads, args.length,
+                                           args.start, args.lag_size, device),
+                               0};
   if (launch.plan.blocks == 0) return;
   with_layout<T>(shape, [&](auto tag) {
-    run_blocks(run, bounds_kernel<typename decltype(tag)::Type>, launch.plan.blocks, kThreads, launch.plan.shared_bytes, launch,
-               device);
+    run_blocks(run, bounds_kernel<typename decltype(tag)::Type>, launch.plan.blocks, kThreads,
+               launch.plan.shared_bytes, launch, device);
   });
 }
 
@@ -95,7 +101,8 @@ void launch_topk(const TopkParams<T>& args, const ScoreRows& rows, const Device&
   run_blocks(run, topk_kernel<T>, args.rows, kThreads, launch.plan.shared_bytes, launch, device);
 }
 
-/// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims are left.
+/// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims are
+/// left.
 inline bool merge_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, ScoreRows& rows) {
   int count = 0;
   ScoreRows merged{};
@@ -118,7 +125,8 @@ inline bool merge_rows(const int64_t* sizes, const int64_t* strides, int64_t dim
   return true;
 }
 
-/// Calls f(W()) with the widest machine word that moves rows of `bytes` bytes whose starts are multiples of `alignment`.
+/// Calls f(W()) with the widest machine word that moves rows of `bytes` bytes whose starts are multiples of
+/// `alignment`.
 template <class F>
 void with_word(int64_t bytes, int64_t alignment, const F& f) {
   const auto fits = [&](int64_t size) { return bytes % size == 0 && alignment % size == 0; };
@@ -131,18 +139,21 @@ void with_word(int64_t bytes, int64_t alignment, const F& f) {
 /// The largest power of two up to 16 that divides the address and every stride, in bytes.
 template <class T>
 int64_t alignment_of(const StridedRows<T>& rows) {
-  const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | 16 |
-                       ((rows.batch_stride | rows.head_stride | rows.row_stride) * static_cast<int64_t>(sizeof(T)));
+  const int64_t bits =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | 16 |
+      ((rows.batch_stride | rows.head_stride | rows.row_stride) * static_cast<int64_t>(sizeof(T)));
   return bits & -bits;
 }
 
 /// The same rows in units of W.
 template <class W, class T>
 StridedRows<std::conditional_t<std::is_const_v<T>, const W, W>> in_words(const StridedRows<T>& rows) {
-  const auto words = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(W)); };
+  const auto words = [](int64_t elements) {
+    return elements * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(W));
+  };
   using Word = std::conditional_t<std::is_const_v<T>, const W, W>;
-  return {reinterpret_cast<Word*>(rows.data), words(rows.batch_stride), words(rows.head_stride), words(rows.row_stride),
-          words(rows.dim)};
+  return {reinterpret_cast<Word*>(rows.data), words(rows.batch_stride), words(rows.head_stride),
+          words(rows.row_stride), words(rows.dim)};
 }
 
 /// compact for any element type of 2 bytes or more: the rows are moved, not understood.
@@ -152,7 +163,7 @@ void launch_compact(const CompactParams<T>& args, const Device& device, const Ru
   with_word(args.x.dim * sizeof(T), alignment, [&](auto word) {
     using W = decltype(word);
     const CompactParams<W> words{in_words<W>(args.x), in_words<W>(args.out), args.index, args.batch,
-                                 args.heads, args.length, args.count};
+                                 args.heads,          args.length,           args.count};
     const CompactLaunch<W> launch{words, plan_compact(args.batch * args.heads, args.count, words.x.dim), 0};
     run_blocks(run, compact_kernel<W>, launch.plan.blocks, kThreads, 0, launch, device);
   });
@@ -160,16 +171,20 @@ void launch_compact(const CompactParams<T>& args, const Device& device, const Ru
 
 /// The second step of compress_: index [B, H, rows] says where the first `rows` rows come from.
 template <class T, class Run>
-void launch_move(const StridedRows<T>& key, const StridedRows<T>& value, const int32_t* index, int64_t batch, int64_t heads,
-                 int64_t first, int64_t rows, const Device& device, const Run& run) {
+void launch_move(const StridedRows<T>& key, const StridedRows<T>& value, const int32_t* index, int64_t batch,
+                 int64_t heads, int64_t first, int64_t rows, const Device& device, const Run& run) {
   const int64_t alignment = std::min(alignment_of(key), alignment_of(value));
   // Both widths are to be a multiple of the word.
   const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));
   with_word(bytes, alignment, [&](auto word) {
     using W = decltype(word);
-    const MoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), index, batch, heads,
-                               plan_move(sizeof(W), in_words<W>(key).dim, in_words<W>(value).dim, batch * heads, first, rows,
-                                         device),
+    const MoveLaunch<W> launch{in_words<W>(key),
+                               in_words<W>(value),
+                               index,
+                               batch,
+                               heads,
+                               plan_move(sizeof(W), in_words<W>(key).dim, in_words<W>(value).dim,
+                                         batch * heads, first, rows, device),
                                0};
     run_blocks(run, move_kernel<W>, launch.plan.blocks, kMoveThreads, 0, launch, device);
   });

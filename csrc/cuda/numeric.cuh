@@ -1,4 +1,5 @@
-// Numbers: storage types to arithmetic types, NaN-propagating minimum and maximum, and the order of scores as integers.
+// Numbers: storage types to arithmetic types, NaN-propagating minimum and maximum, and the order of scores as
+// integers.
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,8 @@
 
 namespace lagkv::cuda {
 
-/// Arithmetic is float32 whatever the storage type; float64 inputs compute in float64. `Bits` holds an ordered Real.
+/// Arithmetic is float32 whatever the storage type; float64 inputs compute in float64. `Bits` holds an
+/// ordered Real.
 template <class T>
 struct Arithmetic {
   using Real = float;
@@ -83,11 +85,16 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// Minimum and maximum in which a NaN wins: bounds of a channel with a NaN are NaN. fminf and fmaxf would drop it.
+// Minimum and maximum in which a NaN wins: bounds of a channel with a NaN are NaN. fminf and fmaxf would drop
+// it.
 __device__ __forceinline__ __half min_nan(__half a, __half b) { return __hmin_nan(a, b); }
 __device__ __forceinline__ __half max_nan(__half a, __half b) { return __hmax_nan(a, b); }
-__device__ __forceinline__ __nv_bfloat16 min_nan(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmin_nan(a, b); }
-__device__ __forceinline__ __nv_bfloat16 max_nan(__nv_bfloat16 a, __nv_bfloat16 b) { return __hmax_nan(a, b); }
+__device__ __forceinline__ __nv_bfloat16 min_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return __hmin_nan(a, b);
+}
+__device__ __forceinline__ __nv_bfloat16 max_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return __hmax_nan(a, b);
+}
 __device__ __forceinline__ double min_nan(double a, double b) { return a < b || a != a ? a : b; }
 __device__ __forceinline__ double max_nan(double a, double b) { return a > b || a != a ? a : b; }
 #if defined(LAGKV_SIMT)
@@ -121,11 +128,15 @@ struct Pair<__nv_bfloat16> {
 };
 __device__ __forceinline__ __half2 min_nan(__half2 a, __half2 b) { return __hmin2_nan(a, b); }
 __device__ __forceinline__ __half2 max_nan(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
-__device__ __forceinline__ __nv_bfloat162 min_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2_nan(a, b); }
-__device__ __forceinline__ __nv_bfloat162 max_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2_nan(a, b); }
+__device__ __forceinline__ __nv_bfloat162 min_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmin2_nan(a, b);
+}
+__device__ __forceinline__ __nv_bfloat162 max_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hmax2_nan(a, b);
+}
 
-/// N neighbouring elements as one access and as machine words. Not as elements: the compiler would give every 16-bit
-/// element a register of its own.
+/// N neighbouring elements as one access and as machine words. Not as elements: the compiler would give every
+/// 16-bit element a register of its own.
 template <class T, int N>
 using Packed = std::conditional_t<N * sizeof(T) % 4 == 0, Vec<uint32_t, (N * sizeof(T) + 3) / 4>, Vec<T, N>>;
 
@@ -156,11 +167,13 @@ __device__ __forceinline__ Packed<T, N> extreme(const Packed<T, N>& a, const Pac
   Items x = bits_as<Items>(a);
   const Items y = bits_as<Items>(b);
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) x.item[i] = kHighest ? max_nan(x.item[i], y.item[i]) : min_nan(x.item[i], y.item[i]);
+  for (int i = 0; i < kItems; ++i)
+    x.item[i] = kHighest ? max_nan(x.item[i], y.item[i]) : min_nan(x.item[i], y.item[i]);
   return bits_as<Packed<T, N>>(x);
 }
 
-/// Scores as unsigned integers in the order of the selection: NaN is highest, -0 equals +0. 0 is no score's value.
+/// Scores as unsigned integers in the order of the selection: NaN is highest, -0 equals +0. 0 is no score's
+/// value.
 __device__ __forceinline__ uint32_t ordered(float x) {
   if (x != x) return 0xFFFFFFFFu;
   const uint32_t bits = bits_as<uint32_t>(x + 0.0f);  // -0 + 0 = +0

@@ -1,5 +1,5 @@
-// The six operators on CUDA tensors, and their registration. Each goes the same way: checks, outputs, launcher (device
-// guard, current stream), dtype, launches.
+// The six operators on CUDA tensors, and their registration. Each goes the same way: checks, outputs,
+// launcher (device guard, current stream), dtype, launches.
 #include <string>
 #include <tuple>
 
@@ -27,10 +27,12 @@ CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const 
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size,
-                                            int64_t keep, double value_weight, std::string score) {
+std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& value, int64_t start,
+                                            int64_t lag_size, int64_t keep, double value_weight,
+                                            std::string score) {
   const Score kind = check_compress("compress", key, value, start, lag_size, keep, value_weight, score);
-  const int64_t batch = key.size(0), heads = key.size(1), rows = output_length(key.size(2), start, lag_size, keep);
+  const int64_t batch = key.size(0), heads = key.size(1),
+                rows = output_length(key.size(2), start, lag_size, keep);
   const Tensor new_key = empty_on(key, {batch, heads, rows, key.size(3)}, key.scalar_type());
   const Tensor new_value = empty_on(key, {batch, heads, rows, value.size(3)}, key.scalar_type());
   const Tensor index = empty_on(key, {batch, heads, rows}, ScalarType::Int);
@@ -49,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& val
 Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, int64_t keep,
                  double value_weight, std::string score) {
   const Score kind = check_compress_("compress_", key, value, start, lag_size, keep, value_weight, score);
-  const int64_t batch = key.size(0), heads = key.size(1), rows = output_length(key.size(2), start, lag_size, keep);
+  const int64_t batch = key.size(0), heads = key.size(1),
+                rows = output_length(key.size(2), start, lag_size, keep);
   const Tensor index = empty_on(key, {batch, heads, rows}, ScalarType::Int);
   if (index.numel() == 0) return index;
   Launcher launcher(key);
@@ -58,8 +61,8 @@ Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t 
     const auto args = compress_params<T>(key, value, &index, start, lag_size, keep, value_weight, kind);
     run_compress<T, RealOf<T>>(launcher, args, nullptr);
     if (rows == key.size(2)) return;  // every row stays where it is
-    launch_move(view_of(key).rows<T>(), view_of(value).rows<T>(), args.index, batch, heads, start, rows, launcher.device(),
-                launcher);
+    launch_move(view_of(key).rows<T>(), view_of(value).rows<T>(), args.index, batch, heads, start, rows,
+                launcher.device(), launcher);
   });
   return index;
 }
@@ -87,8 +90,13 @@ Tensor partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
   Launcher launcher(x);
   with_storage_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const BoundsParams<T, RealOf<T>> args{view_of(x).rows<const T>(), static_cast<RealOf<T>*>(bounds.data_ptr()),
-                                          x.size(0), x.size(1), x.size(2), start, lag_size};
+    const BoundsParams<T, RealOf<T>> args{view_of(x).rows<const T>(),
+                                          static_cast<RealOf<T>*>(bounds.data_ptr()),
+                                          x.size(0),
+                                          x.size(1),
+                                          x.size(2),
+                                          start,
+                                          lag_size};
     launch_bounds<T>(args, launcher.device(), launcher);
   });
   return bounds;
@@ -115,8 +123,12 @@ Tensor topk_index(const Tensor& score, int64_t keep) {
   }
   with_storage_type(score, [&](auto zero) {
     using T = decltype(zero);
-    const TopkParams<T> args{static_cast<const T*>(merged.data_ptr()), 0, static_cast<int32_t*>(index.data_ptr()),
-                             index.numel() / keep, count, keep};
+    const TopkParams<T> args{static_cast<const T*>(merged.data_ptr()),
+                             0,
+                             static_cast<int32_t*>(index.data_ptr()),
+                             index.numel() / keep,
+                             count,
+                             keep};
     launch_topk<T>(args, rows, launcher.device(), launcher);
   });
   return index;
@@ -129,8 +141,13 @@ Tensor compact(const Tensor& x, const Tensor& index) {
   Launcher launcher(x);
   with_storage_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const CompactParams<T> args{view_of(x).rows<const T>(), view_of(out).rows<T>(), index_rows(index), x.size(0),
-                                x.size(1),                  x.size(2),              index.size(2)};
+    const CompactParams<T> args{view_of(x).rows<const T>(),
+                                view_of(out).rows<T>(),
+                                index_rows(index),
+                                x.size(0),
+                                x.size(1),
+                                x.size(2),
+                                index.size(2)};
     launch_compact(args, launcher.device(), launcher);
   });
   return out;

@@ -1,5 +1,6 @@
-// One pass over one partition of one tensor: its rows are scored against the reference of the next partition (bounds or
-// anchor) and make the reference for the partition before. Each element is read once (WideRow: see wide_rows.cuh).
+// One pass over one partition of one tensor: its rows are scored against the reference of the next partition
+// (bounds or anchor) and make the reference for the partition before. Each element is read once (WideRow: see
+// wide_rows.cuh).
 #pragma once
 
 #include "wide_rows.cuh"
@@ -26,7 +27,7 @@ struct Aim {
 /// What a pass works with besides the rows.
 template <class Real>
 struct PassStores {
-  Store<Real> reference;   // [3, D] or anchor [D]: of the next partition before the pass, of this one after it
+  Store<Real> reference;  // [3, D] or anchor [D]: of the next partition before the pass, of this one after it
   Store<Real> statistics;  // [L]: filled by the pass
   Store<Real> norms;       // [L]: WideRow, cosine
   void* partial;           // [warps, ...] shared: not WideRow
@@ -40,14 +41,15 @@ __device__ __forceinline__ void repair_deviations(const Tile<T>& tile, const Pas
 #pragma unroll 1
   for (int t = place.warp; t < tile.count; t += kWarps) {
     if (is_finite(stores.statistics.get(t))) continue;
-    const Real s = exact_deviation(tile.rows + t * tile.row_stride, tile.dim, Bounds<Real>(stores.reference, tile.dim));
+    const Real s =
+        exact_deviation(tile.rows + t * tile.row_stride, tile.dim, Bounds<Real>(stores.reference, tile.dim));
     __syncwarp();
     if (place.lane == 0) stores.statistics.set(t, -s);
   }
 }
 
-/// Streams the rows: statistics and every warp's share of the new reference, as `aim` says. Returns whether a statistic of
-/// this thread needs repair.
+/// Streams the rows: statistics and every warp's share of the new reference, as `aim` says. Returns whether a
+/// statistic of this thread needs repair.
 template <class Layout, Score kScore>
 __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile, Aim aim,
                                             const PassStores<typename Layout::Real>& stores) {
@@ -61,9 +63,20 @@ __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile
   const unsigned count = tile.count;
   const auto* own = tile.rows + seat.first * tile.row_stride + seat.channel(0);
   unsigned t = seat.first;
+  auto* partial = static_cast<typename Terms::Partial*>(stores.partial);
+  const auto share = [&](bool first) {
+    terms.share(partial + Place().warp * Terms::kPartials * dim, dim, first, seat);
+  };
+  bool shared_none = true;
   // As many rounds for every thread, so that all lanes of a warp take part in the shuffles.
 #pragma unroll 1
   for (unsigned rounds = (count + kRound - 1) / kRound; rounds > 0; --rounds) {
+    if constexpr (Terms::kShareRounds > 0) {
+      if (rounds % Terms::kShareRounds == 0 && aim.reference) {
+        share(shared_none);
+        shared_none = false;
+      }
+    }
     typename Layout::Values x[Layout::kFlight];
 #pragma unroll
     for (unsigned n = 0; n < Layout::kFlight; ++n) {
@@ -81,13 +94,13 @@ __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile
       t += kStep;
     }
   }
-  auto* partial = static_cast<typename Terms::Partial*>(stores.partial);
-  if (aim.reference) terms.share(partial + Place().warp * Terms::kPartials * dim, dim, seat);
+  if (aim.reference) share(shared_none);
   return repair;
 }
 
-/// The whole pass. On return every thread sees the statistics and the new reference, whichever was wanted. `tile()` and
-/// `stores()` are asked again in each phase: what they return need not stay in registers while rows stream.
+/// The whole pass. On return every thread sees the statistics and the new reference, whichever was wanted.
+/// `tile()` and `stores()` are asked again in each phase: what they return need not stay in registers while
+/// rows stream.
 template <class Layout, Score kScore, class MakeTile, class MakeStores>
 __device__ __forceinline__ void visit_partition(Aim aim, const MakeTile& tile, const MakeStores& stores) {
   using T = typename Layout::T;
@@ -122,7 +135,8 @@ __device__ __forceinline__ void visit_partition(Aim aim, const MakeTile& tile, c
     const int dim = static_cast<int>(x.dim);
 #pragma unroll 1
     for (int channel = thread_of_block(); channel < dim; channel += kThreads) {
-      Terms::gather(static_cast<const typename Terms::Partial*>(to.partial), dim, channel, to.reference, x.count);
+      Terms::gather(static_cast<const typename Terms::Partial*>(to.partial), dim, channel, to.reference,
+                    x.count);
     }
   }
   __syncthreads();

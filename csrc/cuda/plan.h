@@ -1,8 +1,9 @@
-// The launch planner: how many threads, which rows a block takes and how much memory it needs, from the shape and the
-// device. Plain C++, no torch, no CUDA: the launchers and the executor's bindings ask the same functions.
+// The launch planner: how many threads, which rows a block takes and how much memory it needs, from the shape
+// and the device. Plain C++, no torch, no CUDA: the launchers and the executor's bindings ask the same
+// functions.
 //
-// The number of threads and the way lanes share a row depend on dtype, D and alignment alone, never on B, H, N or the
-// device: a partition's scores are bit for bit the same in every batch, on every card.
+// The number of threads and the way lanes share a row depend on dtype, D and alignment alone, never on B, H,
+// N or the device: a partition's scores are bit for bit the same in every batch, on every card.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +13,9 @@
 
 namespace lagkv::cuda {
 
-constexpr int kThreads = 256;        // of every kernel but move_rows
+constexpr int kThreads = 256;  // of every kernel but move_rows
 constexpr int kMoveThreads = 512;
 constexpr int kMoveVectors = 8;      // accesses in flight per thread of move_rows
-constexpr int kBlocksPerMultiprocessor = 3;  // of compress_kernel: what its registers allow
 constexpr int64_t kScalarDim = 256;  // widest row of the element-wise layout
 constexpr int64_t kCopyRows = 64;    // rows of key and value that one copying block takes
 constexpr int64_t kMaxGrid = 2147483647;
@@ -28,12 +28,21 @@ struct Device {
   int64_t max_grid = kMaxGrid;  // blocks of one launch
 };
 
-/// How a row of D elements lies over the lanes of a warp: `chunks` accesses of `elements` elements for each of `lanes`
-/// lanes. elements = 0 is the wide layout: rows of any length, read several times.
+/// How a row of D elements lies over the lanes of a warp: `chunks` accesses of `elements` elements for each
+/// of `lanes` lanes. elements = 0 is the wide layout: rows of any length, read several times.
 struct RowShape {
   int32_t elements, lanes, chunks;
   LAGKV_HOST_DEVICE bool wide() const { return elements == 0; }
 };
+
+/// Blocks of compress_kernel per multiprocessor that its registers must allow (__launch_bounds__). Most
+/// registers hold a lane's channels: lo and scale in arithmetic's type, minimum and maximum as stored.
+LAGKV_HOST_DEVICE constexpr int blocks_per_multiprocessor(RowShape shape, int element_size) {
+  if (shape.elements <= 1) return shape.elements == 1 && element_size == 8 ? 1 : 2;
+  const int real = element_size == 8 ? 8 : 4;
+  const int state = shape.elements * shape.chunks * 2 * (real + element_size);
+  return state <= (element_size == 8 ? 64 : 128) ? 3 : 2;
+}
 
 inline RowShape row_shape(int element_size, int64_t dim, bool aligned) {
   const int elements = 16 / element_size;
@@ -65,24 +74,28 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 /// Statistics of one tensor's partition, padded so that scores can be read four at a time.
 LAGKV_HOST_DEVICE int64_t padded_lag(int64_t lag_size) { return (lag_size + 3) / 4 * 4; }
 
-/// Dynamic shared memory of the scoring kernels, offsets in bytes; what does not fit goes to scratch in global memory.
+/// Dynamic shared memory of the scoring kernels, offsets in bytes; what does not fit goes to scratch in
+/// global memory.
 struct Storage {
-  int64_t key_reference;    // [3, Dk] Real: lo, hi, scale of the next partition (cosine: anchor in the first Dk)
+  int64_t
+      key_reference;  // [3, Dk] Real: lo, hi, scale of the next partition (cosine: anchor in the first Dk)
   int64_t value_reference;  // [3, Dv] Real
-  int64_t partial;          // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
-  int64_t statistics;       // [2, padded L] Real: s of key and value; the first becomes the ordered scores (wide rows: [3, ..])
+  int64_t partial;     // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
+  int64_t statistics;  // [2, padded L] Real: s of key and value; the first becomes the ordered scores (wide
+                       // rows: [3, ..])
   int64_t shared_bytes;
-  int64_t scratch_bytes;    // of one block
+  int64_t scratch_bytes;  // of one block
   bool reference_in_scratch, statistics_in_scratch;
 };
 
-inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim, int64_t lag_size,
-                            const Device& device) {
+inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
+                            int64_t lag_size, const Device& device) {
   const int64_t real = element_size == 8 ? 8 : 4;
   const int64_t dim = std::max(key_dim, value_dim);
   const int64_t key_reference = round_up(3 * key_dim * real, 16);
   const int64_t references = key_reference + round_up(3 * value_dim * real, 16);
-  const int64_t partial = shape.wide() ? 0 : round_up(kThreads / 32 * dim * std::max<int64_t>(2 * element_size, real), 16);
+  const int64_t partial =
+      shape.wide() ? 0 : round_up(kThreads / 32 * dim * std::max<int64_t>(2 * element_size, real), 16);
   const int64_t statistics = (shape.wide() ? 3 : 2) * padded_lag(lag_size) * real;
   // Static shared memory (reductions, scans, the histogram of the selection) takes less than 2 KiB.
   const int64_t room = device.shared_per_block - 2048;
@@ -98,17 +111,28 @@ inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, i
   int64_t& second = plan.statistics_in_scratch ? plan.scratch_bytes : plan.shared_bytes;
   plan.statistics = second;
   second += statistics;
+  plan.shared_bytes =
+      std::max<int64_t>(plan.shared_bytes, 16);  // the kernels name it even where all is in scratch
   return plan;
 }
 
-/// How long runs of partitions should be: every run reads one partition more than it scores, so long runs move fewer
-/// bytes, while short ones fill the machine. Cost = rounds of blocks x rows that one block moves.
+/// Scoring blocks that one multiprocessor holds at a time: what registers and shared memory allow.
+inline int planned_blocks(RowShape shape, int element_size, int64_t shared_bytes, const Device& device) {
+  constexpr int64_t kStatic = 3072;  // static shared memory and the driver's 1 KiB
+  const int64_t fit = std::max<int64_t>(1, device.shared_per_multiprocessor / (shared_bytes + kStatic));
+  return static_cast<int>(std::min<int64_t>(fit, blocks_per_multiprocessor(shape, element_size)));
+}
+
+/// How long runs of partitions should be: every run reads one partition more than it scores, so long runs
+/// move fewer bytes, while short ones fill the machine. Cost = rounds of blocks x rows that one block moves.
 inline int64_t run_length(int64_t heads, int64_t partitions, int64_t lag_size, int64_t keep, int64_t slots) {
   int64_t best = 1, best_cost = -1;
   for (int64_t rounds = 1; rounds <= 64; ++rounds) {
-    const int64_t runs = std::max<int64_t>(1, std::min(partitions, rounds * slots / std::max<int64_t>(1, heads)));
+    const int64_t runs =
+        std::max<int64_t>(1, std::min(partitions, rounds * slots / std::max<int64_t>(1, heads)));
     const int64_t run = ceil_div(partitions, runs);
-    const int64_t cost = ceil_div(heads * ceil_div(partitions, run), slots) * (run * (lag_size + keep) + lag_size);
+    const int64_t cost =
+        ceil_div(heads * ceil_div(partitions, run), slots) * (run * (lag_size + keep) + lag_size);
     if (best_cost < 0 || cost < best_cost) {
       best = run;
       best_cost = cost;
@@ -127,20 +151,20 @@ struct CompressPlan {
   int64_t copy_blocks;            // blocks that copy the rows before and after the compressed partitions
   int64_t copy_tiles;             // of them per head
   int64_t blocks;
-  int64_t scratch_bytes;          // of the whole launch
+  int64_t scratch_bytes;  // of the whole launch
 };
 
 /// keep = lag_size loses nothing: then nothing is scored unless the scores themselves are wanted (lag_score).
-inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim, int64_t heads,
-                                  int64_t length, int64_t start, int64_t lag_size, int64_t keep, bool scores_wanted,
-                                  const Device& device) {
+inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
+                                  int64_t heads, int64_t length, int64_t start, int64_t lag_size,
+                                  int64_t keep, bool scores_wanted, const Device& device) {
   CompressPlan plan{};
   plan.shape = shape;
   plan.partitions = keep < lag_size || scores_wanted ? compressed_count(length, start, lag_size) : 0;
   if (heads > 0 && plan.partitions > 0) {
     plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, device);
-    const int64_t fit = device.shared_per_multiprocessor / (plan.storage.shared_bytes + 3072);
-    const int64_t slots = device.multiprocessors * std::max<int64_t>(1, std::min<int64_t>(fit, kBlocksPerMultiprocessor));
+    const int64_t slots =
+        device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, device);
     plan.run = run_length(heads, plan.partitions, lag_size, keep, slots);
     plan.runs = ceil_div(plan.partitions, plan.run);
     plan.run_blocks = heads * plan.runs;
@@ -160,8 +184,8 @@ struct BoundsPlan {
   int64_t partitions, blocks, shared_bytes;
 };
 
-inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int64_t heads, int64_t length, int64_t start,
-                              int64_t lag_size, const Device& device) {
+inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int64_t heads, int64_t length,
+                              int64_t start, int64_t lag_size, const Device& device) {
   BoundsPlan plan{};
   plan.shape = shape;
   plan.partitions = partition_count(length, start, lag_size);
@@ -190,18 +214,19 @@ inline CompactPlan plan_compact(int64_t heads, int64_t count, int64_t dim) {
   return {tiles, blocks};
 }
 
-/// The launch of compress_'s second step: rows move down within their head. The column slices of a row are independent,
-/// so a block takes one slice of one head and walks it in ascending order; no block ever waits for another.
+/// The launch of compress_'s second step: rows move down within their head. The column slices of a row are
+/// independent, so a block takes one slice of one head and walks it in ascending order; no block ever waits
+/// for another.
 struct MovePlan {
-  int64_t first, rows;      // output rows [first, rows) move
+  int64_t first, rows;                 // output rows [first, rows) move
   int64_t key_columns, value_columns;  // accesses per row
-  int64_t slice;            // accesses per row that a block takes
+  int64_t slice;                       // accesses per row that a block takes
   int64_t key_slices, value_slices;
   int64_t blocks;
 };
 
-inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_columns, int64_t heads, int64_t first,
-                          int64_t rows, const Device& device) {
+inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_columns, int64_t heads,
+                          int64_t first, int64_t rows, const Device& device) {
   MovePlan plan{};
   plan.first = first;
   plan.rows = rows;

@@ -1,6 +1,6 @@
-// How rows lie over lanes, and moving rows. A row of D elements belongs to kLanes neighbouring lanes with kChunks accesses
-// of kElements elements each: chunk c of lane g starts at channel (c kLanes + g) kElements. All rows of a warp are read by
-// one instruction per chunk, so neighbouring lanes read neighbouring 16 bytes.
+// How rows lie over lanes, and moving rows. A row of D elements belongs to kLanes neighbouring lanes with
+// kChunks accesses of kElements elements each: chunk c of lane g starts at channel (c kLanes + g) kElements.
+// All rows of a warp are read by one instruction per chunk, so neighbouring lanes read neighbouring 16 bytes.
 #pragma once
 
 #include "block.cuh"
@@ -15,12 +15,10 @@ struct Row {
   static constexpr bool kWide = false;
   static constexpr int kElements = kElements_, kLanes = kLanes_, kChunks = kChunks_;
   static constexpr int kChannels = kElements * kChunks;  // of a row that one lane holds
-  // Rows in flight: loads of this many rows are issued before the first is used, 64 bytes a lane where chunks allow.
+  // Rows in flight: loads of this many rows are issued before the first is used, 64 bytes a lane where chunks
+  // allow.
   static constexpr int kFlight = kElements == 1 ? 2 : kChunks == 4 ? 1 : 4 / kChunks;
-  // Blocks per multiprocessor that the registers of compress_kernel must allow. Most registers hold a lane's channels: lo and
-  // scale in arithmetic's type, minimum and maximum as stored.
-  static constexpr int kState = kChannels * (2 * sizeof(Real) + 2 * sizeof(T));
-  static constexpr int kBlocks = kElements == 1 ? (sizeof(T) == 8 ? 1 : 2) : kState <= (sizeof(T) == 8 ? 64 : 128) ? 3 : 2;
+  static constexpr int kBlocks = blocks_per_multiprocessor({kElements, kLanes, kChunks}, sizeof(T));
   using Access = Packed<T, kElements>;
   struct Values {
     Access chunk[kChunks];
@@ -29,7 +27,8 @@ struct Row {
   /// Channel c of the lane's kChannels, in arithmetic's type.
   static __device__ __forceinline__ void unpack_row(const Values& x, Real* to) {
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) unpack<T, kElements>(x.chunk[chunk], to + chunk * kElements);
+    for (int chunk = 0; chunk < kChunks; ++chunk)
+      unpack<T, kElements>(x.chunk[chunk], to + chunk * kElements);
   }
 
   /// Where a thread is in the layout.
@@ -45,14 +44,17 @@ struct Row {
   static constexpr int kRowsPerPass = kThreads / kLanes;
   static constexpr RowShape shape() { return {kElements, kLanes, kChunks}; }
 
-  /// A row from the lane's first channel on. Zeros where the row ends before a chunk, or where there is no row.
-  static __device__ __forceinline__ Values load(const T* own, int dim, bool exists, const Seat& seat LAGKV_SITE_PARAM) {
+  /// A row from the lane's first channel on. Zeros where the row ends before a chunk, or where there is no
+  /// row.
+  static __device__ __forceinline__ Values load(const T* own, int dim, bool exists,
+                                                const Seat& seat LAGKV_SITE_PARAM) {
     Values x;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       x.chunk[chunk] = Access{};
       if (exists && seat.channel(chunk) < dim) {
-        x.chunk[chunk] = ld_global_nc_stream(reinterpret_cast<const Access*>(own + chunk * kLanes * kElements) LAGKV_SITE_ARG);
+        x.chunk[chunk] = ld_global_nc_stream(reinterpret_cast<const Access*>(own + chunk * kLanes * kElements)
+                                                 LAGKV_SITE_ARG);
       }
     }
     return x;
@@ -65,14 +67,16 @@ struct WideRow {
   using T = T_;
   using Real = RealOf<T>;
   static constexpr bool kWide = true;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = blocks_per_multiprocessor({0, 0, 0}, sizeof(T));
   static constexpr RowShape shape() { return {0, 0, 0}; }
 };
 
-/// Rows `to(j)` of target = rows `from(j)` of source for 0 <= j < count, bit for bit. Source and target do not overlap.
+/// Rows `to(j)` of target = rows `from(j)` of source for 0 <= j < count, bit for bit. Source and target do
+/// not overlap.
 template <class Layout, class To, class From>
-__device__ __forceinline__ void copy_rows(typename Layout::T* target, int64_t target_stride, const typename Layout::T* source,
-                                          int64_t source_stride, int64_t dim, int count, const To& to, const From& from) {
+__device__ __forceinline__ void copy_rows(typename Layout::T* target, int64_t target_stride,
+                                          const typename Layout::T* source, int64_t source_stride,
+                                          int64_t dim, int count, const To& to, const From& from) {
   if constexpr (Layout::kWide) {
     const Place place;
     for (int j = place.warp; j < count; j += kWarps) {

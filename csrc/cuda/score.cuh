@@ -1,7 +1,8 @@
 // From the statistics of a partition's tokens to their scores (spec section 1, step 5, and section 2):
 //
 //   std:     score = softmax_t(s_K) + w softmax_t(s_V)
-//   cosine:  score = z(s_K) + w z(s_V),  z = (s - mean) / std over the partition, unbiased, 0 where std = 0 or L = 1
+//   cosine:  score = z(s_K) + w z(s_V),  z = (s - mean) / std over the partition, unbiased, 0 where std = 0
+//   or L = 1
 //
 // Two reductions over the block, for key and value at once; nothing leaves the block.
 #pragma once
@@ -10,14 +11,17 @@
 
 namespace lagkv::cuda {
 
-/// Statistics [L] of key and value on entry. Calls result(t, score) with every token's score, from the thread that owns t.
-/// `slots` [2, 2 * kWarps] shared. All threads have passed a barrier after the last read of another thread's statistic.
+/// Statistics [L] of key and value on entry. Calls result(t, score) with every token's score, from the thread
+/// that owns t. `slots` [2, 2 * kWarps] shared. All threads have passed a barrier after the last read of
+/// another thread's statistic.
 template <Score kScore, class Real, class Result>
-__device__ __forceinline__ void combine_scores(const Store<Real>& key, const Store<Real>& value, int count, int64_t key_dim,
-                                               int64_t value_dim, Real weight, Real* slots, const Result& result) {
+__device__ __forceinline__ void combine_scores(const Store<Real>& key, const Store<Real>& value, int count,
+                                               int64_t key_dim, int64_t value_dim, Real weight, Real* slots,
+                                               const Result& result) {
   const auto for_tokens = [&](const auto& visit) {
 #pragma unroll 1  // few tokens per thread: registers matter more
-    for (unsigned t = thread_of_block(); t < static_cast<unsigned>(count); t += kThreads) visit(static_cast<int>(t));
+    for (unsigned t = thread_of_block(); t < static_cast<unsigned>(count); t += kThreads)
+      visit(static_cast<int>(t));
   };
   if constexpr (kScore == Score::kStd) {
     Two<Real> most{infinity<Real>(1), infinity<Real>(1)};
@@ -28,7 +32,8 @@ __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Sto
       most = {larger(most.key, s.key), larger(most.value, s.value)};
     });
     most = block_two<true>(most, slots);
-    // A NaN or an infinity makes the sum NaN, and with it every score of the partition, as torch.softmax does.
+    // A NaN or an infinity makes the sum NaN, and with it every score of the partition, as torch.softmax
+    // does.
     Two<Real> sum{0, 0};
     for_tokens([&](int t) {
       const Two<Real> e{exponential(key.get(t) - most.key), exponential(value.get(t) - most.value)};
@@ -42,7 +47,9 @@ __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Sto
     // Relative to the first token's, so that equal statistics have a deviation of exactly 0.
     const Two<Real> origin{key.get(0), value.get(0)};
     Two<Real> mean{0, 0};
-    for_tokens([&](int t) { mean = {mean.key + (key.get(t) - origin.key), mean.value + (value.get(t) - origin.value)}; });
+    for_tokens([&](int t) {
+      mean = {mean.key + (key.get(t) - origin.key), mean.value + (value.get(t) - origin.value)};
+    });
     mean = block_two<false>(mean, slots);
     mean = {mean.key / static_cast<Real>(count), mean.value / static_cast<Real>(count)};
     const auto off = [&](int t) {
@@ -56,7 +63,9 @@ __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Sto
     squares = block_two<false>(squares, slots + 2 * kWarps);
     const auto deviation_of = [&](Real sum) { return square_root(sum / static_cast<Real>(count - 1)); };
     const Two<Real> std{deviation_of(squares.key), deviation_of(squares.value)};
-    const auto z = [&](Real x, Real spread) { return count == 1 || spread == Real(0) ? Real(0) : x / spread; };
+    const auto z = [&](Real x, Real spread) {
+      return count == 1 || spread == Real(0) ? Real(0) : x / spread;
+    };
     for_tokens([&](int t) {
       const Two<Real> x = off(t);
       result(t, z(x.key, std.key) + weight * z(x.value, std.value));

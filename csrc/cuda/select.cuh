@@ -1,22 +1,23 @@
-// Exact, deterministic choice of the `keep` highest scores: NaN highest, -0 equal to +0, ties to the lower position, kept
-// positions in ascending order. Scores come as ordered unsigned integers (numeric.cuh), so the choice is the same whatever
-// the method: counting ranks for few scores, radix select for many.
+// Exact, deterministic choice of the `keep` highest scores: NaN highest, -0 equal to +0, ties to the lower
+// position, kept positions in ascending order. Scores come as ordered unsigned integers (numeric.cuh), so the
+// choice is the same whatever the method: counting ranks for few scores, radix select for many.
 #pragma once
 
 #include "block.cuh"
 
 namespace lagkv::cuda {
 
-constexpr int kRankLimit = 256;  // scores up to which ranks are counted: count^2 comparisons, but no passes over a histogram
+constexpr int kRankLimit =
+    256;  // scores up to which ranks are counted: count^2 comparisons, but no passes over a histogram
 constexpr int kBins = 256;
 
 struct SelectSlots {
-  int* counts;         // [2, 2, kWarps] shared
-  unsigned* histogram; // [kBins + 2] shared
+  int* counts;          // [2, 2, kWarps] shared
+  unsigned* histogram;  // [kBins + 2] shared
 };
 
-/// How many scores come before score i: rank(i) = #{j : s_j > s_i} + #{j < i : s_j = s_i}. `keys` is padded with zeros, which
-/// are below every score, to a multiple of one 16-byte access.
+/// How many scores come before score i: rank(i) = #{j : s_j > s_i} + #{j < i : s_j = s_i}. `keys` is padded
+/// with zeros, which are below every score, to a multiple of one 16-byte access.
 template <class Bits>
 __device__ __forceinline__ int rank_of(const Store<Bits>& keys, int count, int i, Bits mine) {
   constexpr int kWide = 16 / sizeof(Bits);
@@ -33,14 +34,15 @@ __device__ __forceinline__ int rank_of(const Store<Bits>& keys, int count, int i
 
 template <class Bits>
 struct Threshold {
-  Bits key;   // of the last kept score
-  int ties;   // how many of the scores equal to it are kept
+  Bits key;  // of the last kept score
+  int ties;  // how many of the scores equal to it are kept
 };
 
-/// Radix select, 8 bits a pass from the highest: the bin that holds the keep-th highest score narrows to one value.
-/// 3 barriers a pass. `keys.get(i)` is asked once a pass.
+/// Radix select, 8 bits a pass from the highest: the bin that holds the keep-th highest score narrows to one
+/// value. 3 barriers a pass. `keys.get(i)` is asked once a pass.
 template <class Bits, class Keys>
-__device__ __forceinline__ Threshold<Bits> radix_select(int count, int keep, unsigned* histogram, const Keys& keys) {
+__device__ __forceinline__ Threshold<Bits> radix_select(int count, int keep, unsigned* histogram,
+                                                        const Keys& keys) {
   const Place place;
   Bits prefix = 0, mask = 0;
   int wanted = keep;
@@ -55,7 +57,8 @@ __device__ __forceinline__ Threshold<Bits> radix_select(int count, int keep, uns
     }
     __syncthreads();
     if (place.warp == 0) {
-      // Lane 0 takes the 8 highest bins, lane 31 the 8 lowest; a prefix sum over lanes counts the scores above.
+      // Lane 0 takes the 8 highest bins, lane 31 the 8 lowest; a prefix sum over lanes counts the scores
+      // above.
       constexpr int kShare = kBins / 32;
       const int top = kBins - 1 - place.lane * kShare;
       int own = 0;
@@ -87,10 +90,11 @@ __device__ __forceinline__ Threshold<Bits> radix_select(int count, int keep, uns
   return {prefix, wanted};
 }
 
-/// emit(slot, i) for the kept positions by radix select. `keys.get(i)`: ordered scores that every thread may read.
+/// emit(slot, i) for the kept positions by radix select. `keys.get(i)`: ordered scores that every thread may
+/// read.
 template <class Bits, class Keys, class Emit>
-__device__ __forceinline__ void select_by_radix(const Keys& keys, int count, int keep, const SelectSlots& slots,
-                                                const Emit& emit) {
+__device__ __forceinline__ void select_by_radix(const Keys& keys, int count, int keep,
+                                                const SelectSlots& slots, const Emit& emit) {
   const Threshold<Bits> last = radix_select<Bits>(count, keep, slots.histogram, keys);
   compact_positions(
       count, last.ties, slots.counts,
@@ -101,8 +105,8 @@ __device__ __forceinline__ void select_by_radix(const Keys& keys, int count, int
       emit);
 }
 
-/// emit(slot, i) for the kept positions by the method that suits `count`. `keys` holds zeros behind the last score, up to a
-/// multiple of 16 bytes.
+/// emit(slot, i) for the kept positions by the method that suits `count`. `keys` holds zeros behind the last
+/// score, up to a multiple of 16 bytes.
 template <class Bits, class Emit>
 __device__ __forceinline__ void select(const Store<Bits>& keys, int count, int keep, const SelectSlots& slots,
                                        const Emit& emit) {
@@ -111,7 +115,8 @@ __device__ __forceinline__ void select(const Store<Bits>& keys, int count, int k
   } else {
     compact_positions(
         count, 0, slots.counts,
-        [&](int i) { return rank_of(keys, count, i, keys.get(i)) < keep ? Choice::kKeep : Choice::kDrop; }, emit);
+        [&](int i) { return rank_of(keys, count, i, keys.get(i)) < keep ? Choice::kKeep : Choice::kDrop; },
+        emit);
   }
 }
 

@@ -2,9 +2,10 @@
 //
 //   y_c = (x_c - lo_c) / (hi_c - lo_c), 0 where hi_c = lo_c       s = sqrt(1/(D-1) sum_c (y_c - mean y)^2)
 //
-// While rows stream through registers, y is (x - lo) * scale with scale = 1/(hi - lo) or 0 (not x * scale + shift, which
-// cancels where lo is far from 0), and the same rows widen the bounds of their own partition. A row whose sum of squares
-// is not finite (NaN, infinity, a range below the smallest normal number, overflow) is computed again by the formula.
+// While rows stream through registers, y is (x - lo) * scale with scale = 1/(hi - lo) or 0 (not x * scale +
+// shift, which cancels where lo is far from 0), and the same rows widen the bounds of their own partition. A
+// row whose sum of squares is not finite (NaN, infinity, a range below the smallest normal number, overflow)
+// is computed again by the formula.
 #pragma once
 
 #include "rows.cuh"
@@ -36,7 +37,8 @@ __device__ __forceinline__ Range<T> gathered_range(const T* partial, int dim, in
   Range<T> range{ld_shared(partial + channel), ld_shared(partial + dim + channel)};
   for (int warp = 1; warp < kWarps; ++warp) {
     partial += 2 * dim;
-    range = {min_nan(range.lo, ld_shared(partial + channel)), max_nan(range.hi, ld_shared(partial + dim + channel))};
+    range = {min_nan(range.lo, ld_shared(partial + channel)),
+             max_nan(range.hi, ld_shared(partial + dim + channel))};
   }
   return range;
 }
@@ -65,7 +67,8 @@ struct StdTerms {
     }
   }
 
-  __device__ __forceinline__ void load(const Store<Real>& reference, int dim, const typename Layout::Seat& seat) {
+  __device__ __forceinline__ void load(const Store<Real>& reference, int dim,
+                                       const typename Layout::Seat& seat) {
     const Bounds<Real> bounds(reference, dim);
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
@@ -75,9 +78,10 @@ struct StdTerms {
     }
   }
 
-  /// sum_c (y_c - mean y)^2, known to every lane of the row; 0 where only the bounds are wanted. The row, where it exists,
-  /// widens the bounds of its own partition.
-  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int dim, bool exists, bool scored, const typename Layout::Seat& seat) {
+  /// sum_c (y_c - mean y)^2, known to every lane of the row; 0 where only the bounds are wanted. The row,
+  /// where it exists, widens the bounds of its own partition.
+  __device__ __forceinline__ Real visit(const typename Layout::Values& x, int dim, bool exists, bool scored,
+                                        const typename Layout::Seat& seat) {
     if (exists) {
 #pragma unroll
       for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
@@ -88,8 +92,11 @@ struct StdTerms {
     return scored ? sum_of_squares(x, dim, seat) : Real(0);
   }
 
+  static constexpr unsigned kShareRounds = 0;  // minimum and maximum are exact: shared once, at the end
+
   /// This warp's bounds to shared memory, [2, D] of `partial`.
-  __device__ __forceinline__ void share(T* partial, int dim, const typename Layout::Seat& seat) {
+  __device__ __forceinline__ void share(T* partial, int dim, bool /*first*/,
+                                        const typename Layout::Seat& seat) {
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       if constexpr (Layout::kLanes < 32) {
@@ -108,14 +115,15 @@ struct StdTerms {
   }
 
   /// One channel of the new bounds from the warps' shares.
-  static __device__ __forceinline__ void gather(const T* partial, int dim, int channel, const Store<Real>& reference,
-                                                int64_t /*rows*/) {
+  static __device__ __forceinline__ void gather(const T* partial, int dim, int channel,
+                                                const Store<Real>& reference, int64_t /*rows*/) {
     const Range<T> range = gathered_range(partial, dim, channel);
     Bounds<Real>(reference, dim).set(channel, to_real(range.lo), to_real(range.hi));
   }
 
  private:
-  __device__ __forceinline__ Real sum_of_squares(const typename Layout::Values& x, int dim, const typename Layout::Seat& seat) const {
+  __device__ __forceinline__ Real sum_of_squares(const typename Layout::Values& x, int dim,
+                                                 const typename Layout::Seat& seat) const {
     Real y[Layout::kChannels];
     Layout::unpack_row(x, y);
     Real sum = 0;
@@ -141,7 +149,8 @@ struct StdTerms {
   }
 };
 
-/// sqrt of the unbiased variance. A row that was computed again left its result negated, where a sum of squares cannot be.
+/// sqrt of the unbiased variance. A row that was computed again left its result negated, where a sum of
+/// squares cannot be.
 template <class Real>
 __device__ __forceinline__ Real deviation(Real squares, int64_t dim) {
   if (dim == 1) return Real(0);
@@ -149,8 +158,8 @@ __device__ __forceinline__ Real deviation(Real squares, int64_t dim) {
   return squares < Real(0) ? -squares : square_root(squares / static_cast<Real>(dim - 1));
 }
 
-/// The formula as it stands, by one warp for one row: true division, y = 0 in a channel of equal bounds whatever x is, sums
-/// in double. Every lane gets it.
+/// The formula as it stands, by one warp for one row: true division, y = 0 in a channel of equal bounds
+/// whatever x is, sums in double. Every lane gets it.
 template <class T, class Real>
 __device__ inline Real exact_deviation(const T* row, int64_t dim, const Bounds<Real>& bounds) {
   const int lane = Place().lane;

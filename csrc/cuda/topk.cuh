@@ -1,5 +1,6 @@
-// topk_index: per row the positions of the `keep` highest scores, ascending (select.cuh). Traffic: every score once (where a
-// row does not fit in shared memory: once per 8 bits of the arithmetic's type and twice more); writes the index.
+// topk_index: per row the positions of the `keep` highest scores, ascending (select.cuh). Traffic: every
+// score once (where a row does not fit in shared memory: once per 8 bits of the arithmetic's type and twice
+// more); writes the index.
 #pragma once
 
 #include "select.cuh"

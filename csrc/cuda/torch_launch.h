@@ -1,4 +1,5 @@
-// What every launcher needs of torch's stable ABI and of the CUDA runtime: tensors as views, the device, the stream.
+// What every launcher needs of torch's stable ABI and of the CUDA runtime: tensors as views, the device, the
+// stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -65,7 +66,8 @@ class Launcher {
   template <class Params>
   void operator()(void (*kernel)(Params), int64_t grid, int threads, int64_t shared_bytes,
                   const std::remove_const_t<Params>& params) const {
-    kernel<<<dim3(static_cast<unsigned>(grid)), dim3(threads), static_cast<size_t>(shared_bytes), stream_>>>(params);
+    kernel<<<dim3(static_cast<unsigned>(grid)), dim3(threads), static_cast<size_t>(shared_bytes), stream_>>>(
+        params);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -83,7 +85,8 @@ class Launcher {
   std::vector<Tensor> scratch_;
 };
 
-/// Scores, selects and copies as `args` and `score` say (launches.h). One source file per T: they are what takes long to compile.
+/// Scores, selects and copies as `args` and `score` say (launches.h). One source file per T: they are what
+/// takes long to compile.
 template <class T, class Real>
 void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score);
 

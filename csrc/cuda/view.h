@@ -1,4 +1,5 @@
-// A tensor as pointer, sizes and strides: how tensors reach the launch code, from torch and from the executor's bindings.
+// A tensor as pointer, sizes and strides: how tensors reach the launch code, from torch and from the
+// executor's bindings.
 #pragma once
 
 #include <cstdint>

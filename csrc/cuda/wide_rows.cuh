@@ -1,6 +1,6 @@
-// Rows of any length (WideRow): a warp takes a row and reads it once per sum, a thread takes a channel of the reference and
-// walks the rows of the partition. Slower than the streaming layouts (about three reads, most of them from cache), and
-// always right: odd D, D beyond what lanes can hold, D = 0.
+// Rows of any length (WideRow): a warp takes a row and reads it once per sum, a thread takes a channel of the
+// reference and walks the rows of the partition. Slower than the streaming layouts (about three reads, most
+// of them from cache), and always right: odd D, D beyond what lanes can hold, D = 0.
 #pragma once
 
 #include "cosine_score.cuh"
@@ -58,11 +58,12 @@ __device__ __forceinline__ Real wide_statistic(const T* row, int64_t dim, const 
   }
 }
 
-/// The reference that the rows of this partition make for the partition before. `norms` [rows] holds |x| of its rows
-/// (cosine); `slots` [2 * kWarps] shared. Ends without a barrier.
+/// The reference that the rows of this partition make for the partition before. `norms` [rows] holds |x| of
+/// its rows (cosine); `slots` [2 * kWarps] shared. Ends without a barrier.
 template <Score kScore, class T, class Real>
 __device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride, int64_t dim, int count,
-                                               const Store<Real>& reference, const Store<Real>& norms, Real* slots) {
+                                               const Store<Real>& reference, const Store<Real>& norms,
+                                               Real* slots) {
   if constexpr (kScore == Score::kStd) {
     for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
       const Range<T> range = column_range(rows + c, row_stride, count);
@@ -78,15 +79,21 @@ __device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride
     Two<Real> squares{0, 0};
     for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
       Real sum = 0;
-      for (int t = 0; t < count; ++t) {
-        sum += divide_or_zero(to_real(ld_global_nc(rows + t * row_stride + c)), norms.get(t));
+      constexpr int kPanel = 256;  // in two levels: the error of one long sum would show in the scores
+      for (int panel = 0; panel < count; panel += kPanel) {
+        Real part = 0;
+        for (int t = panel; t < count && t < panel + kPanel; ++t) {
+          part += divide_or_zero(to_real(ld_global_nc(rows + t * row_stride + c)), norms.get(t));
+        }
+        sum += part;
       }
       sum /= static_cast<Real>(count);
       reference.set(c, sum);
       squares.key += sum * sum;
     }
     const Real norm = square_root(block_two<false>(squares, slots).key);
-    for (int64_t c = thread_of_block(); c < dim; c += kThreads) reference.set(c, divide_or_zero(reference.get(c), norm));
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads)
+      reference.set(c, divide_or_zero(reference.get(c), norm));
   }
 }
 

@@ -1,4 +1,6 @@
-"""The six operators on CPU tensors, computed by the CUDA kernels in the executor. Signatures as in ``lagkv_ext.reference``.
+"""The six operators on CPU tensors, computed by the CUDA kernels in the executor.
+
+Signatures as in ``lagkv_ext.reference``.
 
 ``settings(...)`` changes, for a ``with`` block, what the planner believes of the device and how the executor runs;
 ``last()`` is the session of the latest operator call, with its counters.
@@ -38,7 +40,9 @@ def last() -> Any:
     return _last
 
 
-def compress(key, value, start, lag_size, keep, *, value_weight=1.0, score="std") -> tuple[Tensor, Tensor, Tensor]:
+def compress(
+    key, value, start, lag_size, keep, *, value_weight=1.0, score="std"
+) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
     rows = checks.output_length(key.shape[2], start, lag_size, keep)
     outputs = (
@@ -47,7 +51,9 @@ def compress(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"
         key.new_empty((*key.shape[:2], rows), dtype=torch.int32),
     )
     if outputs[2].numel():
-        _run("compress", key.dtype, (key, value, *outputs), _sizes(start, lag_size, keep, value_weight, score))
+        _run(
+            "compress", key.dtype, (key, value, *outputs), _sizes(start, lag_size, keep, value_weight, score)
+        )
     return outputs
 
 
@@ -65,7 +71,12 @@ def lag_score(key, value, start, lag_size, *, value_weight=1.0, score="std") -> 
     count = checks.compressed_count(key.shape[2], start, lag_size)
     result = key.new_empty((*key.shape[:2], count, lag_size), dtype=checks.arithmetic_dtype(key.dtype))
     if result.numel():
-        _run("lag_score", key.dtype, (key, value, result), _sizes(start, lag_size, lag_size, value_weight, score))
+        _run(
+            "lag_score",
+            key.dtype,
+            (key, value, result),
+            _sizes(start, lag_size, lag_size, value_weight, score),
+        )
     return result
 
 
