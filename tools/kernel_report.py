@@ -2,8 +2,8 @@
 
 ``python tools/kernel_report.py [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture,
 reads ``ptxas -v`` and the disassembly, and prints a table (``--out``: also to a file). No GPU is needed. Ends with
-status 1 where a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, or where fewer blocks
-than the planner counts on fit a multiprocessor.
+status 1 where a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, or where fewer
+blocks than the planner counts on fit a multiprocessor.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def table(kernels: list[Kernel]) -> str:
         loads = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(kernel.loads.items())) or "-"
         rows.append(
             f"| `{kernel.name}` | {cards[kernel.arch]} | {kernel.registers} "
-            f"| {kernel.static_shared} + {kernel.dynamic_shared} | {kernel.spills} | {kernel.blocks} | {kernel.occupancy} % | {loads} |"
+            f"| {kernel.static_shared} + {kernel.dynamic_shared} | {kernel.spills} "
+            f"| {kernel.blocks} | {kernel.occupancy} % | {loads} |"
         )
     return "\n".join(rows) + "\n"
 
