@@ -1,0 +1,66 @@
+"""The README's Python blocks run as they stand, in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lagkv_ext
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+def test_there_are_four() -> None:
+    assert len(BLOCKS) == 4
+
+
+def test_operator() -> None:
+    scope: dict = {}
+    exec(BLOCKS[0], scope)
+    assert f"# {list(scope['out'].key.shape)}" in BLOCKS[0]
+
+
+def test_compiled_module() -> None:
+    scope = {"torch": torch, "lagkv_ext": lagkv_ext}
+    exec(BLOCKS[1], scope)
+    for length in (200, 300, 1000):
+        query, key, value = (torch.randn(1, 2, n, 32) for n in (1, length, length))
+        result = scope["attention"](query, key, value)
+        torch.testing.assert_close(result, scope["CompressedAttention"]()(query, key, value))
+
+
+def test_generate(capsys: pytest.CaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers", reason="the cache needs transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    scope = {
+        "model": transformers.LlamaForCausalLM(config).eval(),
+        "inputs": {"input_ids": torch.randint(3, 64, (1, 600)), "attention_mask": torch.ones(1, 600).long()},
+    }
+    exec(BLOCKS[2], scope)
+    assert all(layer.compressions > 0 for layer in scope["cache"].report().layers)
+    assert capsys.readouterr().out.strip()
+
+
+def test_equivalent_to() -> None:
+    key, value = torch.randn(2, 3, 100, 16), torch.randn(2, 3, 100, 8)
+    scope = {
+        "torch": torch,
+        "key": key,
+        "value": value,
+        "start": 4,
+        "P": 12,
+        "L": 8,
+        "keep": 3,
+        "value_weight": 0.5,
+    }
+    exec(BLOCKS[3], scope)
+    score = torch.ops.lagkv.lag_score(key, value, 4, 8, value_weight=0.5)
+    torch.testing.assert_close(scope["score"], score)
+    assert torch.equal(scope["kept"].int(), torch.ops.lagkv.topk_index(score, 3))
