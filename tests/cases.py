@@ -190,6 +190,8 @@ def _traps() -> dict[str, Case]:
             traps[f"{kind}-{str(dtype)[6:]}"] = of(base, key_kind=kind, value_kind=kind, dtype=dtype)
     for name in ("huge", "nan", "inf"):
         traps[name] = of(base, key_kind=name)
+    traps["no-channels"] = of(base, key_dim=0, value_dim=0)
+    traps["no-channels-of-value"] = of(base, value_dim=0)
     traps["one-channel"] = of(base, key_dim=1, value_dim=2)
     traps["one-token"] = of(base, lag_size=1, keep=1, length=9)
     traps["keep-all"] = of(base, keep=16)
