@@ -218,6 +218,21 @@ def test_keeping_all_scores_nothing(executor):
     assert not [launch for launch in operators.last().launches() if launch["barriers"]]
 
 
+@pytest.mark.parametrize("dims", [(0, 8), (8, 0), (0, 0)])
+@pytest.mark.parametrize("score", ["std", "cosine"])
+def test_rows_of_no_elements(executor, dims, score):
+    """A tensor of no elements has no memory; the other one is compressed all the same."""
+    from simt import operators
+
+    key, value = (torch.randn(1, 2, 30, dim, generator=torch.Generator().manual_seed(dim)) for dim in dims)
+    wanted = reference.compress(key, value, 2, 8, 3, score=score)
+    for one, other in zip(operators.compress(key, value, 2, 8, 3, score=score), wanted, strict=True):
+        assert torch.equal(one, other)
+    index = operators.compress_(key, value, 2, 8, 3, score=score)
+    assert torch.equal(index, wanted[2])
+    assert torch.equal(value[:, :, : index.shape[2]], wanted[1])
+
+
 @pytest.mark.parametrize("bad", [-1, 10, -(2**31), 2**31 - 1])
 def test_compact_traps_outside(executor, bad):
     from simt import operators

@@ -1,8 +1,8 @@
 // Occupancy of compiled kernels, from the compiler's own register counts, by NVIDIA's calculator
-// (cuda_occupancy.h): no GPU needed. Reads lines "capability registers static_shared threads dynamic_shared",
-// or "capability registers static_shared elements lanes chunks element_size dim lag_size" for a scoring
-// kernel, whose threads and dynamic shared memory the launch planner knows. Writes "blocks_per_multiprocessor
-// warps_of_max_percent dynamic_shared planned_blocks" for each.
+// (cuda_occupancy.h): no GPU needed. Reads lines "capability registers static_shared threads
+// dynamic_shared", or "capability registers static_shared elements lanes chunks element_size dim lag_size"
+// for a scoring kernel, whose threads and dynamic shared memory the launch planner knows. Writes
+// "blocks_per_multiprocessor warps_of_max_percent dynamic_shared planned_blocks" for each.
 #include <cuda_occupancy.h>
 
 #include <cstdio>

@@ -1,17 +1,16 @@
 // The fused kernel behind compress, compress_ and lag_score.
 //
-//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)       (spec section
-//   1)
+//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)     (spec section 1)
 //
-// A scoring block takes a run of R partitions of one head and walks it from last to first. For each partition
-// it streams the key rows and then the value rows (partition.cuh), combines their statistics (score.cuh),
-// selects (select.cuh), writes the kept positions, and copies the kept rows while they are still in cache.
-// Copying blocks take the rows before and after.
+// A scoring block takes a run of R partitions of one head and walks it from last to first. For each
+// partition it streams the key rows and then the value rows (partition.cuh), combines their statistics
+// (score.cuh), selects (select.cuh), writes the kept positions, and copies the kept rows while they are
+// still in cache. Copying blocks take the rows before and after.
 //
 // Traffic: reads every element of K and V of the compressed partitions once, one more partition per run, and
 // the kept rows again (from L2); writes the kept rows and the index. Limits: blocks of kThreads; L and D are
-// bounded by memory alone (what does not fit in shared memory goes to scratch); D > 256 elements that are not
-// 16-byte vectors takes WideRow.
+// bounded by memory alone (what does not fit in shared memory goes to scratch); D > 256 elements that are
+// not 16-byte vectors takes WideRow.
 #pragma once
 
 #include "partition.cuh"
@@ -22,9 +21,9 @@ namespace lagkv::cuda {
 
 template <class T>
 struct CompressLaunch {
-  CompressParams<T>
-      args;          // key_out.data is null where no rows are copied, index is null where nothing is selected
-  RealOf<T>* score;  // [B, H, P-1, L] contiguous, or null
+  CompressParams<T> args;  // index is null where nothing is selected
+  RealOf<T>* score;        // [B, H, P-1, L] contiguous, or null
+  bool copies;             // whether rows go to key_out and value_out
   unsigned char* scratch;  // [scoring blocks, storage.scratch_bytes]
   CompressPlan plan;
   int64_t first_job;  // of this grid: more jobs than a grid can have blocks take several
@@ -170,7 +169,7 @@ __device__ __forceinline__ void score_run(const CompressLaunch<typename Layout::
                 static_cast<int32_t>(args.start + partition * args.lag_size + t));
     });
     __syncthreads();
-    if (args.key_out.data == nullptr) continue;
+    if (!launch.copies) continue;
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
       const int32_t* index = slots.get<const int32_t*>(Slots::kIndex) + partition * args.keep;
@@ -208,7 +207,7 @@ __device__ __forceinline__ void copy_run(const CompressLaunch<typename Layout::T
   for (int j = thread_of_block(); j < count; j += kThreads) {
     st_global(args.index + head * length + to(j), static_cast<int32_t>(from(j)));
   }
-  if (args.key_out.data == nullptr) return;
+  if (!launch.copies) return;
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     const auto x = side_of(side, args.key, args.value);

@@ -1,6 +1,6 @@
 // Rows gathered by index: compact (into another tensor) and the second step of compress_ (down in the same
-// tensor). Rows are moved as machine words W of 2 to 16 bytes, whatever they hold: dims, strides and pointers
-// are in units of W.
+// tensor). Rows are moved as machine words W of 2 to 16 bytes, whatever they hold: dims, strides and
+// pointers are in units of W.
 #pragma once
 
 #include "block.cuh"
@@ -22,8 +22,8 @@ struct CompactLaunch {
 };
 
 /// A position outside x cannot raise an error without waiting for the device: it is a device-side assertion,
-/// as in torch's own gather (in the executor: a trap). Nothing outside x is read, and what is written then is
-/// never seen.
+/// as in torch's own gather (in the executor: a trap). Nothing outside x is read, and what is written then
+/// is never seen.
 __device__ __forceinline__ void require_positions_in_range(bool in_range) {
   if (in_range) return;
 #if defined(LAGKV_SIMT)
@@ -89,10 +89,10 @@ struct MoveLaunch {
   int64_t first_job;
 };
 
-/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and goes
-/// up in passes: all sources of a pass are in registers before any of its rows is written (the barrier), and
-/// sources of later passes lie above everything that is written by then, for index[j] >= j and ascending.
-/// Traffic: moved rows once in, once out.
+/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and
+/// goes up in passes: all sources of a pass are in registers before any of its rows is written (the
+/// barrier), and sources of later passes lie above everything that is written by then, for index[j] >= j and
+/// ascending. Traffic: moved rows once in, once out.
 template <class W>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
   const MovePlan& plan = launch.plan;

@@ -1,7 +1,7 @@
-// From tensors as pointers, sizes and strides to kernel launches: what the launchers (.cu) and the executor's
-// bindings share. Each `launch_*` makes the plan, chooses the instantiation and calls run(kernel, grid,
-// threads, shared_bytes, params) for every kernel, in order. Includes device code, so it is compiled by nvcc
-// or for the executor.
+// From tensors as pointers, sizes and strides to kernel launches: what the launchers (.cu) and the
+// executor's bindings share. Each `launch_*` makes the plan, chooses the instantiation and calls run(kernel,
+// grid, threads, shared_bytes, params) for every kernel, in order. Includes device code, so it is compiled
+// by nvcc or for the executor.
 #pragma once
 
 #include <stdexcept>
@@ -65,7 +65,9 @@ void run_blocks(const Run& run, Kernel kernel, int64_t blocks, int threads, int6
 template <class T, class Scratch, class Run>
 void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device,
                      const Scratch& scratch, const Run& run) {
-  CompressLaunch<T> launch{args, score, nullptr, {}, 0};
+  // An output of no elements has no memory: rows are copied where either output has some.
+  const bool copies = args.key_out.data != nullptr || args.value_out.data != nullptr;
+  CompressLaunch<T> launch{args, score, copies, nullptr, {}, 0};
   launch.plan = plan_compress(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
                               args.batch * args.heads, args.length, args.start, args.lag_size, args.keep,
                               score != nullptr, device);
@@ -101,8 +103,8 @@ void launch_topk(const TopkParams<T>& args, const ScoreRows& rows, const Device&
   run_blocks(run, topk_kernel<T>, args.rows, kThreads, launch.plan.shared_bytes, launch, device);
 }
 
-/// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims are
-/// left.
+/// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims
+/// are left.
 inline bool merge_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, ScoreRows& rows) {
   int count = 0;
   ScoreRows merged{};

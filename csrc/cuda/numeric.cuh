@@ -1,5 +1,5 @@
-// Numbers: storage types to arithmetic types, NaN-propagating minimum and maximum, and the order of scores as
-// integers.
+// Numbers: storage types to arithmetic types, NaN-propagating minimum and maximum, and the order of scores
+// as integers.
 #pragma once
 
 #include <cmath>
@@ -85,8 +85,8 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// Minimum and maximum in which a NaN wins: bounds of a channel with a NaN are NaN. fminf and fmaxf would drop
-// it.
+// Minimum and maximum in which a NaN wins: bounds of a channel with a NaN are NaN. fminf and fmaxf would
+// drop it.
 __device__ __forceinline__ __half min_nan(__half a, __half b) { return __hmin_nan(a, b); }
 __device__ __forceinline__ __half max_nan(__half a, __half b) { return __hmax_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat16 min_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
@@ -135,8 +135,8 @@ __device__ __forceinline__ __nv_bfloat162 max_nan(__nv_bfloat162 a, __nv_bfloat1
   return __hmax2_nan(a, b);
 }
 
-/// N neighbouring elements as one access and as machine words. Not as elements: the compiler would give every
-/// 16-bit element a register of its own.
+/// N neighbouring elements as one access and as machine words. Not as elements: the compiler would give
+/// every 16-bit element a register of its own.
 template <class T, int N>
 using Packed = std::conditional_t<N * sizeof(T) % 4 == 0, Vec<uint32_t, (N * sizeof(T) + 3) / 4>, Vec<T, N>>;
 

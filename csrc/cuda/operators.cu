@@ -118,7 +118,7 @@ Tensor topk_index(const Tensor& score, int64_t keep) {
   Tensor merged = score;
   if (!merge_rows(sizes.data(), strides.data(), score.dim() - 1, rows)) {
     // More than kTopkDims leading dimensions that are apart in memory: a copy, once, makes them one.
-    merged = torch::stable::clone(torch::stable::reshape(score, {-1, count}));
+    merged = torch::stable::reshape(score, {-1, count});
     rows = {{1, 1, 1, merged.size(0)}, {0, 0, 0, merged.stride(0)}};
   }
   with_storage_type(score, [&](auto zero) {

@@ -1,6 +1,6 @@
 // One pass over one partition of one tensor: its rows are scored against the reference of the next partition
-// (bounds or anchor) and make the reference for the partition before. Each element is read once (WideRow: see
-// wide_rows.cuh).
+// (bounds or anchor) and make the reference for the partition before. Each element is read once (WideRow:
+// see wide_rows.cuh).
 #pragma once
 
 #include "wide_rows.cuh"
@@ -48,8 +48,8 @@ __device__ __forceinline__ void repair_deviations(const Tile<T>& tile, const Pas
   }
 }
 
-/// Streams the rows: statistics and every warp's share of the new reference, as `aim` says. Returns whether a
-/// statistic of this thread needs repair.
+/// Streams the rows: statistics and every warp's share of the new reference, as `aim` says. Returns whether
+/// a statistic of this thread needs repair.
 template <class Layout, Score kScore>
 __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile, Aim aim,
                                             const PassStores<typename Layout::Real>& stores) {

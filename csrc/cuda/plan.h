@@ -1,5 +1,5 @@
-// The launch planner: how many threads, which rows a block takes and how much memory it needs, from the shape
-// and the device. Plain C++, no torch, no CUDA: the launchers and the executor's bindings ask the same
+// The launch planner: how many threads, which rows a block takes and how much memory it needs, from the
+// shape and the device. Plain C++, no torch, no CUDA: the launchers and the executor's bindings ask the same
 // functions.
 //
 // The number of threads and the way lanes share a row depend on dtype, D and alignment alone, never on B, H,

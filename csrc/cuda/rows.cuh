@@ -1,6 +1,7 @@
 // How rows lie over lanes, and moving rows. A row of D elements belongs to kLanes neighbouring lanes with
 // kChunks accesses of kElements elements each: chunk c of lane g starts at channel (c kLanes + g) kElements.
-// All rows of a warp are read by one instruction per chunk, so neighbouring lanes read neighbouring 16 bytes.
+// All rows of a warp are read by one instruction per chunk, so neighbouring lanes read neighbouring 16
+// bytes.
 #pragma once
 
 #include "block.cuh"
@@ -15,8 +16,8 @@ struct Row {
   static constexpr bool kWide = false;
   static constexpr int kElements = kElements_, kLanes = kLanes_, kChunks = kChunks_;
   static constexpr int kChannels = kElements * kChunks;  // of a row that one lane holds
-  // Rows in flight: loads of this many rows are issued before the first is used, 64 bytes a lane where chunks
-  // allow.
+  // Rows in flight: loads of this many rows are issued before the first is used, 64 bytes a lane where
+  // chunks allow.
   static constexpr int kFlight = kElements == 1 ? 2 : kChunks == 4 ? 1 : 4 / kChunks;
   static constexpr int kBlocks = blocks_per_multiprocessor({kElements, kLanes, kChunks}, sizeof(T));
   using Access = Packed<T, kElements>;

@@ -11,9 +11,9 @@
 
 namespace lagkv::cuda {
 
-/// Statistics [L] of key and value on entry. Calls result(t, score) with every token's score, from the thread
-/// that owns t. `slots` [2, 2 * kWarps] shared. All threads have passed a barrier after the last read of
-/// another thread's statistic.
+/// Statistics [L] of key and value on entry. Calls result(t, score) with every token's score, from the
+/// thread that owns t. `slots` [2, 2 * kWarps] shared. All threads have passed a barrier after the last read
+/// of another thread's statistic.
 template <Score kScore, class Real, class Result>
 __device__ __forceinline__ void combine_scores(const Store<Real>& key, const Store<Real>& value, int count,
                                                int64_t key_dim, int64_t value_dim, Real weight, Real* slots,

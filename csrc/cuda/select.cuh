@@ -1,6 +1,6 @@
 // Exact, deterministic choice of the `keep` highest scores: NaN highest, -0 equal to +0, ties to the lower
-// position, kept positions in ascending order. Scores come as ordered unsigned integers (numeric.cuh), so the
-// choice is the same whatever the method: counting ranks for few scores, radix select for many.
+// position, kept positions in ascending order. Scores come as ordered unsigned integers (numeric.cuh), so
+// the choice is the same whatever the method: counting ranks for few scores, radix select for many.
 #pragma once
 
 #include "block.cuh"

@@ -3,17 +3,14 @@
 // files on the CPU.
 //
 // What kernel code may use:
-//   * threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_and|_or|_count], __syncwarp,
-//   __shfl[_up|_down|_xor]_sync,
-//     __ballot_sync, __any_sync, __all_sync, __match_any_sync, __match_all_sync, __reduce_*_sync, atomics,
-//     __popc, __ffs,
-//     __clz, bit casts, math and the half / bfloat16 conversions: plain CUDA.
+//   * threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_and|_or|_count], __syncwarp, warp shuffles and
+//     votes, __match_*_sync, __reduce_*_sync, atomics, __popc, __ffs, __clz, bit casts, math and the half and
+//     bfloat16 conversions: plain CUDA.
 //   * memory: ld_*, st_* and cp_async below. A plain dereference of a global or shared pointer works on the
-//   device but
-//     faults in the executor (on purpose: what it cannot see it cannot check).
+//     device but faults in the executor (on purpose: what it cannot see it cannot check).
 //   * shared memory: LAGKV_DYNAMIC_SHARED and LAGKV_SHARED below, nowhere else.
-// A kernel takes one params struct by value:  template <class T> __global__ void __launch_bounds__(256)
-// k(const P<T> params).
+// A kernel takes one params struct by value:
+//   template <class T> __global__ void __launch_bounds__(256) kernel(const Params<T> params);
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,13 +26,12 @@
 
 // Dynamic shared memory as `unsigned char* name`, aligned to 16 bytes.
 #define LAGKV_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-// Static shared memory as an array `type name[count]`; `count` is a constant, `type` must not hold a bare
-// comma.
+// Static shared memory as an array `type name[count]`; `count` is a constant, `type` has no bare comma.
 #define LAGKV_SHARED(type, name, count) __shared__ type name[count]
 
-// For a device function that wraps accesses: `T get(const T* p LAGKV_SITE_PARAM) { return ld_global(p
-// LAGKV_SITE_ARG); }` lets the executor name and count the caller's line instead of the wrapper's. Nothing on
-// the device.
+// For a device function that wraps accesses: `T get(const T* p LAGKV_SITE_PARAM)` that calls
+// `ld_global(p LAGKV_SITE_ARG)` lets the executor name and count the caller's line instead of the wrapper's.
+// Nothing on the device.
 #define LAGKV_SITE_PARAM
 #define LAGKV_SITE_ARG
 
@@ -104,8 +100,7 @@ __device__ __forceinline__ WordOf<T>* word(T* p) {
   return reinterpret_cast<WordOf<T>*>(p);
 }
 
-// Non-volatile on purpose: data read through .nc do not change, so the compiler may move and merge these
-// loads.
+// Non-volatile on purpose: data read through .nc do not change, so the compiler may move and merge loads.
 #define LAGKV_LD_NC "ld.global.nc.L1::no_allocate.L2::128B"
 __device__ __forceinline__ uint4 ld_nc_stream(const uint4* p) {
   uint4 v;
@@ -143,8 +138,8 @@ __device__ __forceinline__ T ld_global(const T* p) {
   return detail::bit_cast<T>(bits);
 }
 
-/// Coherent load of data that is read once (ld.global.cs: first to be evicted). For tensors that this kernel
-/// also writes.
+/// Coherent load of data that is read once (ld.global.cs: first to be evicted), for tensors that this kernel
+/// writes too.
 template <class T>
 __device__ __forceinline__ T ld_global_stream(const T* p) {
   return detail::bit_cast<T>(__ldcs(detail::word(p)));

@@ -1,6 +1,6 @@
-// Rows of any length (WideRow): a warp takes a row and reads it once per sum, a thread takes a channel of the
-// reference and walks the rows of the partition. Slower than the streaming layouts (about three reads, most
-// of them from cache), and always right: odd D, D beyond what lanes can hold, D = 0.
+// Rows of any length (WideRow): a warp takes a row and reads it once per sum, a thread takes a channel of
+// the reference and walks the rows of the partition. Slower than the streaming layouts (about three reads,
+// most of them from cache), and always right: odd D, D beyond what lanes can hold, D = 0.
 #pragma once
 
 #include "cosine_score.cuh"

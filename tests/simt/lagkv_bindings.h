@@ -1,6 +1,6 @@
-// The six operators on the executor, for one storage type: the launch code of csrc/cuda with `session.launch`
-// for <<<>>>. Every bind_lagkv_*.cpp instantiates it once; tests/simt/operators.py gives the operators their
-// signatures.
+// The six operators on the executor, for one storage type: the launch code of csrc/cuda with
+// `session.launch` for <<<>>>. Every bind_lagkv_*.cpp instantiates it once; tests/simt/operators.py gives
+// the operators their signatures.
 #pragma once
 
 #include <string>
@@ -19,10 +19,11 @@ using lagkv::cuda::View;
 using simt::Session;
 using simt::TensorArg;
 
-/// A tensor of at most 4 dimensions, its memory already known to the session.
+/// A tensor of at most 4 dimensions, its memory already known to the session. As in torch, one of no
+/// elements has no memory.
 inline View view_of(const void* data, const TensorArg& tensor) {
   View view;
-  view.data = const_cast<void*>(data);
+  view.data = tensor.numel() == 0 ? nullptr : const_cast<void*>(data);
   for (size_t dim = 0; dim < tensor.shape.size(); ++dim) {
     view.size[dim] = tensor.shape[dim];
     view.stride[dim] = tensor.strides[dim];
