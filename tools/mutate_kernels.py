@@ -1,8 +1,9 @@
 """Removes barriers, bounds checks and rules from the CUDA kernels, one at a time, and asks the tests to notice.
 
-``python tools/mutate_kernels.py [--only WORD] [--list]``: every ``__syncthreads`` and ``__syncwarp`` of the kernels and
-every entry of ``RULES`` is a mutant. Its float32 kernels are compiled into the executor, and the planner, traffic and
-property tests run on them until one fails. Prints what caught each mutant; ends with status 1 where one survives.
+``python tools/mutate_kernels.py [--only WORD] [--rules] [--list]``: every ``__syncthreads`` and ``__syncwarp`` of the
+kernels (not with ``--rules``) and every entry of ``RULES`` is a mutant. Its float32 kernels are compiled into the
+executor, and the planner, traffic and property tests run on them until one fails. Prints what caught each mutant; ends
+with status 1 where one survives.
 """
 
 from __future__ import annotations
@@ -244,9 +245,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="mutants whose file or description holds this word")
+    parser.add_argument("--rules", action="store_true", help="leave out the barriers")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     options = parser.parse_args()
-    mutants = [m for m in [*barriers(), *RULES] if not options.only or options.only in f"{m[0]}: {m[3]}"]
+    mutants = [
+        m
+        for m in [*([] if options.rules else barriers()), *RULES]
+        if not options.only or options.only in f"{m[0]}: {m[3]}"
+    ]
     if options.list:
         print("\n".join(f"{file}: {what}" for file, _, _, what in mutants))
         return 0
