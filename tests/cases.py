@@ -185,11 +185,9 @@ def _traps() -> dict[str, Case]:
     )
     of = dataclasses.replace
     traps = {"plain": base, "odd": of(base, batch=3, length=47, lag_size=7, keep=2, key_dim=13, value_dim=5)}
-    for kind in FINITE_KINDS:
-        for dtype in DTYPES:
-            traps[f"{kind}-{str(dtype)[6:]}"] = of(base, key_kind=kind, value_kind=kind, dtype=dtype)
     for name in ("huge", "nan", "inf"):
         traps[name] = of(base, key_kind=name)
+    traps["nan-kept"] = of(base, heads=8, keep=16, key_kind="nan", value_kind="nan")
     traps["no-channels"] = of(base, key_dim=0, value_dim=0)
     traps["no-channels-of-value"] = of(base, value_dim=0)
     traps["one-channel"] = of(base, key_dim=1, value_dim=2)
@@ -202,7 +200,16 @@ def _traps() -> dict[str, Case]:
     traps["no-heads"] = of(base, heads=0)
     traps["weight-zero"] = of(base, value_weight=0.0)
     traps["weight-negative"] = of(base, value_weight=-2.0)
-    return traps | {f"{name}-cosine": of(case, score="cosine") for name, case in traps.items()}
+    odd, models = Layout((1, 2, 0), row_pad=3, spare=(0, 1, 2), offset=1), Layout((0, 2, 1), spare=(0, 2, 0))
+    traps["odd-strides"] = of(base, batch=2, key_layout=odd, value_layout=models)
+    traps["models-strides"] = of(base, batch=2, key_layout=models, value_layout=odd, dtype=torch.bfloat16)
+    for kind in ("offset", "constant", "denormal", "tiny", "holes", *FINITE_KINDS):
+        for dtype in DTYPES:
+            traps[f"{kind}-{str(dtype)[6:]}"] = of(base, key_kind=kind, value_kind=kind, dtype=dtype)
+    both = {}
+    for name, case in traps.items():
+        both |= {name: case, f"{name}-cosine": of(case, score="cosine")}
+    return both
 
 
 # Cases that wrong kernels are known to trip over; every backend runs all of them, every time.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from backends import Backend
 from cases import Case, Placed, bits
-from compare import assert_bits, assert_scores, assert_selection, kept_mask, score_band
+from compare import Band, assert_bits, assert_scores, assert_selection, kept_mask, score_band
 from torch import Tensor
 
 from lagkv_ext import reference
@@ -142,8 +143,9 @@ CASE_CHECKS = (
 )
 
 
-def band_of(case: Case):
-    """The scores a correct backend may return, computed on the CPU."""
+@functools.lru_cache(maxsize=512)
+def band_of(case: Case) -> Band:
+    """The scores a correct backend may return, computed on the CPU, once for all backends."""
     key, value = (placed.view for placed in case.make())
     return score_band(key, value, case.start, case.lag_size, case.value_weight, case.score)
 

@@ -1,4 +1,7 @@
-"""The properties find faults: the reference with one fault planted fails at least one of them."""
+"""The properties find faults: the reference with one fault planted fails at least one of them.
+
+That the reference without a fault passes all of them is shown by the suite itself, where it is one of the backends.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import types
 
 import pytest
 import torch
-from backends import Backend, make_reference
+from backends import Backend
 from cases import FINITE_KINDS, TRAPS, Case, Layout, cases
 from hypothesis import HealthCheck, Phase, given, settings
 from properties import CASE_CHECKS, check_compact, check_repeatable, check_topk_index
@@ -64,7 +67,7 @@ FAULTS = {
         "tiles[:, :, :-1] * (1 / (hi - lo)) - lo * (1 / (hi - lo))",
     ),
     "reciprocal overflows for denormal bounds": ("- lo) / (hi - lo)", "- lo) * (1 / (hi - lo))"),
-    "one channel has no deviation": ("if y.shape[-1] == 1:", "if y.shape[-1] == 0:"),
+    "one channel has no deviation": ("if y.shape[-1] == 1:", "if y.shape[-1] == -1:"),
     "value's weight ignored": ("value_weight * one(", "one("),
     "keys alone": (" + value_weight * one(_partitions(value, start, lag_size))", ""),
     "arithmetic in the storage type": (".to(checks.arithmetic_dtype(x.dtype))", ""),
@@ -87,7 +90,7 @@ FAULTS = {
         "s.std(dim=-1, keepdim=True))",
         "s.std(dim=-1, keepdim=True, correction=0))",
     ),
-    "cosine: one token has no deviation": ("if s.shape[-1] == 1:", "if s.shape[-1] == 0:"),
+    "cosine: one token has no deviation": ("if s.shape[-1] == 1:", "if s.shape[-1] == -1:"),
     "cosine: norm 0 divides": ("torch.where(divisor == 0, 0.0,", "torch.where(divisor < 0, 0.0,"),
     "bounds: minimum twice": ("tiles.amax(dim=3)], dim=3)", "tiles.amin(dim=3)], dim=3)"),
     "bounds: NaN ignored": ("torch.stack([tiles.amin", "torch.stack([tiles.nan_to_num(0).amin"),
@@ -114,7 +117,7 @@ def find_fault(backend: Backend) -> None:
     """Run the properties until one fails, and raise what it raises."""
 
     @settings(
-        max_examples=100,
+        max_examples=30,
         derandomize=True,
         database=None,
         deadline=None,
@@ -133,10 +136,6 @@ def find_fault(backend: Backend) -> None:
         for check in CASE_CHECKS:
             check(backend, case)
     run()
-
-
-def test_the_reference_has_no_fault():
-    find_fault(make_reference())
 
 
 @pytest.mark.parametrize("fault", FAULTS)

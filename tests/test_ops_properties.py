@@ -5,17 +5,10 @@ from __future__ import annotations
 import math
 
 import properties
-import pytest
 import torch
-from cases import DTYPES, FINITE_KINDS, KINDS, TRAPS, Layout, cases, layouts, make_values, place
+from cases import DTYPES, FINITE_KINDS, KINDS, Layout, cases, layouts, make_values, place
 from hypothesis import given
 from hypothesis import strategies as st
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-def test_trap(backend, trap):
-    for check in properties.CASE_CHECKS:
-        check(backend, TRAPS[trap])
 
 
 @given(case=cases())
