@@ -1,9 +1,10 @@
 """The tolerance policy: what a backend's scores and selection may differ in, and nothing else may differ at all.
 
 The yardstick is the reference in float64 on the same stored values. A score may be off by twice what plain PyTorch in
-the operator's own arithmetic is off in the same partition, plus one unit of the first-order rounding bound of that
-score (plain PyTorch is exact by luck where a partition holds a handful of numbers). A selection may differ from the
-yardstick's only among tokens whose scores those tolerances cannot tell apart.
+the operator's own arithmetic is off in the same partition, plus what the roundings on the way of one element to its
+score come to: plain PyTorch, whose deviation adds up in double, is off by next to nothing where a partition holds a
+handful of numbers and one of them is large. At size, ``test_large`` allows the two times and nothing else. A selection
+may differ from the yardstick's only among tokens whose scores those tolerances cannot tell apart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lagkv_ext import reference
 from lagkv_ext.checks import arithmetic_dtype, compressed_count
 
 FACTOR = 2.0  # of plain PyTorch's own error
+# Units of eps, two roundings each. std: difference, reciprocal, product; mean, sum of squares, root.
+FLOOR = {"std": 3.0, "cosine": 1.0}
 # The arithmetic squares: beyond this, or below its inverse, it has no answer to compare.
 RANGE = {torch.float32: 1e18, torch.float64: 1e150}
 
@@ -59,7 +62,7 @@ def score_band(
     limit = RANGE[arithmetic_dtype(key.dtype)]
     key_rounding, key_known = rounding(_tiles(key, start, lag_size), limit)
     value_rounding, value_known = rounding(_tiles(value, start, lag_size), limit)
-    floor = eps * (key_rounding + abs(value_weight) * value_rounding + exact.abs()) + tiny
+    floor = FLOOR[score] * eps * (key_rounding + abs(value_weight) * value_rounding + exact.abs()) + tiny
 
     known = key_known & value_known & (exact.isnan() == plain.isnan())
     error = (plain - exact).abs()
