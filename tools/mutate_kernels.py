@@ -58,7 +58,7 @@ RULES = [
         "compact: position beyond the end",
     ),
     ("gather.cuh", "if (j >= rows) continue;", "", "compact: rows end (read)"),
-    ("gather.cuh", "if (j < rows)\n", "\n", "compact: rows end (write)"),
+    ("gather.cuh", "if (j < rows) st_global", "st_global", "compact: rows end (write)"),
     ("gather.cuh", "works(row < rows_per_step)", "works(true)", "rows that do not fill a pass"),
     (
         "gather.cuh",
