@@ -83,6 +83,7 @@ def test_defaults_are_the_papers():
         "value_weight": 1.0,
         "score": "std",
         "order": "use_then_compress",
+        "max_tokens": None,
     }
 
 

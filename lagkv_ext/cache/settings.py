@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lagkv_ext import checks, ops
+from lagkv_ext.cache.budget import check_budget
 
 ORDERS = ("use_then_compress", "compress_then_use")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
-    """How one full-attention layer is compressed (spec, section 1). ``keep == lag_size``: nothing is ever dropped."""
+    """How one full-attention layer is compressed (spec, section 1). ``keep == lag_size``: nothing is ever dropped.
+    ``max_tokens``: rows that it may hold before a compression, see ``budget.plan``."""
 
     lag_size: int
     keep: int
@@ -23,6 +25,7 @@ class LayerSettings:
     value_weight: float
     score: str
     order: str
+    max_tokens: int | None = None
 
     @property
     def compresses(self) -> bool:
@@ -42,6 +45,7 @@ def layer_settings(
     value_weight: float,
     score: str,
     order: str,
+    max_tokens: int | None = None,
 ) -> LayerSettings:
     """The settings of every layer that has none of its own. ValueError or TypeError names what was wrong."""
     lag_size = _integer("lag_size", lag_size, minimum=1)
@@ -62,7 +66,10 @@ def layer_settings(
         raise ValueError(f"value_weight must be finite, got {value_weight}")
     _one_of("score", score, checks.SCORES)
     _one_of("order", order, ORDERS)
-    return LayerSettings(lag_size, keep, sink_size, float(value_weight), score, order)
+    if max_tokens is not None:
+        max_tokens = _integer("max_tokens", max_tokens)
+        check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
+    return LayerSettings(lag_size, keep, sink_size, float(value_weight), score, order, max_tokens)
 
 
 def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:
