@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 import transformers
@@ -16,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.mask import FittingMask, refuse_padding
-from lagkv_ext.cache.report import CacheReport, LayerReport, storage_bytes
+from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import check_config, layer_settings, settings_per_layer
 
 # Before transformers 5.16: crop also took the length to crop to, and masks knew nothing of a query offset.
@@ -24,7 +23,7 @@ _CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).paramete
 _HAS_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
 
 
-class LagKVCache(DynamicCache):
+class LagKVCache(ReportsLayers, DynamicCache):
     """Key-value cache for transformers models, compressed by LagKV as it grows (arXiv 2504.04704).
 
     Use it where a `DynamicCache` would be used: ``model.generate(..., past_key_values=LagKVCache(model.config))``.
@@ -165,69 +164,5 @@ class LagKVCache(DynamicCache):
             layer.to(None if device is None else torch.device(device), dtype)
         return self
 
-    # -- reports
-
-    @property
-    def compressed_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that are compressed."""
-        return tuple(i for i, layer in self._lagkv_layers().items() if layer.settings.compresses)
-
-    def report(self) -> CacheReport:
-        """Tokens seen and kept, bytes held and saved, compressions: per layer and in total. Changes nothing."""
-        return CacheReport(tuple(_report(i, layer) for i, layer in enumerate(self.layers)))
-
-    def kept_positions(self, layer: int) -> Tensor:
-        """int32 ``[B, H, rows]``: position of every row that a full-attention layer holds, ascending per head."""
-        layers = self._lagkv_layers()
-        index = layer + len(self.layers) if layer < 0 else layer
-        if index not in layers:
-            raise ValueError(f"layer must be one of the full-attention layers {list(layers)}, got {layer}")
-        return layers[index].kept_positions()
-
-    def kept_hash(self) -> str:
-        """Hexadecimal hash of the kept positions of all full-attention layers: equal if and only if they are."""
-        digest = hashlib.blake2b(digest_size=16)
-        for i, layer in self._lagkv_layers().items():
-            if layer.is_initialized:
-                positions = layer.kept_positions().cpu().numpy().astype("<i4")
-                digest.update(f"{i} {positions.shape};".encode())
-                digest.update(positions.tobytes())
-        return digest.hexdigest()
-
     def _lagkv_layers(self) -> dict[int, LagKVLayer]:
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, LagKVLayer)}
-
-
-def _report(index: int, layer: Any) -> LayerReport:
-    if isinstance(layer, LagKVLayer):
-        return LayerReport(
-            layer=index,
-            kind="lagkv" if layer.settings.compresses else "full",
-            tokens_seen=layer.seen,
-            tokens_kept=layer.rows,
-            bytes_held=storage_bytes(layer.storages()),
-            bytes_uncompressed=layer.uncompressed_bytes(),
-            compressions=layer.compressions,
-        )
-    held = storage_bytes(_tensors(vars(layer)))
-    keys = getattr(layer, "keys", None)
-    return LayerReport(
-        layer=index,
-        kind=type(layer).__name__,
-        tokens_seen=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
-        tokens_kept=keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0,
-        bytes_held=held,
-        bytes_uncompressed=held,
-        compressions=0,
-    )
-
-
-def _tensors(state: Mapping) -> list[Tensor]:
-    """The tensors in a layer's attributes, and in dictionaries among them; numbers kept as tensors do not count."""
-    found = []
-    for x in state.values():
-        if isinstance(x, Tensor) and x.dim():
-            found.append(x)
-        elif isinstance(x, dict):
-            found.extend(_tensors(x))
-    return found

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from lagkv_ext.cache.settings import LayerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,100 @@ class CacheReport:
         total = ("all", "", str(self.tokens_seen), kept, *_megabytes(self), str(self.compressions))
         widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
         return "\n".join(_line(row, widths) for row in (head, *rows, total))
+
+
+class LagKVStates(Protocol):
+    """What a full-attention layer tells of itself."""
+
+    settings: LayerSettings
+    seen: Any  #: a number, in a tensor where it lives on the device
+    compressions: Any
+    is_initialized: bool
+
+    @property
+    def rows(self) -> int: ...
+    def storages(self) -> list[Tensor]: ...
+    def uncompressed_bytes(self) -> int: ...
+    def kept_positions(self) -> Tensor: ...
+
+
+class ReportsLayers:
+    """The part of a cache that tells what its layers hold."""
+
+    layers: list
+
+    def _lagkv_layers(self) -> Mapping[int, LagKVStates]:
+        raise NotImplementedError
+
+    @property
+    def compressed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are compressed."""
+        return tuple(i for i, layer in self._lagkv_layers().items() if layer.settings.compresses)
+
+    def report(self) -> CacheReport:
+        """Tokens seen and kept, bytes held and saved, compressions: per layer and in total. Changes nothing."""
+        lagkv = self._lagkv_layers()
+        return CacheReport(
+            tuple(
+                _lagkv_report(i, lagkv[i]) if i in lagkv else _other_report(i, layer)
+                for i, layer in enumerate(self.layers)
+            )
+        )
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """int32 ``[B, H, rows]``: position of every row that a full-attention layer holds, ascending per head."""
+        layers = self._lagkv_layers()
+        index = layer + len(self.layers) if layer < 0 else layer
+        if index not in layers:
+            raise ValueError(f"layer must be one of the full-attention layers {list(layers)}, got {layer}")
+        return layers[index].kept_positions()
+
+    def kept_hash(self) -> str:
+        """Hexadecimal hash of the kept positions of all full-attention layers: equal if and only if they are."""
+        digest = hashlib.blake2b(digest_size=16)
+        for i, layer in self._lagkv_layers().items():
+            if layer.is_initialized:
+                positions = layer.kept_positions().cpu().numpy().astype("<i4")
+                digest.update(f"{i} {positions.shape};".encode())
+                digest.update(positions.tobytes())
+        return digest.hexdigest()
+
+
+def _lagkv_report(index: int, layer: LagKVStates) -> LayerReport:
+    return LayerReport(
+        layer=index,
+        kind="lagkv" if layer.settings.compresses else "full",
+        tokens_seen=int(layer.seen),
+        tokens_kept=layer.rows,
+        bytes_held=storage_bytes(layer.storages()),
+        bytes_uncompressed=layer.uncompressed_bytes(),
+        compressions=int(layer.compressions),
+    )
+
+
+def _other_report(index: int, layer: Any) -> LayerReport:
+    held = storage_bytes(_tensors(vars(layer)))
+    keys = getattr(layer, "keys", None)
+    return LayerReport(
+        layer=index,
+        kind=type(layer).__name__,
+        tokens_seen=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
+        tokens_kept=keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0,
+        bytes_held=held,
+        bytes_uncompressed=held,
+        compressions=0,
+    )
+
+
+def _tensors(state: Mapping) -> list[Tensor]:
+    """The tensors in a layer's attributes, and in dictionaries among them; numbers kept as tensors do not count."""
+    found = []
+    for x in state.values():
+        if isinstance(x, Tensor) and x.dim():
+            found.append(x)
+        elif isinstance(x, dict):
+            found.extend(_tensors(x))
+    return found
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
