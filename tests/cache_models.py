@@ -94,15 +94,17 @@ class OracleLayer:
     """Positions that one layer would still hold, and attention over them."""
 
     def __init__(
-        self, lag_size: int, keep: int, sink_size: int, order: str = "use_then_compress", **scoring: Any
+        self,
+        lag_size: int,
+        keep: int,
+        sink_size: int,
+        order: str = "use_then_compress",
+        max_tokens: int | None = None,
+        **scoring: Any,
     ):
-        self.lag_size, self.keep, self.start, self.order, self.scoring = (
-            lag_size,
-            keep,
-            sink_size,
-            order,
-            scoring,
-        )
+        self.lag_size, self.keep, self.order, self.scoring = lag_size, keep, order, scoring
+        self.start = self.sink_size = sink_size
+        self.max_tokens = max_tokens
         self.positions: Tensor | None = None  # [B, H, rows]
         self.compressions = 0
         self.gap = float("inf")  # the least difference of two scores between which a cut was made
@@ -122,11 +124,8 @@ class OracleLayer:
             # As many old partitions as may go: all of them but, where it is the last full one, the last.
             end = min(self.start + (old_partitions + 1) * self.lag_size, visible.shape[2])
             visible = torch.cat([self._kept(key, value, visible[:, :, :end]), visible[:, :, end:]], dim=2)
-        kept = self._kept(key, value, self.positions)
-        count = max((self.positions.shape[2] - self.start) // self.lag_size - 1, 0)
-        self.compressions += count > 0
-        self.start += count * self.keep
-        self.positions = kept
+        while self._compress(key, value) and self.positions.shape[2] >= (self.max_tokens or float("inf")):
+            pass
 
         mask = torch.zeros(batch, heads, 1, total, dtype=torch.bool).scatter(3, visible.unsqueeze(2), True)
         mask = mask & (torch.arange(total) <= torch.arange(old, total)[:, None])
@@ -134,6 +133,15 @@ class OracleLayer:
         key, value, mask = (x.repeat_interleave(groups, dim=1) for x in (key, value, mask))
         weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf")).softmax(dim=-1)
         return weights @ value
+
+    def _compress(self, key: Tensor, value: Tensor) -> bool:
+        count = max((self.positions.shape[2] - self.start) // self.lag_size - 1, 0)
+        self.positions = self._kept(key, value, self.positions)
+        self.compressions += count > 0
+        self.start += count * self.keep
+        if self.max_tokens is not None and self.start + 2 * self.lag_size > self.max_tokens:
+            self.start = self.sink_size
+        return count > 0
 
     def _kept(self, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
         rows = [x.gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, x.shape[3])) for x in (key, value)]

@@ -48,6 +48,11 @@ class LagKVCache(ReportsLayers, DynamicCache):
         layer_keep_ratio: layers with a ``keep_ratio`` of their own, ``{layer: ratio}``; a negative index counts from
             the last layer of the model; only full-attention layers.
         skip_layers: layers that are never compressed; negative indices as above.
+        max_tokens: rows that a compressed layer may hold, at least ``sink_size + 2 lag_size``; by default there is
+            no bound, and a layer grows by ``keep`` rows for every ``lag_size`` tokens. A compression that leaves
+            no room for the next one makes the layer start again from the sink: the next one chooses among
+            all rows after it, as if they were a new sequence. Tokens given one by one never take a layer over it;
+            many at once do for the step that brings them.
 
     Raises:
         TypeError, ValueError: when made: a wrong argument, a config that is no transformers configuration, or a
@@ -72,6 +77,7 @@ class LagKVCache(ReportsLayers, DynamicCache):
         order: str = "use_then_compress",
         layer_keep_ratio: Mapping[int, float] | None = None,
         skip_layers: Iterable[int] = (),
+        max_tokens: int | None = None,
     ):
         check_config(config)
         base = layer_settings(
@@ -82,6 +88,7 @@ class LagKVCache(ReportsLayers, DynamicCache):
             value_weight=value_weight,
             score=score,
             order=order,
+            max_tokens=max_tokens,
         )
         super().__init__(config=config)
         full_layers = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]

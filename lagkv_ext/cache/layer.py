@@ -1,32 +1,21 @@
-"""One full-attention layer: a growth buffer, the recursion of LagKV, and the positions of the rows that stayed."""
+"""One full-attention layer: a growth buffer and the recursion of LagKV."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from lagkv_ext.cache.budget import Pass, Plan
 from lagkv_ext.cache.buffer import RowBuffer, check_new_states, plain_tensors
 from lagkv_ext.cache.settings import LayerSettings
-
-
-@dataclasses.dataclass(frozen=True)
-class _Due:
-    """A compression that is accounted for while its rows are still in place."""
-
-    rows: int
-    start: int
+from lagkv_ext.cache.track import Track
 
 
 class LagKVLayer(CacheLayerMixin):
-    """Keys and values of one layer, compressed as they grow.
-
-    Two lengths, never mixed: ``seen`` is the number of tokens this layer was given (what positions count), ``rows``
-    the number of rows it holds. A row before ``start`` is a sink row or was chosen by a compression; the rows from
-    ``start`` on are the most recent tokens, all of them.
+    """Keys and values of one layer, compressed as they grow; their lengths and positions are in its `Track`.
 
     Memory. A new token is written behind the last row. In decoding, a compression that comes due runs in place, at the
     beginning of the next step: until then attention may still read the rows. After a prompt or a long chunk
@@ -51,13 +40,24 @@ class LagKVLayer(CacheLayerMixin):
         """Forget everything and give the memory back."""
         self.is_initialized = False
         self._buffer: RowBuffer | None = None
-        self._due: _Due | None = None
-        # int32 [B, H, start - sink_size]: positions of the rows that compressions chose
-        self._chosen: Tensor | None = None
-        self.seen = 0
-        self.rows = 0
-        self.start = self.settings.sink_size
-        self.compressions = 0
+        self._due: tuple[Pass, ...] = ()  # compressions accounted for while their rows are still in place
+        self._track = Track(self.settings)
+
+    @property
+    def seen(self) -> int:
+        return self._track.seen
+
+    @property
+    def rows(self) -> int:
+        return self._track.rows
+
+    @property
+    def start(self) -> int:
+        return self._track.start
+
+    @property
+    def compressions(self) -> int:
+        return self._track.compressions
 
     # -- what transformers asks
 
@@ -112,18 +112,20 @@ class LagKVLayer(CacheLayerMixin):
         buffer = self._buffer
         assert buffer is not None
         new = key_states.shape[2]
-        total = self.rows + new
-        count = self._count_due(total)
         before_use = self._count_before_use(new)
-        self.seen += new
-        if count and (total > buffer.capacity or 0 < before_use < count):
-            return self._replace(key_states, value_states, count, before_use)
+        planned = None if self.record_past else self._track.plan(new)
+        self._track.append(new)
+        total = self.rows
+        if planned is not None and planned.passes:
+            partly = 0 < before_use < planned.passes[0].count
+            if total > buffer.capacity or partly or len(planned.passes) > 1:
+                return self._replace(key_states, value_states, planned, before_use)
         if total > buffer.capacity:
             buffer.reallocate(self._capacity_for(total))
         buffer.append(key_states, value_states)
-        self.rows = total
-        if count:
-            self._due = self._account(count)
+        if planned is not None and planned.passes:
+            self._due = planned.passes
+            self._track.account(planned)
             if before_use:
                 self.settle()
         return buffer.key, buffer.value
@@ -137,12 +139,12 @@ class LagKVLayer(CacheLayerMixin):
         if self._buffer is None:
             return
         self.settle()
-        removed = min(-tokens_to_remove, self.rows)
-        self.rows -= removed
-        self.seen -= removed
+        self._track.remove(min(-tokens_to_remove, self.rows))
         self._buffer.rows = self.rows
-        if count := self.settings.compressed_count(self.rows, self.start):
-            self._due = self._account(count)
+        if self.record_past:
+            planned = self._track.plan()
+            self._due = planned.passes
+            self._track.account(planned)
             self.settle()
         if self._buffer.capacity > 2 * self._capacity_for(self.rows):
             self._buffer.reallocate(self._capacity_for(self.rows))
@@ -155,7 +157,7 @@ class LagKVLayer(CacheLayerMixin):
                 "crop takes the number of tokens to remove as a negative number (as transformers does), "
                 f"got {tokens_to_remove}"
             )
-        recent = self.rows - self.start
+        recent = self._track.recent
         if self.compressions and -tokens_to_remove > recent:
             raise ValueError(
                 f"crop would undo a compression: asked to remove {-tokens_to_remove} tokens, but only the last "
@@ -196,46 +198,31 @@ class LagKVLayer(CacheLayerMixin):
         self.settle()
         if self._buffer is None:
             raise ValueError("kept_positions: this layer has seen no token yet")
-        key = self._buffer.key
-
-        def span(begin: int, end: int) -> Tensor:
-            positions = torch.arange(begin, end, dtype=torch.int32, device=key.device)
-            return positions.expand(*key.shape[:2], end - begin)
-
-        if self._chosen is None:
-            return span(0, self.rows).contiguous()
-        recent = self.rows - self.start
-        return torch.cat(
-            [span(0, self.settings.sink_size), self._chosen, span(self.seen - recent, self.seen)], 2
-        )
+        batch, heads = self._buffer.key.shape[:2]
+        return self._track.positions(batch, heads, self._buffer.key.device)
 
     def storages(self) -> list[Tensor]:
         """The tensors that this layer keeps alive."""
         tensors = [] if self._buffer is None else self._buffer.storages
-        return tensors if self._chosen is None else [*tensors, self._chosen]
+        return tensors if self._track.chosen is None else [*tensors, self._track.chosen]
 
     def uncompressed_bytes(self) -> int:
         """Bytes of the keys and values of every token seen."""
         return 0 if self._buffer is None else self.seen * self._buffer.bytes_per_row
 
     def settle(self) -> None:
-        """Run the compression that the last step left due; only once attention of that step has run."""
-        if self._due is None:
+        """Run the compressions that the last step left due; only once attention of that step has run."""
+        if not self._due:
             return
         assert self._buffer is not None
-        due, self._due = self._due, None
+        passes, self._due = self._due, ()
         with plain_tensors():
-            index = torch.ops.lagkv.compress_(
-                self._buffer.key,
-                self._buffer.value,
-                due.start,
-                self.settings.lag_size,
-                self.settings.keep,
-                value_weight=self.settings.value_weight,
-                score=self.settings.score,
-            )
-            self._buffer.rows = self.rows
-            self._record(index, due)
+            for done in passes:
+                index = torch.ops.lagkv.compress_(
+                    self._buffer.key, self._buffer.value, done.start, **self.settings.operator_arguments
+                )
+                self._buffer.rows -= self._dropped(done.count)
+                self._track.record(index, done)
 
     # -- compression
 
@@ -244,63 +231,43 @@ class LagKVLayer(CacheLayerMixin):
         if self.settings.order == "use_then_compress":
             return 0
         old = max(self.rows - self.start, 0) // self.settings.lag_size
-        return min(old, self._count_due(self.rows + new))
-
-    def _count_due(self, rows: int) -> int:
-        return 0 if self.record_past else self.settings.compressed_count(rows, self.start)
+        due = 0 if self.record_past else self.settings.compressed_count(self.rows + new, self.start)
+        return min(old, due)
 
     def _dropped(self, count: int) -> int:
         return count * (self.settings.lag_size - self.settings.keep)
 
-    def _account(self, count: int) -> _Due:
-        """Set the lengths to those after a compression of ``count`` partitions; returns what it starts from."""
-        due = _Due(self.rows, self.start)
-        self.rows -= self._dropped(count)
-        self.start += count * self.settings.keep
-        self.compressions += 1
-        return due
-
-    def _replace(self, key: Tensor, value: Tensor, count: int, before_use: int) -> tuple[Tensor, Tensor]:
+    def _replace(self, key: Tensor, value: Tensor, planned: Plan, before_use: int) -> tuple[Tensor, Tensor]:
         """Compress into new storage of exactly the rows that stay. The full states belong to the caller alone."""
         assert self._buffer is not None
         with plain_tensors():
-            if self.rows:
+            if self._buffer.rows:
                 key = torch.cat([self._buffer.key, key], dim=2)
                 value = torch.cat([self._buffer.value, value], dim=2)
             self._buffer = None  # the old rows are free before the new ones come
-            self.rows = key.shape[2]
-            due = self._account(count)
-            new_key, new_value, index = self._compress(key, value, due.start)
+            self._track.account(planned)
+            first = planned.passes[0]
+            once_key, once_value, index = self._compress(key, value, first.start)
+            self._track.record(index, first)
+            new_key, new_value = once_key, once_value
+            for done in planned.passes[1:]:
+                new_key, new_value, index = self._compress(new_key, new_value, done.start)
+                self._track.record(index, done)
             self._buffer = RowBuffer(new_key, new_value)
-            self._record(index, due)
             if before_use == 0:
                 return key, value
-            if before_use == count:
-                return new_key, new_value
+            if before_use == first.count:
+                return once_key, once_value
             # Some new tokens are among what is dropped: for this step compress only the partitions before them.
-            end = due.start + (before_use + 1) * self.settings.lag_size
-            old_key, old_value, _ = self._compress(key[:, :, :end], value[:, :, :end], due.start)
+            end = first.start + (before_use + 1) * self.settings.lag_size
+            old_key, old_value, _ = self._compress(key[:, :, :end], value[:, :, :end], first.start)
             key = torch.cat([old_key, key[:, :, end:]], dim=2)
             return key, torch.cat([old_value, value[:, :, end:]], dim=2)
 
     def _compress(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         # The operator takes any strides but those of a last dimension that is not contiguous.
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-        return torch.ops.lagkv.compress(
-            key,
-            value,
-            start,
-            self.settings.lag_size,
-            self.settings.keep,
-            value_weight=self.settings.value_weight,
-            score=self.settings.score,
-        )
-
-    def _record(self, index: Tensor, due: _Due) -> None:
-        """Positions of the rows that were chosen: among ``due.rows`` rows, of which those from its start on were the
-        last tokens seen, in order."""
-        chosen = index[:, :, due.start : self.start] + (self.seen - due.rows)
-        self._chosen = chosen if self._chosen is None else torch.cat([self._chosen, chosen], dim=2)
+        return torch.ops.lagkv.compress(key, value, start, **self.settings.operator_arguments)
 
     # -- memory
 
@@ -313,13 +280,14 @@ class LagKVLayer(CacheLayerMixin):
         if not self.settings.compresses:
             return rows + max(rows // 16, 64)
         most = self._most_needed()
-        return min(rows + max(rows, 64), most) if rows <= most else rows + rows // 16
+        capacity = min(rows + max(rows, 64), most) if rows <= most else rows + rows // 16
+        budget = self.settings.max_tokens
+        return capacity if budget is None else max(rows, min(capacity, budget))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffer is None:
             return
         self.settle()
         self._buffer.map(change)
-        if self._chosen is not None:
-            with plain_tensors():
-                self._chosen = change(self._chosen)
+        with plain_tensors():
+            self._track.map(change)

@@ -31,6 +31,16 @@ class LayerSettings:
     def compresses(self) -> bool:
         return self.keep < self.lag_size
 
+    @property
+    def operator_arguments(self) -> dict[str, Any]:
+        """What the operators are told beyond keys, values and start."""
+        return {
+            "lag_size": self.lag_size,
+            "keep": self.keep,
+            "value_weight": self.value_weight,
+            "score": self.score,
+        }
+
     def compressed_count(self, rows: int, start: int) -> int:
         """Partitions that lose tokens when ``rows`` rows are compressed from ``start`` on."""
         return checks.compressed_count(rows, start, self.lag_size) if self.compresses else 0

@@ -1,0 +1,89 @@
+"""What is known of the rows of a cache: how many, how many of them are settled, and which token each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lagkv_ext.cache.budget import Pass, Plan, plan
+from lagkv_ext.cache.settings import LayerSettings
+
+
+class Track:
+    """Lengths and positions of the rows of sequences that are compressed together.
+
+    Two lengths, never mixed: ``seen`` is the number of tokens given (what positions count), ``rows`` the number of
+    rows held. Rows come in this order: the sink; the rows that compressions chose; the most recent tokens, all of them.
+    The next compression spares the rows before ``start``: the sink and what was chosen, or (once a budget has made it
+    start again) the sink alone.
+    """
+
+    def __init__(self, settings: LayerSettings):
+        self.settings = settings
+        self.seen = 0
+        self.rows = 0
+        self.start = settings.sink_size
+        self.compressions = 0
+        self.chosen: Tensor | None = None  #: int32 [B, H, n]: positions of the rows that compressions chose
+        self._chosen_count = 0  # n, known before the rows are compressed
+
+    @property
+    def recent(self) -> int:
+        """Rows at the end that are the last tokens seen, all of them."""
+        return self.rows - self.settings.sink_size - self._chosen_count if self.compressions else self.rows
+
+    def append(self, new: int) -> None:
+        self.seen += new
+        self.rows += new
+
+    def remove(self, count: int) -> None:
+        """Forget the last ``count`` tokens, which must be `recent` ones."""
+        self.seen -= count
+        self.rows -= count
+
+    def plan(self, new: int = 0) -> Plan:
+        """What ``new`` tokens more set off."""
+        return plan(self.settings, self.rows + new, self.start)
+
+    def account(self, planned: Plan) -> None:
+        """Set the lengths to those after these compressions. The positions follow, with `record` for every pass."""
+        self.rows, self.start = planned.rows, planned.start
+        self.compressions += len(planned.passes)
+        for done in planned.passes:
+            self._chosen_count = self._chosen_after(done, self._chosen_count)
+
+    def record(self, index: Tensor, done: Pass) -> None:
+        """Positions of the rows that ``done`` left, given the operator's ``index [B, H, >= rows left]``."""
+        sink = self.settings.sink_size
+        before = 0 if self.chosen is None else self.chosen.shape[2]
+        rows = index[:, :, sink : sink + self._chosen_after(done, before)]
+        positions = rows + (self.seen - done.rows)
+        if self.chosen is not None:
+            earlier = self.chosen.gather(2, (rows - sink).clamp(max=before - 1).long())
+            positions = torch.where(rows < sink + before, earlier, positions)
+        self.chosen = positions
+
+    def _chosen_after(self, done: Pass, before: int) -> int:
+        """Chosen rows after a compression of ``before``: up to where it chose, or beyond where it started again and
+        its last partition, which stays whole, has some of them."""
+        dropped = done.count * (self.settings.lag_size - self.settings.keep)
+        return max(done.start - self.settings.sink_size + done.count * self.settings.keep, before - dropped)
+
+    def positions(self, batch: int, heads: int, device: torch.device) -> Tensor:
+        """int32 ``[batch, heads, rows]``: the position of every row, ascending."""
+
+        def span(begin: int, end: int) -> Tensor:
+            positions = torch.arange(begin, end, dtype=torch.int32, device=device)
+            return positions.expand(batch, heads, end - begin)
+
+        if self.chosen is None:
+            return span(0, self.rows).contiguous()
+        return torch.cat(
+            [span(0, self.settings.sink_size), self.chosen, span(self.seen - self.recent, self.seen)], 2
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.chosen is not None:
+            self.chosen = change(self.chosen)
