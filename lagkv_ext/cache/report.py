@@ -101,10 +101,12 @@ class LagKVStates(Protocol):
     """What a full-attention layer tells of itself."""
 
     settings: LayerSettings
-    seen: Any  #: a number, in a tensor where it lives on the device
-    compressions: Any
     is_initialized: bool
 
+    @property
+    def seen(self) -> Any: ...  # a number, in a tensor where it lives on the device
+    @property
+    def compressions(self) -> Any: ...
     @property
     def rows(self) -> int: ...
     def storages(self) -> list[Tensor]: ...

@@ -1,0 +1,25 @@
+"""Every file in examples/ runs as it stands, offline and in seconds, and is short enough to be read at once."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda x: x.stem)
+def test_example(path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = path.read_text(encoding="utf-8")
+    if "transformers" in source:
+        pytest.importorskip("transformers", reason="this example needs transformers")
+    assert len(source.splitlines()) <= 20
+    assert source.startswith('"""')
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.strip(), "an example shows what it did"
