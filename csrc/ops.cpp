@@ -16,6 +16,17 @@ STABLE_TORCH_LIBRARY(lagkv, m) {
       "str score=\"std\") -> Tensor");
   m.def("topk_index(Tensor score, SymInt keep) -> Tensor");
   m.def("compact(Tensor x, Tensor index) -> Tensor");
+  m.def(
+      "compress_ragged_(Tensor(a!) key, Tensor(b!) value, Tensor(c!) start, Tensor(d!) length, SymInt "
+      "lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\") -> Tensor index");
+  m.def(
+      "compress_varlen(Tensor key, Tensor value, Tensor cu_seqlens, Tensor start, SymInt lag_size, SymInt "
+      "keep, *, float value_weight=1.0, str score=\"std\") -> (Tensor key, Tensor value, Tensor index, "
+      "Tensor cu_seqlens, Tensor start)");
+  m.def(
+      "compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, "
+      "Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\") -> "
+      "Tensor index");
   // Instruction set the CPU kernels use: "portable", "avx2" or "avx512" (LAGKV_CPU_ISA overrides the choice).
   m.def("_cpu_isa() -> str");
 }

@@ -31,8 +31,7 @@ LAGKV_HOST_DEVICE int64_t output_length(int64_t length, int64_t start, int64_t l
 }
 
 /// Where the rows of a [B, H, N, D] tensor lie. Strides are in elements; a row of `dim` elements is
-/// contiguous. This is the dense form of an address map: ragged forms (slots, packed rows, pages) offer the
-/// same `row`.
+/// contiguous. This is the dense form of an address map; the ragged forms are `RaggedRows` (ragged.h).
 template <class T>
 struct StridedRows {
   T* data;

@@ -22,6 +22,7 @@ from lagkv_ext.ops import (
     partition_bounds,
     topk_index,
 )
+from lagkv_ext.ragged import PackedCompressed, compress_paged_, compress_ragged_, compress_varlen
 from lagkv_ext.version import __version__
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Compressed",
     "LagKVCache",
+    "PackedCompressed",
     "__version__",
     "compact",
     "compress",
     "compress_",
+    "compress_paged_",
+    "compress_ragged_",
+    "compress_varlen",
     "info",
     "keep_count",
     "lag_score",

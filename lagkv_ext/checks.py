@@ -54,18 +54,18 @@ def check_compress(
 ) -> None:
     _check_pair(op, key, value)
     _check_start(op, start)
-    _check_lag_size(op, lag_size)
-    _check_keep(op, keep, "lag_size", lag_size)
-    _check_scoring(op, value_weight, score)
+    check_lag_size(op, lag_size)
+    check_keep(op, keep, "lag_size", lag_size)
+    check_scoring(op, value_weight, score)
 
 
 def check_compress_(
     key: Tensor, value: Tensor, start: int, lag_size: int, keep: int, value_weight: float, score: str
 ) -> None:
     check_compress(key, value, start, lag_size, keep, value_weight, score, op="compress_")
-    _check_writable("compress_", "key", key)
-    _check_writable("compress_", "value", value)
-    _check(
+    check_writable("compress_", "key", key)
+    check_writable("compress_", "value", value)
+    check(
         key is not value,
         "compress_",
         lambda: "value must not share its memory with key, got the same address for both",
@@ -75,7 +75,7 @@ def check_compress_(
 def check_partition_bounds(x: Tensor, start: int, lag_size: int) -> None:
     _check_rows("partition_bounds", "x", x)
     _check_start("partition_bounds", start)
-    _check_lag_size("partition_bounds", lag_size)
+    check_lag_size("partition_bounds", lag_size)
 
 
 def check_lag_score(
@@ -83,39 +83,41 @@ def check_lag_score(
 ) -> None:
     _check_pair("lag_score", key, value)
     _check_start("lag_score", start)
-    _check_lag_size("lag_score", lag_size)
-    _check_scoring("lag_score", value_weight, score)
+    check_lag_size("lag_score", lag_size)
+    check_scoring("lag_score", value_weight, score)
 
 
 def check_topk_index(score: Tensor, keep: int) -> None:
     op = "topk_index"
-    _check(score.dim() >= 1, op, lambda: "score must have at least 1 dimension [..., L], got a scalar")
-    _check_dtype(op, "score", score)
-    _check(
+    check(score.dim() >= 1, op, lambda: "score must have at least 1 dimension [..., L], got a scalar")
+    check_dtype(op, "score", score)
+    check(
         score.shape[-1] <= MAX_LENGTH,
         op,
         lambda: f"score must have at most {MAX_LENGTH} columns, got {score.shape[-1]}",
     )
-    _check_keep(op, keep, "the last dimension of score", score.shape[-1])
-    _check_contiguous(op, "score", score)
+    check_keep(op, keep, "the last dimension of score", score.shape[-1])
+    check_contiguous(op, "score", score)
 
 
 def check_compact(x: Tensor, index: Tensor) -> None:
     op = "compact"
     _check_rows(op, "x", x)
-    _check(index.dim() == 3, op, lambda: f"index must have 3 dimensions [B, H, K], got shape {_shape(index)}")
-    _check(index.dtype == torch.int32, op, lambda: f"index must be int32, got {_dtype(index)}")
-    _check(
+    check(
+        index.dim() == 3, op, lambda: f"index must have 3 dimensions [B, H, K], got shape {shape_text(index)}"
+    )
+    check(index.dtype == torch.int32, op, lambda: f"index must be int32, got {dtype_text(index)}")
+    check(
         index.device == x.device,
         op,
         lambda: f"index must be on the device of x ({x.device}), got {index.device}",
     )
-    _check(
+    check(
         index.shape[0] == x.shape[0] and index.shape[1] == x.shape[1],
         op,
-        lambda: f"index must agree with x in batch and heads {_shape(x)}, got shape {_shape(index)}",
+        lambda: f"index must agree with x in batch and heads {shape_text(x)}, got shape {shape_text(index)}",
     )
-    _check(
+    check(
         index.shape[2] <= MAX_LENGTH,
         op,
         lambda: f"index must have at most {MAX_LENGTH} columns, got {index.shape[2]}",
@@ -125,7 +127,7 @@ def check_compact(x: Tensor, index: Tensor) -> None:
 def check_index_range(index: Tensor, length: int) -> None:
     """Values of an index; needs the data, so only where they are at hand."""
     bad = index[(index < 0) | (index >= length)]
-    _check(
+    check(
         bad.numel() == 0,
         "compact",
         lambda: f"index must hold positions between 0 and {length - 1}, got {int(bad[0])}",
@@ -143,41 +145,41 @@ def _min(a: Any, b: Any) -> Any:
     return min(a, b) if type(a) is type(b) is int else torch.sym_min(a, b)
 
 
-def _check(condition: bool, op: str, message: Callable[[], str]) -> None:
+def check(condition: bool, op: str, message: Callable[[], str]) -> None:
     torch._check(condition, lambda: f"lagkv::{op}: {message()}")
 
 
-def _shape(x: Tensor) -> str:
+def shape_text(x: Tensor) -> str:
     return "[" + ", ".join(str(n) for n in x.shape) + "]"
 
 
-def _dtype(x: Tensor) -> str:
+def dtype_text(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _check_dtype(op: str, name: str, x: Tensor) -> None:
-    _check(
+def check_dtype(op: str, name: str, x: Tensor) -> None:
+    check(
         x.dtype in FLOATING,
         op,
-        lambda: f"{name} must be float16, bfloat16, float32 or float64, got {_dtype(x)}",
+        lambda: f"{name} must be float16, bfloat16, float32 or float64, got {dtype_text(x)}",
     )
 
 
 def _check_rows(op: str, name: str, x: Tensor) -> None:
-    _check(x.dim() == 4, op, lambda: f"{name} must have 4 dimensions [B, H, N, D], got shape {_shape(x)}")
-    _check_dtype(op, name, x)
-    _check(
+    check(x.dim() == 4, op, lambda: f"{name} must have 4 dimensions [B, H, N, D], got shape {shape_text(x)}")
+    check_dtype(op, name, x)
+    check(
         x.shape[2] <= MAX_LENGTH,
         op,
         lambda: f"{name} must have at most {MAX_LENGTH} tokens, got {x.shape[2]}",
     )
-    _check_contiguous(op, name, x)
+    check_contiguous(op, name, x)
 
 
-def _check_contiguous(op: str, name: str, x: Tensor) -> None:
+def check_contiguous(op: str, name: str, x: Tensor) -> None:
     # Tracing must not specialise on sizes, so the size is only asked for where the stride is wrong.
     if x.stride(-1) != 1:
-        _check(
+        check(
             x.shape[-1] <= 1 or x.numel() == 0,
             op,
             lambda: f"{name} must have a contiguous last dimension (stride 1), got stride {x.stride(-1)}",
@@ -187,12 +189,12 @@ def _check_contiguous(op: str, name: str, x: Tensor) -> None:
 def _check_pair(op: str, key: Tensor, value: Tensor) -> None:
     _check_rows(op, "key", key)
     _check_rows(op, "value", value)
-    _check(
+    check(
         value.dtype == key.dtype,
         op,
-        lambda: f"value must have the dtype of key ({_dtype(key)}), got {_dtype(value)}",
+        lambda: f"value must have the dtype of key ({dtype_text(key)}), got {dtype_text(value)}",
     )
-    _check(
+    check(
         value.device == key.device,
         op,
         lambda: f"value must be on the device of key ({key.device}), got {value.device}",
@@ -202,36 +204,36 @@ def _check_pair(op: str, key: Tensor, value: Tensor) -> None:
 
 
 def _check_agrees(op: str, key: Tensor, value: Tensor, dim: int, what: str) -> None:
-    _check(
+    check(
         value.shape[dim] == key.shape[dim],
         op,
-        lambda: f"value must agree with key in {what} {_shape(key)}, got shape {_shape(value)}",
+        lambda: f"value must agree with key in {what} {shape_text(key)}, got shape {shape_text(value)}",
     )
 
 
 def _check_start(op: str, start: int) -> None:
-    _check(start >= 0, op, lambda: f"start must be at least 0, got {start}")
+    check(start >= 0, op, lambda: f"start must be at least 0, got {start}")
 
 
-def _check_lag_size(op: str, lag_size: int) -> None:
-    _check(lag_size >= 1, op, lambda: f"lag_size must be at least 1, got {lag_size}")
+def check_lag_size(op: str, lag_size: int) -> None:
+    check(lag_size >= 1, op, lambda: f"lag_size must be at least 1, got {lag_size}")
 
 
-def _check_keep(op: str, keep: int, bound_name: str, bound: int) -> None:
-    _check(keep >= 1, op, lambda: f"keep must be at least 1, got {keep}")
-    _check(keep <= bound, op, lambda: f"keep must be at most {bound_name} ({bound}), got {keep}")
+def check_keep(op: str, keep: int, bound_name: str, bound: int) -> None:
+    check(keep >= 1, op, lambda: f"keep must be at least 1, got {keep}")
+    check(keep <= bound, op, lambda: f"keep must be at most {bound_name} ({bound}), got {keep}")
 
 
-def _check_scoring(op: str, value_weight: float, score: str) -> None:
-    _check(math.isfinite(value_weight), op, lambda: f"value_weight must be finite, got {value_weight}")
-    _check(score in SCORES, op, lambda: f"score must be 'std' or 'cosine', got '{score}'")
+def check_scoring(op: str, value_weight: float, score: str) -> None:
+    check(math.isfinite(value_weight), op, lambda: f"value_weight must be finite, got {value_weight}")
+    check(score in SCORES, op, lambda: f"score must be 'std' or 'cosine', got '{score}'")
 
 
-def _check_writable(op: str, name: str, x: Tensor) -> None:
+def check_writable(op: str, name: str, x: Tensor) -> None:
     """A tensor that is written must not hold one element at two places."""
     for dim in range(3):
         if x.stride(dim) == 0:
-            _check(
+            check(
                 x.shape[dim] <= 1 or x.numel() == 0,
                 op,
                 lambda: (

@@ -75,7 +75,7 @@ def compress(
     Raises:
         RuntimeError, ValueError: naming the argument, what it must be and what it got.
     """
-    keep = _resolve_keep(keep, keep_ratio, lag_size)
+    keep = resolve_keep(keep, keep_ratio, lag_size)
     return Compressed(
         *torch.ops.lagkv.compress(
             key, value, sink_size, lag_size, keep, value_weight=float(value_weight), score=score
@@ -106,7 +106,7 @@ def compress_(
         RuntimeError, ValueError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself (an expanded
             tensor), both are one memory, or one requires grad while gradients are recorded. Nothing is written then.
     """
-    keep = _resolve_keep(keep, keep_ratio, lag_size)
+    keep = resolve_keep(keep, keep_ratio, lag_size)
     if torch.is_grad_enabled():
         for name, tensor in (("key", key), ("value", value)):
             if tensor.requires_grad:
@@ -194,7 +194,8 @@ def next_start(length: int, start: int, lag_size: int, keep: int) -> int:
     return start + keep * checks.compressed_count(length, start, lag_size)
 
 
-def _resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> int:
+def resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> int:
+    """``keep`` as given, or what ``keep_ratio`` comes to; an error where both are given."""
     if keep is None:
         return keep_count(DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio, lag_size)
     if keep_ratio is not None:
@@ -312,12 +313,19 @@ torch.library.register_autograd("lagkv::partition_bounds", _constant_backward, s
 
 # A tensor that is written must say so, or autograd would use what it saved of the old rows without an error.
 
-
-def _compress_in_place(keyset, key, value, *sizes, **scoring):
-    torch.autograd.graph.increment_version((key, value))
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
-    return torch.ops.lagkv.compress_.default.redispatch(below, key, value, *sizes, **scoring)
+_in_place = torch.library.Library("lagkv", "IMPL")  # lives as long as its kernels are registered
 
 
-_in_place = torch.library.Library("lagkv", "IMPL")  # lives as long as its kernel is registered
-_in_place.impl("compress_", _compress_in_place, "ADInplaceOrView", with_keyset=True)
+def register_in_place(name: str, written: tuple[int, ...]) -> None:
+    """The operator ``name`` bumps the version of its arguments at the positions ``written``."""
+    operator = getattr(torch.ops.lagkv, name).default
+
+    def bump(keyset, *arguments, **scoring):
+        torch.autograd.graph.increment_version([arguments[i] for i in written])
+        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        return operator.redispatch(below, *arguments, **scoring)
+
+    _in_place.impl(name, bump, "ADInplaceOrView", with_keyset=True)
+
+
+register_in_place("compress_", (0, 1))

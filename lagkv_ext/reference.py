@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks
+from lagkv_ext import checks, checks_ragged
 
 
 def partition_bounds(x: Tensor, start: int, lag_size: int) -> Tensor:
@@ -86,6 +86,119 @@ def compress_(
     key[:, :, : index.shape[2]] = new_key
     value[:, :, : index.shape[2]] = new_value
     return index
+
+
+def compress_ragged_(
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    length: Tensor,
+    lag_size: int,
+    keep: int,
+    *,
+    value_weight: float = 1.0,
+    score: str = "std",
+) -> Tensor:
+    """`compress` of every slot: sequence ``b`` is the first ``length[b]`` rows of ``key[b]`` and ``value[b]``."""
+    checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
+    checks_ragged.check_slot_values(start, length, key.shape[2])
+    index = key.new_full(key.shape[:3], -1, dtype=torch.int32)
+    for b, tokens in enumerate(length.tolist()):
+        sequence = key[b : b + 1, :, :tokens], value[b : b + 1, :, :tokens]
+        new_key, new_value, kept, new_start = _compress_one(
+            sequence, int(start[b]), lag_size, keep, value_weight, score
+        )
+        rows = kept.shape[2]
+        key[b, :, :rows], value[b, :, :rows], index[b, :, :rows] = new_key[0], new_value[0], kept[0]
+        start[b], length[b] = new_start, rows
+    return index
+
+
+def compress_varlen(
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    start: Tensor,
+    lag_size: int,
+    keep: int,
+    *,
+    value_weight: float = 1.0,
+    score: str = "std",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`compress` of packed rows: sequence ``b`` is ``key[cu_seqlens[b] : cu_seqlens[b + 1]]``, and so is the result.
+
+    ``(key [T, H, Dk], value [T, H, Dv], index [H, T], cu_seqlens [B + 1], start [B])``; rows from the new
+    ``cu_seqlens[-1]`` on are zero here and unspecified elsewhere.
+    """
+    checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score)
+    checks_ragged.check_packed_values(cu_seqlens, start, key.shape[0])
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    kept: list[Tensor] = []
+    new_cu_seqlens, new_start = cu_seqlens.clone(), start.clone()
+    for b in range(start.shape[0]):
+        rows = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        sequence = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
+        one = _compress_one(sequence, int(start[b]), lag_size, keep, value_weight, score)
+        for results, result in zip((keys, values, kept), one[:3], strict=True):
+            results.append(result[0])
+        new_start[b] = one[3]
+        new_cu_seqlens[b + 1] = new_cu_seqlens[b] + one[2].shape[2]
+    heads, spare = key.shape[1], key.shape[0] - int(new_cu_seqlens[-1])
+    new_key, new_value = (
+        torch.cat([*rows, x.new_zeros(heads, spare, x.shape[2])], dim=1).transpose(0, 1).contiguous()
+        for x, rows in ((key, keys), (value, values))
+    )
+    index = torch.cat([*kept, key.new_full((heads, spare), -1, dtype=torch.int32)], dim=1)
+    return new_key, new_value, index, new_cu_seqlens, new_start
+
+
+def compress_paged_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    start: Tensor,
+    length: Tensor,
+    lag_size: int,
+    keep: int,
+    *,
+    value_weight: float = 1.0,
+    score: str = "std",
+) -> Tensor:
+    """`compress` of pages: token ``i`` of sequence ``b`` is row ``i % block_size`` of block
+    ``block_table[b, i // block_size]`` of the pools ``[blocks, block_size, H, D]``.
+    """
+    checks_ragged.check_compress_paged_(
+        key_cache, value_cache, block_table, start, length, lag_size, keep, value_weight, score
+    )
+    blocks, block_size, heads = key_cache.shape[:3]
+    checks_ragged.check_page_values(block_table, start, length, lag_size, keep, blocks, block_size)
+    capacity = block_table.shape[1] * block_size
+    index = key_cache.new_full((block_table.shape[0], heads, capacity), -1, dtype=torch.int32)
+    for b, tokens in enumerate(length.tolist()):
+        position = torch.arange(tokens, device=key_cache.device)
+        block, row = block_table[b, position // block_size].long(), position % block_size
+        sequence = key_cache[block, row].transpose(0, 1)[None], value_cache[block, row].transpose(0, 1)[None]
+        new_key, new_value, kept, new_start = _compress_one(
+            sequence, int(start[b]), lag_size, keep, value_weight, score
+        )
+        rows = kept.shape[2]
+        if rows < tokens:
+            moved = position[int(start[b]) : rows]
+            key_cache[block[moved], row[moved]] = new_key[0, :, moved].transpose(0, 1)
+            value_cache[block[moved], row[moved]] = new_value[0, :, moved].transpose(0, 1)
+        index[b, :, :rows] = kept[0]
+        start[b], length[b] = new_start, rows
+    return index
+
+
+def _compress_one(
+    pair: tuple[Tensor, Tensor], start: int, lag_size: int, keep: int, value_weight: float, score: str
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`compress` of one sequence's key and value ``[1, H, N, D]``, and the start of the next compression."""
+    key, value, index = compress(*pair, start, lag_size, keep, value_weight=value_weight, score=score)
+    new_start = start + keep * checks.compressed_count(pair[0].shape[2], start, lag_size)
+    return key, value, index, new_start
 
 
 def _partitions(x: Tensor, start: int, lag_size: int) -> Tensor:

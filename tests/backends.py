@@ -1,4 +1,4 @@
-"""The six operators behind one face for every backend, so that one suite drives them all.
+"""The operators behind one face for every backend, so that one suite drives them all.
 
 ``reference`` is plain PyTorch (it tests the tests), ``cpu-*`` the C++ kernels at each instruction set, ``simt`` the
 CUDA kernels in the executor, ``cuda`` the CUDA kernels on a card.
@@ -79,6 +79,17 @@ class Backend:
 
     def compact(self, x, index):
         return self._call("compact", x, index)
+
+    def compress_ragged_(self, key, value, start, length, lag_size, keep, **scoring):
+        return self._call("compress_ragged_", key, value, start, length, lag_size, keep, **scoring)
+
+    def compress_varlen(self, key, value, cu_seqlens, start, lag_size, keep, **scoring):
+        return self._call("compress_varlen", key, value, cu_seqlens, start, lag_size, keep, **scoring)
+
+    def compress_paged_(self, key_cache, value_cache, block_table, start, length, lag_size, keep, **scoring):
+        return self._call(
+            "compress_paged_", key_cache, value_cache, block_table, start, length, lag_size, keep, **scoring
+        )
 
     def _call(self, operator: str, *args, **kwargs):
         with cpu_isa(self.isa), poisoned_allocations():

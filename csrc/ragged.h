@@ -1,0 +1,99 @@
+// What the kernels of the ragged operators are told: sequences that each have their own start and length, in
+// slots, packed rows or pages. One method, three address maps. No torch, no CUDA runtime.
+#pragma once
+
+#include "params.h"
+
+namespace lagkv {
+
+/// Where row `position` of a sequence lies. Strides are in elements; a row of `dim` elements is contiguous.
+///
+///   slots   block `sequence`:                            offsets and block_table null
+///   packed  rows offsets[sequence] + position:           offsets = cu_seqlens [B + 1]
+///   pages   block block_table[sequence, position / block_size], row position % block_size in it
+template <class T>
+struct RaggedRows {
+  T* data;
+  int64_t block_stride;  // of a slot or of a page
+  int64_t head_stride;
+  int64_t row_stride;
+  int64_t dim;
+  const int32_t* offsets;
+  const int32_t* block_table;  // [B, max_blocks], contiguous in the last dimension
+  int64_t table_stride;
+  int64_t block_size;
+
+  LAGKV_HOST_DEVICE T* row(int64_t sequence, int64_t head, int64_t position) const {
+    int64_t block = sequence;
+    if (offsets != nullptr) {
+      block = 0;
+      position += offsets[sequence];
+    } else if (block_table != nullptr) {
+      block = block_table[sequence * table_stride + position / block_size];
+      position %= block_size;
+    }
+    return data + block * block_stride + head * head_stride + position * row_stride;
+  }
+
+  /// How many rows from `position` on lie `row_stride` apart for certain: to the end of the page.
+  LAGKV_HOST_DEVICE int64_t rows_together(int64_t position) const {
+    return block_table == nullptr ? int64_t{1} << 62 : block_size - position % block_size;
+  }
+};
+
+/// One sequence as its start and length say. A sequence whose values cannot be is left as it is: the CPU has
+/// refused it before, a device finds out in its kernels.
+struct RaggedSequence {
+  bool valid;             // 0 <= start and 0 <= length <= capacity
+  int64_t start, length;  // both 0 where not valid
+  int64_t compressed;     // partitions that lose tokens, P - 1
+  int64_t new_start, new_length;
+};
+
+LAGKV_HOST_DEVICE RaggedSequence ragged_sequence(int64_t start, int64_t length, int64_t capacity,
+                                                 int64_t lag_size, int64_t keep) {
+  if (start < 0 || length < 0 || length > capacity) return {false, 0, 0, 0, 0, 0};
+  const int64_t compressed = compressed_count(length, start, lag_size);
+  return {
+      true, start, length, compressed, start + compressed * keep, length - compressed * (lag_size - keep)};
+}
+
+/// The arguments of compress_ragged_, compress_varlen and compress_paged_. In place, *_out are the inputs.
+///
+/// compress_varlen has no length: it is offsets[b + 1] - offsets[b], and the new lengths make
+/// key_out.offsets = value_out.offsets, which the kernels write first (as new_offsets).
+template <class T>
+struct RaggedParams {
+  RaggedRows<const T> key;  // slots [B, H, capacity, Dk]; rows [T, H, Dk]; pages [blocks, block_size, H, Dk]
+  RaggedRows<const T> value;  // as key, with Dv
+  RaggedRows<T> key_out, value_out;
+  const int32_t* start;   // [B]
+  const int32_t* length;  // [B]; varlen: null
+  int32_t* new_start;     // [B], in place: start
+  int32_t* new_length;    // [B], in place: length; varlen: null
+  int32_t* new_offsets;   // [B + 1]; varlen alone
+  /// Position in its sequence of every row that stayed, ascending; -1 past the new length (varlen: past the
+  /// new rows of all sequences). slots and pages [B, H, capacity]; varlen [H, T] = [H, capacity], from
+  /// new_offsets[b] on. Contiguous.
+  int32_t* index;
+  int64_t batch, heads, capacity;  // B, H, rows that a sequence can have (varlen: T)
+  int64_t blocks;                  // pages in the pool; block_table must stay in 0 .. blocks - 1
+  int64_t lag_size, keep;
+  double value_weight;
+  Score score;
+
+  LAGKV_HOST_DEVICE bool is_packed() const { return key.offsets != nullptr; }
+
+  LAGKV_HOST_DEVICE RaggedSequence sequence(int64_t b) const {
+    const int64_t tokens =
+        is_packed() ? static_cast<int64_t>(key.offsets[b + 1]) - key.offsets[b] : length[b];
+    return ragged_sequence(start[b], tokens, capacity, lag_size, keep);
+  }
+
+  /// Where the index of a sequence's head begins.
+  LAGKV_HOST_DEVICE int32_t* index_of(int64_t b, int64_t head) const {
+    return is_packed() ? index + head * capacity + new_offsets[b] : index + (b * heads + head) * capacity;
+  }
+};
+
+}  // namespace lagkv

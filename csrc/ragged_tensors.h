@@ -1,0 +1,108 @@
+// Tensors that passed the checks as RaggedParams: the same for every backend.
+#pragma once
+
+#include "checks_ragged.h"
+
+namespace lagkv {
+
+inline const int32_t* numbers(const Tensor& x) { return static_cast<const int32_t*>(x.data_ptr()); }
+inline int32_t* written_numbers(const Tensor& x) { return static_cast<int32_t*>(x.data_ptr()); }
+
+/// The stride of a dimension of one element is never used; it must not spoil the alignment of the others.
+inline int64_t step(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) : 0; }
+
+template <class T>
+RaggedRows<T> slot_rows(const Tensor& x) {  // [B, H, capacity, D]
+  return {static_cast<T*>(x.data_ptr()),
+          step(x, 0),
+          step(x, 1),
+          step(x, 2),
+          x.size(3),
+          nullptr,
+          nullptr,
+          0,
+          x.size(2)};
+}
+
+template <class T>
+RaggedRows<T> packed_rows(const Tensor& x, const Tensor& cu_seqlens) {  // [T, H, D]
+  return {static_cast<T*>(x.data_ptr()), 0,       step(x, 1), step(x, 0), x.size(2),
+          numbers(cu_seqlens),           nullptr, 0,          x.size(0)};
+}
+
+template <class T>
+RaggedRows<T> page_rows(const Tensor& x, const Tensor& block_table) {  // [blocks, block_size, H, D]
+  return {static_cast<T*>(x.data_ptr()), step(x, 0),           step(x, 2), step(x, 1), x.size(3), nullptr,
+          numbers(block_table),          step(block_table, 0), x.size(1)};
+}
+
+/// What the three operators have in common; their rows, numbers and index follow below.
+template <class T>
+RaggedParams<T> ragged_params(int64_t batch, int64_t heads, int64_t capacity, int64_t lag_size, int64_t keep,
+                              double value_weight, Score score) {
+  RaggedParams<T> params{};
+  params.batch = batch;
+  params.heads = heads;
+  params.capacity = capacity;
+  params.lag_size = lag_size;
+  params.keep = keep;
+  params.value_weight = value_weight;
+  params.score = score;
+  return params;
+}
+
+template <class T>
+void set_in_place(RaggedParams<T>& params, const Tensor& start, const Tensor& length, const Tensor& index) {
+  params.start = params.new_start = written_numbers(start);
+  params.length = params.new_length = written_numbers(length);
+  params.index = written_numbers(index);
+}
+
+template <class T>
+RaggedParams<T> slot_params(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& length,
+                            const Tensor& index, int64_t lag_size, int64_t keep, double value_weight,
+                            Score score) {
+  auto params = ragged_params<T>(key.size(0), key.size(1), key.size(2), lag_size, keep, value_weight, score);
+  params.key = slot_rows<const T>(key);
+  params.value = slot_rows<const T>(value);
+  params.key_out = slot_rows<T>(key);
+  params.value_out = slot_rows<T>(value);
+  set_in_place(params, start, length, index);
+  return params;
+}
+
+template <class T>
+RaggedParams<T> packed_params(const Tensor& key, const Tensor& value, const Tensor& cu_seqlens,
+                              const Tensor& start, const Tensor& new_key, const Tensor& new_value,
+                              const Tensor& index, const Tensor& new_cu_seqlens, const Tensor& new_start,
+                              int64_t lag_size, int64_t keep, double value_weight, Score score) {
+  auto params =
+      ragged_params<T>(start.size(0), key.size(1), key.size(0), lag_size, keep, value_weight, score);
+  params.key = packed_rows<const T>(key, cu_seqlens);
+  params.value = packed_rows<const T>(value, cu_seqlens);
+  params.key_out = packed_rows<T>(new_key, new_cu_seqlens);
+  params.value_out = packed_rows<T>(new_value, new_cu_seqlens);
+  params.start = numbers(start);
+  params.new_start = written_numbers(new_start);
+  params.new_offsets = written_numbers(new_cu_seqlens);
+  params.index = written_numbers(index);
+  return params;
+}
+
+template <class T>
+RaggedParams<T> page_params(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+                            const Tensor& start, const Tensor& length, const Tensor& index, int64_t lag_size,
+                            int64_t keep, double value_weight, Score score) {
+  auto params =
+      ragged_params<T>(block_table.size(0), key_cache.size(2), block_table.size(1) * key_cache.size(1),
+                       lag_size, keep, value_weight, score);
+  params.key = page_rows<const T>(key_cache, block_table);
+  params.value = page_rows<const T>(value_cache, block_table);
+  params.key_out = page_rows<T>(key_cache, block_table);
+  params.value_out = page_rows<T>(value_cache, block_table);
+  params.blocks = key_cache.size(0);
+  set_in_place(params, start, length, index);
+  return params;
+}
+
+}  // namespace lagkv
