@@ -28,8 +28,9 @@ GUARD = 64  # canary elements before and after every tensor
 
 FINITE_KINDS = (
     "normal", "offset", "outliers", "ties", "constant", "holes", "zeros", "tiny", "denormal", "mixed_scale", "vast",
+    "constant_denormal",
 )  # fmt: skip
-KINDS = (*FINITE_KINDS, "huge", "nan", "inf")
+KINDS = (*FINITE_KINDS, "huge", "nan", "inf", "constant_inf")
 DIMS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 32, 33, 48, 64, 65, 80, 96, 100, 128, 192, 256)
 MAX_ELEMENTS = 1 << 14
 
@@ -106,7 +107,9 @@ def make_values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
         pool = randn(batch, heads, 3, dim).round()
         pick = torch.randint(0, 3, (batch, heads, length, 1), generator=generator)
         x = pool.gather(2, pick.expand(*shape))
-    elif kind == "constant":
+    elif kind.startswith("constant"):
+        if kind == "constant_denormal":  # 1 / (hi - lo) is infinite beside channels of equal bounds
+            x = (x * 40).round() * finfo.smallest_normal * finfo.eps
         x = torch.where(rand(batch, heads, 1, dim) < 0.5, randn(batch, heads, 1, dim), x)
     elif kind == "holes":  # rows of norm zero
         x = x * (rand(batch, heads, length, 1) < 0.7)
@@ -130,7 +133,7 @@ def make_values(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
         nans = (bits(torch.full(shape, math.nan, dtype=dtype)) | payload | sign).to(INTEGER[dtype])
         chance = 0.5 / max(1, dim * length)
         x = torch.where(rand(*shape) < chance, nans, bits(x)).view(dtype)
-    elif kind == "inf":
+    elif kind in ("inf", "constant_inf"):
         infinite = torch.where(rand(*shape) < 0.5, -math.inf, math.inf).to(dtype)
         x = torch.where(rand(*shape) < 0.5 / max(1, dim * length), infinite, x)
     return x
@@ -185,7 +188,7 @@ def _traps() -> dict[str, Case]:
     )
     of = dataclasses.replace
     traps = {"plain": base, "odd": of(base, batch=3, length=47, lag_size=7, keep=2, key_dim=13, value_dim=5)}
-    for name in ("huge", "nan", "inf"):
+    for name in ("huge", "nan", "inf", "constant_inf"):
         traps[name] = of(base, key_kind=name)
     traps["nan-kept"] = of(base, heads=8, keep=16, key_kind="nan", value_kind="nan")
     traps["no-channels"] = of(base, key_dim=0, value_dim=0)
