@@ -31,40 +31,56 @@ void check(bool condition, const char* op, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_text(const Tensor& x) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t dim = 0; dim < x.dim(); ++dim) text << (dim ? ", " : "") << x.size(dim);
-  text << "]";
-  return text.str();
+/// Parts of messages, as Python spells them: made into text with the message and not before, so that a call
+/// with nothing wrong does not pay for words.
+struct ShapeText {
+  const Tensor& x;
+};
+struct DtypeText {
+  const Tensor& x;
+};
+struct DeviceText {
+  const Tensor& x;
+};
+
+inline ShapeText shape_text(const Tensor& x) { return {x}; }
+inline DtypeText dtype_text(const Tensor& x) { return {x}; }
+inline DeviceText device_text(const Tensor& x) { return {x}; }
+
+inline std::ostream& operator<<(std::ostream& out, ShapeText shape) {
+  out << "[";
+  for (int64_t dim = 0; dim < shape.x.dim(); ++dim) out << (dim ? ", " : "") << shape.x.size(dim);
+  return out << "]";
 }
 
-/// The dtype as Python spells it.
-inline std::string dtype_text(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
-    case ScalarType::Float8_e5m2: return "float8_e5m2";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "scalar type " + std::to_string(static_cast<int>(x.scalar_type()));
+inline std::ostream& operator<<(std::ostream& out, DtypeText dtype) {
+  switch (dtype.x.scalar_type()) {
+    case ScalarType::Half: return out << "float16";
+    case ScalarType::BFloat16: return out << "bfloat16";
+    case ScalarType::Float: return out << "float32";
+    case ScalarType::Double: return out << "float64";
+    case ScalarType::Bool: return out << "bool";
+    case ScalarType::Byte: return out << "uint8";
+    case ScalarType::Char: return out << "int8";
+    case ScalarType::Short: return out << "int16";
+    case ScalarType::Int: return out << "int32";
+    case ScalarType::Long: return out << "int64";
+    case ScalarType::Float8_e4m3fn: return out << "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return out << "float8_e5m2";
+    case ScalarType::ComplexFloat: return out << "complex64";
+    case ScalarType::ComplexDouble: return out << "complex128";
+    default: return out << "scalar type " << static_cast<int>(dtype.x.scalar_type());
   }
 }
 
-inline std::string device_text(const Tensor& x) {
-  if (x.is_cpu()) return "cpu";
-  const std::string type =
-      x.is_cuda() ? "cuda" : "device type " + std::to_string(static_cast<int>(x.device().type()));
-  return type + ":" + std::to_string(x.get_device_index());
+inline std::ostream& operator<<(std::ostream& out, DeviceText device) {
+  if (device.x.is_cpu()) return out << "cpu";
+  if (device.x.is_cuda()) {
+    out << "cuda";
+  } else {
+    out << "device type " << static_cast<int>(device.x.device().type());
+  }
+  return out << ":" << device.x.get_device_index();
 }
 
 inline bool is_floating(const Tensor& x) {
