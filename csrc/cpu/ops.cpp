@@ -34,9 +34,27 @@ StridedRows<T> rows_of(const Tensor& x) {
   return {static_cast<T*>(x.data_ptr()), strides[0], strides[1], strides[2], x.size(3)};
 }
 
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                                  type);
+/// Contiguous, on the CPU, uninitialised. Not torch::stable::new_empty, which boxes its arguments for the
+/// dispatcher and takes a microsecond more.
+Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType type) {
+  std::array<int64_t, 8> few;
+  std::vector<int64_t> many;
+  int64_t* strides = few.data();
+  if (dims > static_cast<int64_t>(few.size())) {
+    many.resize(static_cast<size_t>(dims));
+    strides = many.data();
+  }
+  for (int64_t dim = dims - 1, stride = 1; dim >= 0; stride *= std::max<int64_t>(sizes[dim], 1), --dim)
+    strides[dim] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
 ScalarType arithmetic_type(const Tensor& x) {
@@ -69,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& val
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t batch = key.size(0), heads = key.size(1),
                 length = output_length(key.size(2), start, lag_size, keep);
-  const Tensor key_out = new_tensor(key, {batch, heads, length, key.size(3)}, key.scalar_type());
-  const Tensor value_out = new_tensor(value, {batch, heads, length, value.size(3)}, value.scalar_type());
-  const Tensor index = new_tensor(key, {batch, heads, length}, ScalarType::Int);
+  const Tensor key_out = new_tensor({batch, heads, length, key.size(3)}, key.scalar_type());
+  const Tensor value_out = new_tensor({batch, heads, length, value.size(3)}, value.scalar_type());
+  const Tensor index = new_tensor({batch, heads, length}, ScalarType::Int);
   by_dtype(key, [&](auto type) {
     using T = decltype(type);
     const auto params =
@@ -86,7 +104,7 @@ Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t 
   const Score kind = check_compress_("compress_", key, value, start, lag_size, keep, value_weight, score);
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t length = output_length(key.size(2), start, lag_size, keep);
-  const Tensor index = new_tensor(key, {key.size(0), key.size(1), length}, ScalarType::Int);
+  const Tensor index = new_tensor({key.size(0), key.size(1), length}, ScalarType::Int);
   by_dtype(key, [&](auto type) {
     using T = decltype(type);
     const auto params =
@@ -100,8 +118,8 @@ Tensor partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
   check_partition_bounds("partition_bounds", x, start, lag_size);
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t batch = x.size(0), heads = x.size(1), length = x.size(2);
-  const Tensor out = new_tensor(x, {batch, heads, partition_count(length, start, lag_size), 2, x.size(3)},
-                                arithmetic_type(x));
+  const Tensor out =
+      new_tensor({batch, heads, partition_count(length, start, lag_size), 2, x.size(3)}, arithmetic_type(x));
   by_dtype(x, [&](auto type) {
     using T = decltype(type);
     const BoundsParams<T, RealOf<T>> params{
@@ -116,8 +134,8 @@ Tensor lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t 
   const Score kind = check_lag_score("lag_score", key, value, start, lag_size, value_weight, score);
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t batch = key.size(0), heads = key.size(1), length = key.size(2);
-  const Tensor out = new_tensor(key, {batch, heads, compressed_count(length, start, lag_size), lag_size},
-                                arithmetic_type(key));
+  const Tensor out =
+      new_tensor({batch, heads, compressed_count(length, start, lag_size), lag_size}, arithmetic_type(key));
   by_dtype(key, [&](auto type) {
     using T = decltype(type);
     const ScoreParams<T, RealOf<T>> params{rows_of<const T>(key),
@@ -142,7 +160,7 @@ Tensor topk_index(const Tensor& score, int64_t keep) {
   const auto sizes = score.sizes(), strides = score.strides();
   std::vector<int64_t> out_sizes(sizes.begin(), sizes.end());
   out_sizes.back() = keep;
-  const Tensor index = torch::stable::new_empty(score, out_sizes, ScalarType::Int);
+  const Tensor index = new_tensor(out_sizes.data(), static_cast<int64_t>(out_sizes.size()), ScalarType::Int);
   int64_t rows = 1;
   for (int64_t dim = 0; dim < leading; ++dim) rows *= sizes[dim];
   by_dtype(score, [&](auto type) {
@@ -174,7 +192,7 @@ Tensor compact(const Tensor& x, const Tensor& index) {
     const int32_t* bad = index_out_of_range(params);
     check(bad == nullptr, "compact", "index must hold positions between 0 and ", length - 1, ", got ",
           bad ? *bad : 0);
-    out = new_tensor(x, {batch, heads, count, x.size(3)}, x.scalar_type());
+    out = new_tensor({batch, heads, count, x.size(3)}, x.scalar_type());
     params.out = rows_of<T>(out);
     run_compact(params, kernels.of<T>());
   });
