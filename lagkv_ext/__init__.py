@@ -26,11 +26,12 @@ from lagkv_ext.ragged import PackedCompressed, compress_paged_, compress_ragged_
 from lagkv_ext.version import __version__
 
 if TYPE_CHECKING:
-    from lagkv_ext.cache import LagKVCache
+    from lagkv_ext.cache import LagKVCache, LagKVStaticCache
 
 __all__ = [
     "Compressed",
     "LagKVCache",
+    "LagKVStaticCache",
     "PackedCompressed",
     "__version__",
     "compact",
@@ -48,7 +49,7 @@ __all__ = [
     "topk_index",
 ]
 
-_LAZY = {"LagKVCache": "lagkv_ext.cache"}
+_LAZY = {"LagKVCache": "lagkv_ext.cache", "LagKVStaticCache": "lagkv_ext.cache"}
 
 
 def __getattr__(name: str) -> Any:

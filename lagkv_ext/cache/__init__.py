@@ -16,5 +16,6 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from lagkv_ext.cache.cache import LagKVCache
 from lagkv_ext.cache.report import CacheReport, LayerReport
+from lagkv_ext.cache.static import LagKVStaticCache
 
-__all__ = ["CacheReport", "LagKVCache", "LayerReport"]
+__all__ = ["CacheReport", "LagKVCache", "LagKVStaticCache", "LayerReport"]

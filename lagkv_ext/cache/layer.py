@@ -36,6 +36,14 @@ class LagKVLayer(CacheLayerMixin):
         self.record_past = False
         self.reset()
 
+    @classmethod
+    def of_rows(cls, key: Tensor, value: Tensor, track: Track) -> LagKVLayer:
+        """A layer that holds these rows, which it reads and never writes to, and goes on from there."""
+        layer = cls(track.settings)
+        layer.lazy_initialization(key, value)
+        layer._buffer, layer._track = RowBuffer(key, value), track
+        return layer
+
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self.is_initialized = False

@@ -115,6 +115,28 @@ def settings_per_layer(
     return settings
 
 
+def with_capacity(settings: LayerSettings, capacity: int, step_tokens: int) -> LayerSettings:
+    """The settings of a layer that has memory for ``capacity`` rows, of which steps of up to ``step_tokens`` tokens
+    never need more."""
+    capacity, step_tokens = _integer("capacity", capacity), _integer("step_tokens", step_tokens, minimum=1)
+    least = settings.sink_size + 2 * settings.lag_size + step_tokens - 1
+    if capacity < least:
+        raise ValueError(
+            f"capacity must be at least {least}: sink_size ({settings.sink_size}) + two partitions of lag_size "
+            f"({settings.lag_size}) tokens + step_tokens ({step_tokens}) - 1, got {capacity}"
+        )
+    max_tokens = capacity - step_tokens + 1
+    check_budget("capacity", max_tokens, settings.lag_size, settings.keep, settings.sink_size)
+    # No compression drops less, so one is enough for a step.
+    most = settings.lag_size - settings.keep
+    if step_tokens > most:
+        raise ValueError(
+            f"step_tokens must be at most {most}: lag_size ({settings.lag_size}) - keep ({settings.keep}), what a "
+            f"compression makes room for, got {step_tokens}"
+        )
+    return dataclasses.replace(settings, max_tokens=max_tokens)
+
+
 def check_config(config: Any) -> None:
     """Refuse what is no configuration of transformers, and models whose cache does not hold keys and values by row."""
     from transformers import PreTrainedConfig

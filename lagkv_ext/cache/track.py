@@ -29,6 +29,19 @@ class Track:
         self.chosen: Tensor | None = None  #: int32 [B, H, n]: positions of the rows that compressions chose
         self._chosen_count = 0  # n, known before the rows are compressed
 
+    @classmethod
+    def of_rows(
+        cls, settings: LayerSettings, positions: Tensor, *, start: int, seen: int, compressions: int
+    ) -> Track:
+        """For rows at these positions ``[B, H, rows]``, which compressions (if any) chose."""
+        track = cls(settings)
+        track.seen, track.rows = seen, positions.shape[2]
+        track.start, track.compressions = start, compressions
+        if compressions:
+            track.chosen = positions[:, :, settings.sink_size :]
+            track._chosen_count = track.chosen.shape[2]
+        return track
+
     @property
     def recent(self) -> int:
         """Rows at the end that are the last tokens seen, all of them."""

@@ -1,0 +1,224 @@
+"""``LagKVStaticCache``: LagKV in memory of a fixed size at fixed addresses, for compiled and captured decoding."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.configuration_utils import get_head_shapes
+
+from lagkv_ext.cache.buffer import plain_tensors
+from lagkv_ext.cache.report import ReportsLayers
+from lagkv_ext.cache.settings import _integer, check_config, layer_settings, with_capacity
+from lagkv_ext.cache.static_layer import LagKVStaticLayer
+from lagkv_ext.cache.static_window import StaticWindowLayer
+
+ATTENTION = ("eager", "sdpa")
+_UNBOUNDED = (
+    2**31 - 1
+)  # the length that transformers' own layers are made for: of those kept, a window bounds each
+# As they are: a window has a size of its own, recurrent states have one size, and shared layers hold nothing.
+_OTHER_LAYERS = (StaticSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+
+
+class LagKVStaticCache(ReportsLayers, Cache):
+    """Key-value cache of a fixed capacity, compressed by LagKV in place, for ``torch.compile`` and CUDA graphs.
+
+    Use it where a `StaticCache` would be used: ``model.generate(..., past_key_values=LagKVStaticCache(model.config,
+    capacity=4096))``, or with a decode step that is compiled or captured once and run as often as wanted. It holds
+    and generates what ``LagKVCache(model.config, max_tokens=capacity, ...)`` does: a layer that is full starts again
+    from the sink, so any number of tokens fits. Lengths live on the device; a step neither reads them nor
+    allocates memory that stays.
+
+    Steps of up to ``step_tokens`` tokens run at fixed addresses. More tokens at once, as in a prompt, must come
+    outside of compiled and captured regions: their attention sees all that is held and all of themselves, even where
+    they are more than ``capacity``, in memory of one layer at a time, and the rows that stay are copied to their
+    addresses.
+
+    Args:
+        config: ``model.config`` of a decoder-only model with attention implementation eager or sdpa.
+        capacity: rows for which full-attention layers have memory, at least
+            ``sink_size + 2 * lag_size + step_tokens - 1``.
+        max_batch_size: sequences (with beams: all beams). Given, memory is allocated now, otherwise at the first step.
+        dtype, device: of the memory allocated now; default: the dtype of ``config`` (else torch's default), and
+            torch's default device.
+        step_tokens: most tokens of a step at fixed addresses, at most ``lag_size - keep``. Fewer steps come before
+            each compression where it is more than 1: the layer starts again at ``capacity - step_tokens + 1`` rows.
+        lag_size, keep_ratio, keep, sink_size, score, value_weight, order: as for ``LagKVCache``; ``keep`` must be below
+            ``lag_size``, and all full-attention layers are treated alike.
+
+    Raises:
+        TypeError, ValueError: when made: a wrong argument, a model it does not serve (see ``LagKVCache``), or an
+            attention implementation or a kind of layer that cannot go with fixed addresses and hidden rows.
+
+    Limits, each refused when met: padded batches; another number of sequences than at first; more than
+    ``step_tokens`` tokens in a compiled region; `crop`, hence assisted decoding. In a compiled or captured region a
+    2-D attention mask cannot be looked at: give none. Read `report`, `kept_positions` and `kept_hash` between forward
+    passes, not inside one. Layers with a sliding window have memory for their window alone.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        capacity: int,
+        max_batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        step_tokens: int = 1,
+        lag_size: int = 128,
+        keep_ratio: float | None = None,
+        keep: int | None = None,
+        sink_size: int = 16,
+        score: str = "std",
+        value_weight: float = 1.0,
+        order: str = "use_then_compress",
+    ):
+        check_config(config)
+        if not hasattr(Cache, "get_query_offset"):
+            raise ValueError(
+                "LagKVStaticCache needs a transformers whose masks have a query offset (5.16 has), this is "
+                f"{transformers.__version__}"
+            )
+        settings = layer_settings(
+            lag_size=lag_size,
+            keep_ratio=keep_ratio,
+            keep=keep,
+            sink_size=sink_size,
+            value_weight=value_weight,
+            score=score,
+            order=order,
+        )
+        settings = with_capacity(settings, capacity, step_tokens)
+        self._text_config = config.get_text_config(decoder=True)
+        self._check_attention()
+        layers = StaticCache(config, max_cache_len=_UNBOUNDED).layers
+        _check_layers(config, layers)
+        super().__init__(
+            layers=[
+                LagKVStaticLayer(settings, capacity, step_tokens)
+                if type(x) is StaticLayer
+                else StaticWindowLayer(x.max_cache_len, step_tokens)
+                if type(x) is StaticSlidingWindowLayer
+                else x
+                for x in layers
+            ]
+        )
+        if max_batch_size is not None:
+            self._allocate(_integer("max_batch_size", max_batch_size, minimum=1), dtype, device)
+        elif dtype is not None or device is not None:
+            raise ValueError(
+                "dtype and device are those of memory allocated at once, which needs max_batch_size (without it they "
+                f"are those of the first step), got dtype={dtype} and device={device}"
+            )
+
+    # -- what transformers asks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
+        """Tokens seen, which is what positions count: on the device, for all layers alike."""
+        return next(iter(self._lagkv_layers().values())).get_seq_length()
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no number of tokens is too many."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
+        return self.layers[layer_idx].get_query_offset()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:  # type: ignore[override]
+        self._check_attention()
+        if not torch.compiler.is_compiling():
+            # As in LagKVCache: transformers never shows a cache the attention mask, but who asks for sizes has it.
+            _refuse_padding(sys._getframe(1).f_locals.get("attention_mask"))
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    # -- changes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only ``crop(0)``, which removes nothing."""
+        if tokens_to_remove:
+            raise ValueError(
+                f"LagKVStaticCache cannot remove tokens, got crop({tokens_to_remove}): what they set off in its memory "
+                "is not undone. Assisted decoding needs LagKVCache"
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError(_fixed_batch("batch_repeat_interleave"))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError(_fixed_batch("batch_select_indices"))
+
+    # -- inside
+
+    def _lagkv_layers(self) -> dict[int, LagKVStaticLayer]:
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, LagKVStaticLayer)}
+
+    def _check_attention(self) -> None:
+        attention = getattr(self._text_config, "_attn_implementation", None)
+        if attention not in (None, *ATTENTION):
+            raise ValueError(
+                f"LagKVStaticCache needs the attention implementation {' or '.join(ATTENTION)}, got {attention}: rows "
+                "behind those held are hidden by a mask over all rows, which other implementations do not take"
+            )
+
+    def _allocate(
+        self, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
+        heads, head_dim = get_head_shapes(self._text_config)
+        dtype = dtype or getattr(self._text_config, "dtype", None) or torch.get_default_dtype()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        with plain_tensors():
+            self.early_initialization(batch_size, heads, head_dim, dtype, device)
+
+
+def _check_layers(config: PreTrainedConfig, layers: list[Any]) -> None:
+    kinds = [type(x) for x in layers]
+    names = ", ".join(sorted({kind.__name__ for kind in kinds}))
+    if StaticLayer not in kinds:
+        raise ValueError(
+            f"{type(config).__name__} has no full-attention layer that could be compressed; the static caches of its "
+            f"{len(layers)} layers are {names}"
+        )
+    unfit = sorted({kind.__name__ for kind in kinds if kind not in (StaticLayer, *_OTHER_LAYERS)})
+    if unfit:
+        raise ValueError(
+            f"{type(config).__name__} has layers that would need room for every token: {', '.join(unfit)} (among the "
+            f"static caches of its {len(layers)} layers: {names})"
+        )
+
+
+def _refuse_padding(attention_mask: Any) -> None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return
+    if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if bool(attention_mask.all()):
+        return
+    padded = int((attention_mask == 0).any(dim=1).sum())
+    raise ValueError(
+        f"LagKVStaticCache does not support padded batches: attention_mask has zeros in {padded} of its "
+        f"{attention_mask.shape[0]} sequences. Batch sequences of equal length, or use LagKVCache. (generate makes "
+        "such a mask by itself where a prompt contains the padding token; pass "
+        "attention_mask=torch.ones_like(input_ids) if it is meant)"
+    )
+
+
+def _fixed_batch(method: str) -> str:
+    return (
+        f"LagKVStaticCache cannot change its number of sequences, which {method} would: make it with the "
+        "max_batch_size that is needed in the end, or use LagKVCache"
+    )
