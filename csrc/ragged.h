@@ -41,6 +41,12 @@ struct RaggedRows {
   }
 };
 
+/// The rows of a dense tensor, whose sequences are slots.
+template <class T>
+LAGKV_HOST_DEVICE RaggedRows<T> as_slots(const StridedRows<T>& x) {
+  return {x.data, x.batch_stride, x.head_stride, x.row_stride, x.dim, nullptr, nullptr, 0, 0};
+}
+
 /// One sequence as its start and length say. A sequence whose values cannot be is left as it is: the CPU has
 /// refused it before, a device finds out in its kernels.
 struct RaggedSequence {

@@ -41,6 +41,31 @@ def compress_ragged_(
     score: str = "std",
     validate: bool = False,
 ) -> Tensor:
+    """:func:`lagkv_ext.compress` of every slot of a batch in place, each with its own start and length.
+
+    Sequence ``b`` is the first ``length[b]`` rows of ``key[b]`` and ``value[b]``; its result is in the first rows of
+    the same slot. A sequence shorter than ``start + 2 * lag_size`` stays as it is, and so does one that ends before
+    its start (an empty slot). Not differentiable.
+
+    Args:
+        key: ``[B, H, capacity, Dk]`` (slots, KV heads, rows of a slot, head dim); float16, bfloat16, float32 or
+            float64; any strides with a contiguous last dimension. Changed. Rows past the length are never read.
+        value: ``[B, H, capacity, Dv]``, same dtype and device. Changed.
+        start: ``[B]`` int32, tokens: leading tokens kept as they are (the sink at first). Becomes the start of the
+            next compression, ``start + keep * (P - 1)``.
+        length: ``[B]`` int32, tokens in each slot, ``0 <= length <= capacity``. Becomes the new length.
+        lag_size, keep_ratio, keep, value_weight, score: as for :func:`lagkv_ext.compress`.
+        validate: on a device other than the CPU, also check the values of start and length, which waits for the
+            device once and cannot be traced. On the CPU they always are.
+
+    Returns:
+        ``index [B, H, capacity]`` int32: position in its sequence of every row that stayed, ascending; -1 past the new
+        length. Rows past the new length are left in an unspecified state (those past the old one as they were).
+
+    Raises:
+        RuntimeError, ValueError: naming the argument, what it must be and what it got; nothing is written then. Without
+            ``validate``, a device leaves a sequence whose start or length cannot be as it is, its index all -1.
+    """
     keep = resolve_keep(keep, keep_ratio, lag_size)
     _refuse_grad("compress_ragged_", key=key, value=value)
     if validate and not key.is_cpu:  # on the CPU the operator does
@@ -64,6 +89,30 @@ def compress_varlen(
     score: str = "std",
     validate: bool = False,
 ) -> PackedCompressed:
+    """:func:`lagkv_ext.compress` of sequences packed one after the other, as variable-length attention takes them.
+
+    Sequence ``b`` is the rows ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``, and so it is in the result.
+
+    Args:
+        key: ``[T, H, Dk]`` (rows of all sequences, KV heads, head dim); float16, bfloat16, float32 or float64; any
+            strides with a contiguous last dimension. Neither copied nor changed. Rows past ``cu_seqlens[-1]`` are
+            never read.
+        value: ``[T, H, Dv]``, same dtype and device.
+        cu_seqlens: ``[B + 1]`` int32, rows: begins with 0, does not decrease, ends at ``T`` or before.
+        start: ``[B]`` int32, tokens: leading tokens of each sequence kept as they are.
+        lag_size, keep_ratio, keep, value_weight, score: as for :func:`lagkv_ext.compress`.
+        validate: on a device other than the CPU, also check the values of cu_seqlens and start, which waits for the
+            device once and cannot be traced. On the CPU they always are.
+
+    Returns:
+        :class:`PackedCompressed` ``(key, value, index, cu_seqlens, start)``: packed rows in buffers of ``T`` rows, as
+        no one on the host knows how many there are. The first ``cu_seqlens[-1]`` are valid, the rest unspecified.
+        Gradients flow to the kept rows; the choice has none.
+
+    Raises:
+        RuntimeError, ValueError: naming the argument, what it must be and what it got. Without ``validate``, a device
+            answers cu_seqlens that cannot be with no rows at all (cu_seqlens 0, index -1).
+    """
     keep = resolve_keep(keep, keep_ratio, lag_size)
     if validate and not key.is_cpu:  # on the CPU the operator does
         checks_ragged.check_compress_varlen(
@@ -91,6 +140,39 @@ def compress_paged_(
     score: str = "std",
     validate: bool = False,
 ) -> Tensor:
+    """:func:`lagkv_ext.compress` of sequences in the pages of an engine's block pool, in place.
+
+    Token ``i`` of sequence ``b`` is row ``i % block_size`` of block ``block_table[b, i // block_size]``, before and
+    after: the rows that stay move to the front of the sequence's own pages. The caller may return
+    ``block_table[b, ceil(length[b] / block_size):]``, with the new length. Not differentiable.
+
+    The order of dimensions is blocks, rows, heads, channels, in any strides: ``kv[0], kv[1]`` of vLLM's
+    ``[2, blocks, block_size, H, D]``; ``kv[:, 0], kv[:, 1]`` of FlashInfer's NHD ``[blocks, 2, block_size, H, D]``;
+    ``kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2)`` of its HND ``[blocks, 2, H, block_size, D]``. Nothing is
+    copied for it.
+
+    Args:
+        key_cache: ``[blocks, block_size, H, Dk]``; float16, bfloat16, float32 or float64; any strides with a contiguous
+            last dimension. Changed: rows between the start and the new length of compressed sequences, nothing else.
+        value_cache: ``[blocks, block_size, H, Dv]``, same dtype and device. Changed likewise.
+        block_table: ``[B, max_blocks]`` int32: the pages of every sequence in order. Entries past the pages of
+            ``length`` tokens are never looked at. A page may be shared (a common prefix) as long as no one writes it.
+        start: ``[B]`` int32, tokens: leading tokens kept as they are. Becomes the start of the next compression.
+        length: ``[B]`` int32, tokens, ``0 <= length <= max_blocks * block_size``. Becomes the new length.
+        lag_size, keep_ratio, keep, value_weight, score: as for :func:`lagkv_ext.compress`.
+        validate: on a device other than the CPU, also check the values of block_table, start and length, which waits
+            for the device once and cannot be traced. On the CPU they always are.
+
+    Returns:
+        ``index [B, H, max_blocks * block_size]`` int32: position in its sequence (not in the pool) of every row that
+        stayed, ascending; -1 past the new length.
+
+    Raises:
+        RuntimeError, ValueError: naming the argument, what it must be and what it got, also for a page outside the pool
+            and for one that is written and used twice; nothing is written then. Without ``validate``, a device leaves a
+            sequence whose start, length or pages cannot be as it is, its index all -1; pages that are written and used
+            twice it does not notice.
+    """
     keep = resolve_keep(keep, keep_ratio, lag_size)
     _refuse_grad("compress_paged_", key_cache=key_cache, value_cache=value_cache)
     if validate and not key_cache.is_cpu:  # on the CPU the operator does
@@ -159,6 +241,37 @@ def _(
     _, block_size, heads, _ = key_cache.shape
     batch, width = block_table.shape
     return key_cache.new_empty((batch, heads, width * block_size), dtype=torch.int32)
+
+
+# Autograd: the gradient of a packed row goes back to the row it came from.
+
+
+def _varlen_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(inputs[2], output[2], output[3])
+
+
+def _varlen_backward(ctx, grad_key, grad_value, *_):
+    cu_seqlens, index, new_cu_seqlens = ctx.saved_tensors
+    # [T, H]: the row that every output row was, and whether it was any.
+    position = index.transpose(0, 1)
+    row = torch.arange(position.shape[0], device=index.device, dtype=torch.int32)
+    sequence = torch.searchsorted(
+        new_cu_seqlens[1:], row, right=True
+    )  # past the last: B, which cu_seqlens has
+    kept = position >= 0
+    source = torch.where(kept, cu_seqlens[sequence].unsqueeze(1) + position, 0).long()
+    grads = [_scatter_packed(grad, source, kept) for grad in (grad_key, grad_value)]
+    return *grads, None, None, None, None
+
+
+def _scatter_packed(grad: Tensor | None, source: Tensor, kept: Tensor) -> Tensor | None:
+    if grad is None:
+        return None
+    grad = torch.where(kept.unsqueeze(-1), grad, 0)
+    return torch.zeros_like(grad).scatter_add(0, source.unsqueeze(-1).expand_as(grad), grad)
+
+
+torch.library.register_autograd("lagkv::compress_varlen", _varlen_backward, setup_context=_varlen_setup)
 
 
 register_in_place("compress_ragged_", (0, 1, 2, 3))

@@ -58,9 +58,17 @@ class Backend:
         return self.name == "simt" or self.device.type == "cuda"
 
     @property
+    def runs_on_device(self) -> bool:
+        """The CUDA kernels: values are only seen by a kernel, which cannot raise."""
+        return self.name == "simt" or self.device.type == "cuda"
+
+    @property
     def is_slow(self) -> bool:
         """Executes thread by thread: large shapes are scaled down."""
         return self.name == "simt"
+
+    def offers(self, operator: str) -> bool:
+        return hasattr(self._operators, operator)
 
     def compress(self, key, value, start, lag_size, keep, **scoring):
         return self._call("compress", key, value, start, lag_size, keep, **scoring)

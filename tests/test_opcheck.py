@@ -22,6 +22,16 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
     transposed = (
         torch.randn(2, 30, 3, 8, generator=generator).to(device).transpose(1, 2).requires_grad_(requires_grad)
     )
+
+    def packed(length: int, dim: int) -> torch.Tensor:
+        return torch.randn(length, 3, dim, generator=generator).to(device).requires_grad_(requires_grad)
+
+    def pages(blocks: int, dim: int) -> torch.Tensor:
+        return torch.randn(blocks, 8, 3, dim, generator=generator).to(device)
+
+    def numbers(*values: int | list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
     return {
         "compress": ("compress", (rows(30, 8), rows(30, 5), 2, 7, 3), {}),
         "compress-cosine": (
@@ -40,6 +50,30 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
         "lag_score": ("lag_score", (rows(30, 8), rows(30, 5), 2, 7), {"value_weight": 2.0}),
         "topk_index": ("topk_index", (rows(30, 8), 3), {}),
         "compact": ("compact", (rows(9, 8), index), {}),
+        "compress_ragged_": (
+            "compress_ragged_",
+            (rows(30, 8, False), rows(30, 5, False), numbers(2, 0), numbers(30, 12), 7, 3),
+            {"score": "cosine"},
+        ),
+        # Nothing is dropped, as rows past the last sequence hold whatever the memory held.
+        "compress_varlen": (
+            "compress_varlen",
+            (packed(30, 8), packed(30, 5), numbers(0, 21, 30), numbers(2, 2), 7, 7),
+            {"value_weight": 0.5},
+        ),
+        "compress_paged_": (
+            "compress_paged_",
+            (
+                pages(6, 8),
+                pages(6, 5),
+                numbers([3, 0, 5, -1], [1, 7, 7, 7]),
+                numbers(1, 0),
+                numbers(21, 5),
+                7,
+                3,
+            ),
+            {},
+        ),
     }
 
 
@@ -59,8 +93,7 @@ def test_every_operator_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("lagkv::")
     }
-    unbuilt = {"compress_ragged_", "compress_varlen", "compress_paged_"}  # until their kernels are in
-    assert {name for name in public if not name.startswith("_")} - unbuilt == {
+    assert {name for name in public if not name.startswith("_")} == {
         op for op, _, _ in samples("cpu", False).values()
     }
 
@@ -72,6 +105,9 @@ SCHEMAS = {
     "lag_score": "lagkv::lag_score(Tensor key, Tensor value, SymInt start, SymInt lag_size, *, float value_weight=1., str score=\"std\") -> Tensor",
     "topk_index": "lagkv::topk_index(Tensor score, SymInt keep) -> Tensor",
     "compact": "lagkv::compact(Tensor x, Tensor index) -> Tensor",
+    "compress_ragged_": "lagkv::compress_ragged_(Tensor(a!) key, Tensor(b!) value, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> Tensor index",
+    "compress_varlen": "lagkv::compress_varlen(Tensor key, Tensor value, Tensor cu_seqlens, Tensor start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> (Tensor key, Tensor value, Tensor index, Tensor cu_seqlens, Tensor start)",
+    "compress_paged_": "lagkv::compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> Tensor index",
 }  # fmt: skip
 
 

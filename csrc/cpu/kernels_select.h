@@ -104,14 +104,14 @@ inline void copy_bytes(const char* from, char* out, int64_t bytes) {
 }
 
 template <class T>
-void gather(const T* rows, int64_t row_stride, const int32_t* index, int64_t count, int64_t dim, T* out,
-            int64_t out_stride, bool stream) {
+void gather(const T* rows, int64_t row_stride, const int32_t* index, int32_t base, int64_t count, int64_t dim,
+            T* out, int64_t out_stride, bool stream) {
   const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
   const int64_t out_bytes = out_stride * static_cast<int64_t>(sizeof(T));
   stream = stream &&
            (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(out_bytes)) % LAGKV_VECTOR_BYTES == 0;
   for (int64_t i = 0; i < count; ++i) {
-    const T* from = rows + index[i] * row_stride;
+    const T* from = rows + (static_cast<int64_t>(index[i]) - base) * row_stride;
     T* to = out + i * out_stride;
     if (from == to) continue;
     if (stream) {

@@ -1,65 +1,18 @@
 // The CPU implementations of torch.ops.lagkv: checks, outputs, choice of kernels by dtype and instruction
 // set.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "compress.h"
 #include "dispatch.h"
 #include "staged.h"
+#include "tensors.h"
 
 namespace lagkv::cpu {
 namespace {
-
-/// Calls body(T()) with the storage type of x, which the checks have found to be a floating one.
-template <class Body>
-void by_dtype(const Tensor& x, const Body& body) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return body(Half());
-    case ScalarType::BFloat16: return body(BFloat16());
-    case ScalarType::Float: return body(float());
-    default: return body(double());
-  }
-}
-
-template <class T>
-StridedRows<T> rows_of(const Tensor& x) {
-  const auto strides = x.strides();
-  return {static_cast<T*>(x.data_ptr()), strides[0], strides[1], strides[2], x.size(3)};
-}
-
-/// Contiguous, on the CPU, uninitialised. Not torch::stable::new_empty, which boxes its arguments for the
-/// dispatcher and takes a microsecond more.
-Tensor new_tensor(const int64_t* sizes, int64_t dims, ScalarType type) {
-  std::array<int64_t, 8> few;
-  std::vector<int64_t> many;
-  int64_t* strides = few.data();
-  if (dims > static_cast<int64_t>(few.size())) {
-    many.resize(static_cast<size_t>(dims));
-    strides = many.data();
-  }
-  for (int64_t dim = dims - 1, stride = 1; dim >= 0; stride *= std::max<int64_t>(sizes[dim], 1), --dim)
-    strides[dim] = stride;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-  return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
-}
-
-ScalarType arithmetic_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 template <class T>
 CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const Tensor& key_out,
@@ -94,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& val
     using T = decltype(type);
     const auto params =
         compress_params<T>(key, value, key_out, value_out, index, start, lag_size, keep, value_weight, kind);
-    Compressor<T>(params, kernels.of<T>()).copy();
+    Compressor<T>(dense_batch(params), kernels.of<T>()).copy();
   });
   return {key_out, value_out, index};
 }
@@ -109,7 +62,7 @@ Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t 
     using T = decltype(type);
     const auto params =
         compress_params<T>(key, value, key, value, index, start, lag_size, keep, value_weight, kind);
-    Compressor<T>(params, kernels.of<T>()).in_place();
+    Compressor<T>(dense_batch(params), kernels.of<T>()).in_place();
   });
   return index;
 }

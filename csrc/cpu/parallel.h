@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace lagkv::cpu {
 
@@ -34,27 +35,59 @@ void run_tasks(int64_t tasks, int64_t workers, const Task& task) {
   });
 }
 
-/// Partitions of every head are cut in `runs` of `length` consecutive ones; each run is one task.
-struct Runs {
-  int64_t count, length;
-};
-
-/// As few runs as keep `workers` evenly busy: every run costs one more partition read, and threads that
-/// finish together waste nothing.
-inline Runs plan_runs(int64_t heads, int64_t partitions, int64_t workers) {
-  Runs best{1, partitions};
-  if (workers <= 1 || partitions <= 1) return best;
-  const auto cost = [&](const Runs& runs) {
-    return (heads * runs.count + workers - 1) / workers * (runs.length + 1);
+/// Partitions of every head are cut in runs of as many consecutive ones; each run is one task. As few runs as
+/// keep `workers` evenly busy: every run costs one more partition read, and threads that finish together
+/// waste nothing. `partitions`: of every sequence, each with `heads` heads.
+inline int64_t run_length(const std::vector<int64_t>& partitions, int64_t heads, int64_t workers) {
+  int64_t most = 1, total = 0;
+  for (const int64_t count : partitions) most = std::max(most, count), total += heads * count;
+  if (workers <= 1 || most <= 1) return most;
+  const auto cost = [&](int64_t length) {
+    int64_t tasks = 0;
+    for (const int64_t count : partitions) tasks += heads * ((count + length - 1) / length);
+    const int64_t rounds = (tasks + workers - 1) / workers;
+    return std::max<double>(static_cast<double>(length + 1),
+                            static_cast<double>(rounds * (total + tasks)) / static_cast<double>(tasks));
   };
-  const int64_t most = std::min(partitions, (4 * workers + heads - 1) / heads);
-  for (int64_t count = 2; count <= most; ++count) {
-    const int64_t length = (partitions + count - 1) / count;
-    const Runs runs{(partitions + length - 1) / length, length};
-    if (cost(runs) < cost(best)) best = runs;
+  int64_t best = most;
+  const int64_t runs = std::min(most, (4 * workers * most + total - 1) / total);
+  for (int64_t count = 2; count <= runs; ++count) {
+    const int64_t length = (most + count - 1) / count;
+    if (cost(length) < cost(best)) best = length;
   }
   return best;
 }
+
+/// Tasks of the heads of many sequences, numbered one after the other.
+class TaskList {
+ public:
+  struct Task {
+    int64_t sequence, head, part;
+  };
+
+  /// `heads` times `parts` more tasks.
+  void add(int64_t sequence, int64_t heads, int64_t parts) {
+    if (heads * parts == 0) return;
+    groups_.push_back({size_, sequence, parts});
+    size_ += heads * parts;
+  }
+
+  int64_t size() const { return size_; }
+
+  Task operator[](int64_t i) const {
+    const auto after = [](int64_t task, const Group& group) { return task < group.first; };
+    const Group& group = *(std::upper_bound(groups_.begin(), groups_.end(), i, after) - 1);
+    i -= group.first;
+    return {group.sequence, i / group.parts, i % group.parts};
+  }
+
+ private:
+  struct Group {
+    int64_t first, sequence, parts;
+  };
+  std::vector<Group> groups_;
+  int64_t size_ = 0;
+};
 
 /// An array of Real for each worker, on cache lines of its own.
 template <class Real>

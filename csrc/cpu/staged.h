@@ -34,15 +34,16 @@ void run_lag_score(const ScoreParams<T, RealOf<T>>& p, const Kernels<T>& kernels
   if (heads * partitions == 0) return;
   const int64_t row_bytes = (p.key.dim + p.value.dim) * static_cast<int64_t>(sizeof(T));
   int64_t workers = worker_count(heads * partitions, heads * p.length * row_bytes);
-  const Runs runs = plan_runs(heads, partitions, workers);
-  workers = std::min(workers, heads * runs.count);
+  const int64_t run = run_length({partitions}, heads, workers), runs = (partitions + run - 1) / run;
+  workers = std::min(workers, heads * runs);
   const Scratch<Real> scratch(workers, WalkScratch<Real>::size(p.key.dim, p.value.dim, p.lag_size));
   const Method<T>& method = p.kind == Score::kStd ? kernels.std : kernels.cosine;
-  run_tasks(heads * runs.count, workers, [&](int64_t worker, int64_t task) {
-    const int64_t head = task / runs.count, begin = task % runs.count * runs.length;
-    const HeadTiles<T> tiles{p.key, p.value, head / p.heads, head % p.heads, p.start, p.lag_size};
+  const RaggedRows<const T> key = as_slots(p.key), value = as_slots(p.value);
+  run_tasks(heads * runs, workers, [&](int64_t worker, int64_t task) {
+    const int64_t head = task / runs, begin = task % runs * run, b = head / p.heads, h = head % p.heads;
+    HeadTiles<T> tiles({key, b, h}, {value, b, h}, p.start, p.lag_size, nullptr);
     const WalkScratch<Real> memory(scratch.of(worker), p.key.dim, p.value.dim, p.lag_size);
-    walk(tiles, method, memory, begin, std::min(begin + runs.length, partitions), false, p.value_weight, {},
+    walk(tiles, method, memory, begin, std::min(begin + run, partitions), false, p.value_weight, {},
          [&](int64_t partition, const Real* score) {
            std::copy_n(score, p.lag_size, p.score + (head * partitions + partition) * p.lag_size);
          });
@@ -89,7 +90,7 @@ void run_compact(const CompactParams<T>& p, const Kernels<T>& kernels) {
         const int64_t count = std::min(kRows, p.count - first);
         int32_t positions[kRows];
         for (int64_t i = 0; i < count; ++i) positions[i] = *p.index.row(b, h, first + i);
-        kernels.gather(p.x.row(b, h, 0), p.x.row_stride, positions, count, p.x.dim, p.out.row(b, h, first),
+        kernels.gather(p.x.row(b, h, 0), p.x.row_stride, positions, 0, count, p.x.dim, p.out.row(b, h, first),
                        p.out.row_stride, false);
       });
 }

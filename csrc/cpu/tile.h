@@ -16,8 +16,7 @@ struct Ahead {
   int64_t row_bytes = 0;
 };
 
-/// `count` rows of `dim` contiguous elements, `row_stride` elements apart: a partition, or the part of it
-/// that one page of a paged cache holds.
+/// A partition: `count` rows of `dim` contiguous elements, `row_stride` elements apart.
 template <class T>
 struct Tile {
   const T* rows;
@@ -55,10 +54,10 @@ struct Kernels {
   void (*select)(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* index);
   /// A row of storage type to reals, for `select`.
   void (*widen)(const T* row, int64_t count, Real* out);
-  /// out row i = row index[i] of `rows`; the two may overlap as long as no out row lies past its source.
-  /// `stream`: past the caches, where the rows are aligned for it.
-  void (*gather)(const T* rows, int64_t row_stride, const int32_t* index, int64_t count, int64_t dim, T* out,
-                 int64_t out_stride, bool stream);
+  /// out row i = row index[i] - base of `rows`; the two may overlap as long as no out row lies past its
+  /// source. `stream`: past the caches, where the rows are aligned for it.
+  void (*gather)(const T* rows, int64_t row_stride, const int32_t* index, int32_t base, int64_t count,
+                 int64_t dim, T* out, int64_t out_stride, bool stream);
   /// Makes streamed stores visible to other threads; once after the last of them.
   void (*fence)();
 };

@@ -3,23 +3,75 @@
 
 #include <utility>
 
-#include "params.h"
-#include "tile.h"
+#include "rows.h"
 
 namespace lagkv::cpu {
 
-/// The partitions of key and value of one head.
-template <class T>
-struct HeadTiles {
-  StridedRows<const T> key, value;
-  int64_t batch, head, start, lag_size;
+/// A tile and its neighbours stay in the L2 cache up to this size of one tile.
+constexpr int64_t kCachedTileBytes = 128 * 1024;
 
-  /// Rows from `position` on as something to fetch.
-  Ahead ahead(const StridedRows<const T>& x, int64_t position) const {
-    constexpr int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(x.row(batch, head, position)), x.row_stride * size, x.dim * size};
+/// The partitions of key and value of one head. A partition that lies in several pages is put together in
+/// `memory`, tile_copies(...) elements, which may be null where there are no pages.
+template <class T>
+class HeadTiles {
+ public:
+  HeadTiles(const HeadRows<const T>& key, const HeadRows<const T>& value, int64_t start, int64_t lag_size,
+            T* memory)
+      : start_(start),
+        lag_size_(lag_size),
+        sides_{{key, memory}, {value, memory == nullptr ? nullptr : memory + 2 * lag_size * key.dim}} {}
+
+  static int64_t copies_size(int64_t key_dim, int64_t value_dim, int64_t lag_size) {
+    return 2 * lag_size * (key_dim + value_dim);
   }
-  int64_t first(int64_t partition) const { return start + partition * lag_size; }
+
+  enum Side { kKey, kValue };
+
+  int64_t lag_size() const { return lag_size_; }
+
+  /// The rows of a partition as something to fetch.
+  Ahead ahead(Side side, int64_t partition) const { return ahead_from(sides_[side].rows, first(partition)); }
+
+  Tile<T> tile(Side side, int64_t partition, Ahead next) {
+    const HeadRows<const T>& x = sides_[side].rows;
+    const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T)), position = first(partition);
+    if (x.together(position, lag_size_) < lag_size_)
+      return {copy_of(sides_[side], partition), x.dim, lag_size_, x.dim, {}};
+    if (lag_size_ * row_bytes > kCachedTileBytes)
+      next = ahead_from(x, position + kAheadBytes / row_bytes + 4);
+    return {x.row(position), x.row_stride, lag_size_, x.dim, next};
+  }
+
+ private:
+  static constexpr int64_t kAheadBytes = 16 * 1024;
+
+  /// Two partitions are held: forward, each is read twice, with the one after it in between.
+  struct SideTiles {
+    HeadRows<const T> rows;
+    T* memory;
+    int64_t held[2] = {-1, -1};
+  };
+
+  int64_t first(int64_t partition) const { return start_ + partition * lag_size_; }
+
+  Ahead ahead_from(const HeadRows<const T>& x, int64_t position) const {
+    constexpr int64_t size = sizeof(T);
+    if (x.blocks != nullptr) return {};  // the pages that follow may be anywhere
+    return {reinterpret_cast<const char*>(x.row(position)), x.row_stride * size, x.dim * size};
+  }
+
+  const T* copy_of(SideTiles& side, int64_t partition) {
+    const int64_t place = partition % 2, dim = side.rows.dim;
+    T* memory = side.memory + place * lag_size_ * dim;
+    if (side.held[place] != partition) {
+      copy_rows(side.rows, HeadRows<T>(memory, dim), first(partition), 0, lag_size_);
+      side.held[place] = partition;
+    }
+    return memory;
+  }
+
+  int64_t start_, lag_size_;
+  SideTiles sides_[2];
 };
 
 /// What one worker needs to score: two references for each of key and value, and their statistics.
@@ -40,9 +92,6 @@ struct WalkScratch {
   }
 };
 
-/// A tile and its neighbours stay in the L2 cache up to this size of one tile.
-constexpr int64_t kCachedTileBytes = 128 * 1024;
-
 /// Calls consume(partition, score) for the partitions begin .. end-1, each scored against the one after it.
 ///
 /// Backward, the rows of a partition are read once: they are scored against the reference of the partition
@@ -52,50 +101,39 @@ constexpr int64_t kCachedTileBytes = 128 * 1024;
 /// Every pass over a tile fetches the tile that comes from memory next, `upcoming` after the last one:
 /// hardware alone stops at the end of each page. Tiles beyond the cache fetch their own rows some way ahead.
 template <class T, class Consume>
-void walk(const HeadTiles<T>& head, const Method<T>& method, WalkScratch<RealOf<T>> scratch, int64_t begin,
+void walk(HeadTiles<T>& tiles, const Method<T>& method, WalkScratch<RealOf<T>> scratch, int64_t begin,
           int64_t end, bool forward, double value_weight, Ahead upcoming, const Consume& consume) {
-  const StridedRows<const T>&key = head.key, &value = head.value;
+  constexpr auto key = HeadTiles<T>::kKey, value = HeadTiles<T>::kValue;
   const auto score = [&](int64_t partition) {
-    method.score(scratch.key_statistic, scratch.value_statistic, head.lag_size, value_weight);
+    method.score(scratch.key_statistic, scratch.value_statistic, tiles.lag_size(), value_weight);
     consume(partition, scratch.key_statistic);
-  };
-  const auto tile = [&](const StridedRows<const T>& x, int64_t partition, Ahead next) {
-    constexpr int64_t kAheadBytes = 16 * 1024;
-    const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T));
-    if (head.lag_size * row_bytes > kCachedTileBytes) {
-      next = head.ahead(x, head.first(partition) + kAheadBytes / row_bytes + 4);
-    }
-    return Tile<T>{x.row(head.batch, head.head, head.first(partition)), x.row_stride, head.lag_size, x.dim,
-                   next};
-  };
-  const auto rows = [&](const StridedRows<const T>& x, int64_t partition) {
-    return head.ahead(x, head.first(partition));
   };
 
   if (forward) {
     for (int64_t p = begin; p < end; ++p) {
       const bool first = p == begin, last = p + 1 == end;
-      method.reference(tile(key, p + 1, first ? rows(key, p) : Ahead{}), scratch.key_now);
-      method.statistic(tile(key, p, rows(value, p + 1)), scratch.key_now, scratch.key_statistic);
-      method.reference(tile(value, p + 1, first ? rows(value, p) : Ahead{}), scratch.value_now);
-      method.statistic(tile(value, p, last ? upcoming : rows(key, p + 2)), scratch.value_now,
+      method.reference(tiles.tile(key, p + 1, first ? tiles.ahead(key, p) : Ahead{}), scratch.key_now);
+      method.statistic(tiles.tile(key, p, tiles.ahead(value, p + 1)), scratch.key_now, scratch.key_statistic);
+      method.reference(tiles.tile(value, p + 1, first ? tiles.ahead(value, p) : Ahead{}), scratch.value_now);
+      method.statistic(tiles.tile(value, p, last ? upcoming : tiles.ahead(key, p + 2)), scratch.value_now,
                        scratch.value_statistic);
       score(p);
     }
     return;
   }
-  method.reference(tile(key, end, rows(value, end)), scratch.key_now);
-  method.reference(tile(value, end, rows(key, end - 1)), scratch.value_now);
+  method.reference(tiles.tile(key, end, tiles.ahead(value, end)), scratch.key_now);
+  method.reference(tiles.tile(value, end, tiles.ahead(key, end - 1)), scratch.value_now);
   for (int64_t p = end - 1; p > begin; --p) {
-    method.advance(tile(key, p, rows(value, p)), scratch.key_now, scratch.key_statistic, scratch.key_next);
-    method.advance(tile(value, p, rows(key, p - 1)), scratch.value_now, scratch.value_statistic,
+    method.advance(tiles.tile(key, p, tiles.ahead(value, p)), scratch.key_now, scratch.key_statistic,
+                   scratch.key_next);
+    method.advance(tiles.tile(value, p, tiles.ahead(key, p - 1)), scratch.value_now, scratch.value_statistic,
                    scratch.value_next);
     std::swap(scratch.key_now, scratch.key_next);
     std::swap(scratch.value_now, scratch.value_next);
     score(p);
   }
-  method.statistic(tile(key, begin, rows(value, begin)), scratch.key_now, scratch.key_statistic);
-  method.statistic(tile(value, begin, upcoming), scratch.value_now, scratch.value_statistic);
+  method.statistic(tiles.tile(key, begin, tiles.ahead(value, begin)), scratch.key_now, scratch.key_statistic);
+  method.statistic(tiles.tile(value, begin, upcoming), scratch.value_now, scratch.value_statistic);
   score(begin);
 }
 

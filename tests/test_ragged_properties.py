@@ -1,0 +1,74 @@
+"""The ragged operators on every backend: each sequence as `compress` leaves it alone, and nothing else touched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import KINDS
+from hypothesis import given
+from ragged_cases import HND, NHD, RaggedCase, ragged_cases
+from ragged_properties import CHECKS, check_packed, check_pages, check_slots
+
+
+@given(case=ragged_cases())
+def test_slots(backend, case):
+    check_slots(backend, case)
+
+
+@given(case=ragged_cases())
+def test_packed_rows(backend, case):
+    check_packed(backend, case)
+
+
+@given(case=ragged_cases())
+def test_pages(backend, case):
+    check_pages(backend, case)
+
+
+@given(case=ragged_cases(kinds=("normal", "offset", "ties"), compresses=True))
+def test_pages_of_plain_values(backend, case):
+    check_pages(backend, case)
+
+
+BASE = RaggedCase(
+    ((3, 90), (0, 0), (16, 7), (5, 36), (2, 2 + 32), (30, 64 + 30)),
+    heads=2,
+    key_dim=32,
+    value_dim=32,
+    lag_size=16,
+    keep=5,
+    spare=2,
+    block_size=8,
+)
+TRAPS = {
+    "plain": BASE,
+    "cosine": dataclasses.replace(BASE, score="cosine"),
+    "keep-all": dataclasses.replace(BASE, keep=16),
+    "keep-one": dataclasses.replace(BASE, keep=1),
+    "no-sequences": dataclasses.replace(BASE, sequences=()),
+    "no-heads": dataclasses.replace(BASE, heads=0),
+    "no-capacity": dataclasses.replace(BASE, sequences=((0, 0), (4, 0)), spare=0),
+    "no-channels": dataclasses.replace(BASE, key_dim=0, value_dim=0),
+    "no-channels-of-value": dataclasses.replace(BASE, value_dim=0),
+    "one-channel": dataclasses.replace(BASE, key_dim=1, value_dim=2),
+    "page-of-one": dataclasses.replace(BASE, block_size=1),
+    "page-is-a-partition": dataclasses.replace(BASE, block_size=16),
+    "page-beyond-the-sequence": dataclasses.replace(BASE, block_size=128),
+    "hnd": dataclasses.replace(BASE, key_layout=HND, value_layout=HND),
+    "nhd-then-hnd": dataclasses.replace(BASE, key_layout=NHD, value_layout=HND),
+    "pages-in-order": dataclasses.replace(BASE, seed=3),
+    "shared-pages": dataclasses.replace(BASE, shared=True, sequences=((17, 90), (16, 16), (30, 70))),
+    "shared-pages-of-one-length": dataclasses.replace(BASE, shared=True, sequences=((24, 90),) * 3),
+    "one-long": dataclasses.replace(BASE, sequences=((1, 1 + 16 * 30), (0, 33), (4, 9))),
+    "far-start": dataclasses.replace(BASE, sequences=((2**31 - 1, 50), (50, 50), (51, 50))),
+    **{f"kind-{kind}": dataclasses.replace(BASE, key_kind=kind, value_kind=kind) for kind in KINDS},
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps(backend, trap, dtype, check):
+    check(backend, dataclasses.replace(TRAPS[trap], dtype=dtype))
