@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 from cases import FINITE_KINDS, Layout, bits, cases, make_values
-from compare import assert_bits, assert_scores
+from compare import assert_bits, assert_scores, score_band
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import band_of, rows
@@ -18,10 +18,10 @@ COMPRESSED = cases(kinds=FINITE_KINDS, compresses=True)
 
 @given(case=cases(kinds=("normal", "constant", "ties"), compresses=True), seed=st.integers(0, 99))
 def test_scaling_channels_by_powers_of_two_changes_no_std_score(backend, case, seed):
-    """Bit for bit: normalisation takes the scale out, and powers of two are exact."""
+    """Bit for bit: normalisation takes the scale out, and powers of two are exact (upwards: no float16 gets lost)."""
     case = dataclasses.replace(case, score="std")
     key, value = (placed.view for placed in case.make(backend.device))
-    power = torch.randint(-4, 5, (case.key_dim,), generator=torch.Generator().manual_seed(seed))
+    power = torch.randint(0, 6, (case.key_dim,), generator=torch.Generator().manual_seed(seed))
     scale = (2.0**power).to(key)
     expected = backend.lag_score(key, value, case.start, case.lag_size, **case.scoring)
     scaled = backend.lag_score(key * scale, value, case.start, case.lag_size, **case.scoring)
@@ -30,13 +30,15 @@ def test_scaling_channels_by_powers_of_two_changes_no_std_score(backend, case, s
 
 @given(case=cases(kinds=("ties", "constant"), dtypes=(torch.float32, torch.float64), compresses=True))
 def test_shifting_channels_changes_std_scores_by_rounding_only(backend, case):
-    """Small integers stay exact when an integer is added, so x - lo is the same number."""
+    """Small integers stay exact when an integer is added, and the reference has no other answer for them."""
     case = dataclasses.replace(case, score="std")
     key, value = (placed.view.round() for placed in case.make(backend.device))
     shifted = key + 100.0 * torch.arange(case.key_dim, device=key.device)
-    expected = backend.lag_score(key, value, case.start, case.lag_size, **case.scoring)
     actual = backend.lag_score(shifted, value, case.start, case.lag_size, **case.scoring)
-    assert_bits(actual, expected, "score")
+    unshifted = score_band(key.cpu(), value.cpu(), case.start, case.lag_size, case.value_weight, case.score)
+    band = score_band(shifted.cpu(), value.cpu(), case.start, case.lag_size, case.value_weight, case.score)
+    assert torch.equal(unshifted.exact.nan_to_num(-1), band.exact.nan_to_num(-1))
+    assert_scores(actual, band)
 
 
 @given(case=COMPRESSED, power=st.integers(-4, 4))

@@ -1,111 +1,82 @@
 // The paper's statistic: s[t] = std_c((x[t, c] - lo_c) / (hi_c - lo_c)), unbiased, against the bounds of the
 // next partition.
 //
-// Every lane of a row's vectors keeps the mean and the squared deviation of its own channels, shifted by the
-// first of them:
-//     d = y - y_first,  m = y_first + sum(d) / n,  q = sum(d^2) - sum(d)^2 / n
-// and lanes are merged pairwise (Chan, Golub, LeVeque 1979): with delta = m_b - m_a,
-//     m = m_a + delta n_b / (n_a + n_b),  q = q_a + q_b + delta^2 n_a n_b / (n_a + n_b).
-// One pass over the row, no horizontal step per row, and no cancellation however far the row's mean lies from
-// 0. A row whose result is not finite is computed again as the reference does it, with sums in float64.
+// With d = y - 1/2 the squared deviation of a row is sum(d^2) - sum(d)^2 / D: one pass over the row, no
+// horizontal step per row. y is 0 and 1 at the bounds, so that rows have their mean near 1/2 and the
+// difference loses nothing; a row where it loses more than two bits, or whose result is not finite, is
+// computed again as the reference does it, with sums in float64.
+//
+// d = scale x - offset, offset = scale lo - 1/2 in a single operation, where the offset is too small to cost
+// digits; else d = scale (x - lo) - 1/2. Blocks of channels choose for themselves.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
-constexpr int kMostLost = 3;  // 1 for normal data
+constexpr int kMostLost = 3;  // sum(d)^2 / D over what is left; 1/8 for normal data
 
 /// The bounds of a partition as the statistic wants them: an array of reference_size(dim) reals.
 template <class Real>
 struct StdReference {
-  Real *lo, *hi, *scale;
+  Real *lo, *hi, *scale, *offset;
   StdReference(Real* reference, int64_t dim)
-      : lo(reference), hi(reference + padded(dim)), scale(reference + 2 * padded(dim)) {}
+      : lo(reference),
+        hi(reference + padded(dim)),
+        scale(reference + 2 * padded(dim)),
+        offset(reference + 3 * padded(dim)) {}
 
   void set_scale(int64_t dim) const {
     using Reg = RegOf<Real>;
-    const Reg one = set1<Real>(1), zero = {};
+    const Reg one = set1<Real>(1), zero = {}, half = set1<Real>(0.5);
     // A quotient by more than this is denormal or nearly: NaN sends the rows to the exact path.
     const Reg most = set1<Real>(sizeof(Real) == 4 ? 1e37 : 1e307), nan = set1<Real>(__builtin_nan(""));
     for (int64_t c = 0; c < padded(dim); c += kWidth<Real>) {
       const Reg low = load(lo + c), high = load(hi + c), range = high - low;
       Reg inverse = range > most ? nan : one / range;
-      store(scale + c, low == high ? zero : inverse);
+      inverse = low == high ? zero : inverse;
+      store(scale + c, inverse);
+      store(offset + c, fma(low, inverse, half));
     }
   }
-};
 
-/// How many channels of a row fall on each lane, and what merging lanes needs of these counts, level by
-/// level.
-template <class Real>
-struct LaneWeights {
-  using Reg = RegOf<Real>;
-  Reg inverse_count, fraction[kLevels<Real>], weight[kLevels<Real>];
-
+  /// Bit i: block i of channels may use the offset, whose rounding then costs no more than that of x - lo.
+  /// Blocks past the 64th never do.
   template <class T>
-  static LaneWeights of(int64_t dim) {
-    LaneWeights weights;
-    const Part<T> part(dim % kBlock<T>);
-    const Reg zero = {}, one = set1<Real>(1);
-    Reg count = set1<Real>(static_cast<Real>(dim / kBlock<T> * kBlockRegs<T>));
-    for (int i = 0; i < kBlockRegs<T>; ++i) count += part.mask(one, i);
-    weights.inverse_count = count == zero ? zero : one / count;
-    weights.template set_level<0>(count);
-    return weights;
-  }
-
- private:
-  template <int kLevel>
-  void set_level(Reg count) {
-    if constexpr (kLevel < kLevels<Real>) {
-      Reg low, high;
-      pair<Real, kLevel>(count, count, low, high);
-      const Reg zero = {}, sum = low + high, share = sum == zero ? zero : high / sum;
-      fraction[kLevel] = share;
-      weight[kLevel] = low * share;
-      set_level<kLevel + 1>(sum);
+  uint64_t folded(int64_t dim) const {
+    using Reg = RegOf<Real>;
+    const Reg one = set1<Real>(1);
+    uint64_t blocks = 0;
+    for (int64_t c = 0, i = 0; c + kBlock<T> <= dim && i < 64; c += kBlock<T>, ++i) {
+      typename LanesOf<Real>::IntReg small = ~typename LanesOf<Real>::IntReg{};
+      for (int64_t j = c; j < c + kBlock<T>; j += kWidth<Real>) {
+        const Reg x = load(offset + j);
+        small &= (x <= one) & (x >= -one);
+      }
+      blocks |= static_cast<uint64_t>(all_lanes<Real>(small)) << i;
     }
+    return blocks;
   }
 };
 
-/// `mean` and `square` hold row i at slot(i); the squared deviation of row i comes out in lane i.
-template <class Real, int kLevel = 0>
-inline RegOf<Real> fold_deviation(RegOf<Real>* mean, RegOf<Real>* square, const LaneWeights<Real>& weights) {
-  using Reg = RegOf<Real>;
-  if constexpr (kLevel == kLevels<Real>) {
-    return square[0];
-  } else {
-#pragma GCC unroll 8
-    for (int k = 0; k < (kWidth<Real> >> (kLevel + 1)); ++k) {
-      Reg mean_a, mean_b, square_a, square_b;
-      pair<Real, kLevel>(mean[2 * k], mean[2 * k + 1], mean_a, mean_b);
-      pair<Real, kLevel>(square[2 * k], square[2 * k + 1], square_a, square_b);
-      const Reg delta = mean_b - mean_a;
-      mean[k] = fma(delta, weights.fraction[kLevel], mean_a);
-      square[k] = fma(delta * weights.weight[kLevel], delta, square_a + square_b);
-    }
-    return fold_deviation<Real, kLevel + 1>(mean, square, weights);
-  }
-}
-
-/// Lane-wise mean and squared deviation of kRows rows from `row` on, row r at slot(r); with kAdvance the rows
-/// also enter the next bounds. kBlocks: dim is as many whole blocks; 0: any dim.
+/// Lane-wise sums of d and d^2 of kRows rows from `row` on, row r at slot(r); with kAdvance the rows also
+/// enter the next bounds. kBlocks: dim is as many whole blocks; 0: any dim.
 template <class T, int kRows, bool kAdvance, int kBlocks>
 __attribute__((noinline)) void std_rows(const T* row, int64_t stride, int64_t dim,
                                         const StdReference<RealOf<T>>& reference,
-                                        const StdReference<RealOf<T>>& next,
-                                        const LaneWeights<RealOf<T>>& weights, RegOf<RealOf<T>>* mean,
-                                        RegOf<RealOf<T>>* square, RegOf<RealOf<T>>* cancelled) {
+                                        const StdReference<RealOf<T>>& next, uint64_t folded,
+                                        RegOf<RealOf<T>>* sum_out, RegOf<RealOf<T>>* square_out) {
   using Real = RealOf<T>;
   using Reg = RegOf<Real>;
   constexpr int width = kWidth<Real>, block = kBlock<T>;
-  Reg shift[kRows], sum[kRows], squares[kRows];
+  Reg sum[kRows] = {}, squares[kRows] = {};
+  const Reg half = set1<Real>(0.5);
 
-  const auto step = [&](int64_t c, auto is_first, const auto& read) {
+  const auto step = [&](int64_t c, auto fold, const auto& read) {
     Block<T> x[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) x[r] = read(row + r * stride + c);
 #pragma GCC unroll 2
     for (int i = 0; i < kBlockRegs<T>; ++i) {
-      const Reg lo = load(reference.lo + c + i * width), scale = load(reference.scale + c + i * width);
+      const Reg base = load((fold ? reference.offset : reference.lo) + c + i * width);
+      const Reg scale = load(reference.scale + c + i * width);
       if constexpr (kAdvance) {
         Reg least = load(next.lo + c + i * width), most = load(next.hi + c + i * width);
 #pragma GCC unroll 8
@@ -114,31 +85,31 @@ __attribute__((noinline)) void std_rows(const T* row, int64_t stride, int64_t di
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        if (is_first && i == 0) {
-          shift[r] = (x[r].reg[i] - lo) * scale;
-          sum[r] = squares[r] = Reg{};
-        } else {
-          const Reg d = read.mask(fms(x[r].reg[i] - lo, scale, shift[r]), i);
-          sum[r] += d;
-          squares[r] = fma(d, d, squares[r]);
-        }
+        const Reg y = x[r].reg[i];
+        const Reg d = read.mask(fold ? fms(y, scale, base) : fms(y - base, scale, half), i);
+        sum[r] += d;
+        squares[r] = fma(d, d, squares[r]);
       }
     }
   };
+  const auto whole = [&](int64_t c) {
+    if (folded & 1) {
+      step(c, std::true_type(), Whole());
+    } else {
+      step(c, std::false_type(), Whole());
+    }
+    folded >>= 1;
+  };
 
   if constexpr (kBlocks > 0) {
-    step(0, std::true_type(), Whole());
 #pragma GCC unroll 1
-    for (int c = block; c < kBlocks * block; c += block) step(c, std::false_type(), Whole());
-  } else if (dim < block) {
-    step(0, std::true_type(), Part<T>(dim));
+    for (int c = 0; c < kBlocks * block; c += block) whole(c);
   } else {
     constexpr int64_t panel = kPanel * width;
     Reg panel_sum[kRows] = {}, panel_squares[kRows] = {};
-    step(0, std::true_type(), Whole());
-    int64_t c = block;
+    int64_t c = 0;
     for (int64_t end = panel; c + block <= dim; end += panel) {
-      for (; c + block <= dim && c < end; c += block) step(c, std::false_type(), Whole());
+      for (; c + block <= dim && c < end; c += block) whole(c);
       if (dim <= panel) break;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -151,12 +122,7 @@ __attribute__((noinline)) void std_rows(const T* row, int64_t stride, int64_t di
     for (int r = 0; r < kRows; ++r) sum[r] += panel_sum[r], squares[r] += panel_squares[r];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const Reg average = sum[r] * weights.inverse_count;
-    mean[slot<Real>(r)] = shift[r] + average;
-    cancelled[slot<Real>(r)] = average * sum[r];
-    square[slot<Real>(r)] = fnma(average, sum[r], squares[r]);
-  }
+  for (int r = 0; r < kRows; ++r) sum_out[slot<Real>(r)] = sum[r], square_out[slot<Real>(r)] = squares[r];
 }
 
 /// The statistic of one row as the reference computes it: true quotients, sums in float64, two passes.
@@ -211,7 +177,7 @@ void std_tile_sized(const Tile<T>& tile, const RealOf<T>* reference_data, RealOf
   if (dim <= 1) return fill(statistic, tile.count, Real(dim == 1 ? 0. : __builtin_nan("")));
 
   const StdReference<Real> reference(const_cast<Real*>(reference_data), dim), next(next_data, dim);
-  const LaneWeights<Real> weights = LaneWeights<Real>::template of<T>(dim);
+  const uint64_t folded = reference.template folded<T>(dim);
   if constexpr (kAdvance) {
     for (int64_t c = 0; c < padded(dim); c += width) {
       store(next.lo + c, set1<Real>(__builtin_inf()));
@@ -219,35 +185,33 @@ void std_tile_sized(const Tile<T>& tile, const RealOf<T>* reference_data, RealOf
     }
   }
   const Reg degrees = set1<Real>(static_cast<Real>(dim - 1)), zero = {};
-  const Reg nan = set1<Real>(__builtin_nan(""));
+  const Reg share = set1<Real>(1) / set1<Real>(static_cast<Real>(dim)), nan = set1<Real>(__builtin_nan(""));
   Reg not_finite = {}, inexact = {};
   for (int64_t first = 0; first < tile.count; first += width) {
     const int64_t rows = tile.count - first < width ? tile.count - first : width;
     const T* group = tile.rows + first * tile.row_stride;
-    Reg mean[width], square[width], cancelled[width];
+    Reg sum[width], square[width];
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) {
       prefetch(tile.ahead, first + r, kRows);
       std_rows<T, kRows, kAdvance, kBlocks>(group + r * tile.row_stride, tile.row_stride, dim, reference,
-                                            next, weights, mean + slot<Real>(r), square + slot<Real>(r),
-                                            cancelled + slot<Real>(r));
+                                            next, folded, sum + slot<Real>(r), square + slot<Real>(r));
     }
 #pragma GCC unroll 1
     for (; r < rows; ++r) {
-      std_rows<T, 1, kAdvance, 0>(group + r * tile.row_stride, tile.row_stride, dim, reference, next, weights,
-                                  mean + slot<Real>(r), square + slot<Real>(r), cancelled + slot<Real>(r));
+      std_rows<T, 1, kAdvance, 0>(group + r * tile.row_stride, tile.row_stride, dim, reference, next, folded,
+                                  sum + slot<Real>(r), square + slot<Real>(r));
     }
 #pragma GCC unroll 1
-    for (; r < width; ++r) {
-      mean[slot<Real>(r)] = square[slot<Real>(r)] = cancelled[slot<Real>(r)] = zero;
-    }
+    for (; r < width; ++r) sum[slot<Real>(r)] = square[slot<Real>(r)] = zero;
 
-    const Reg lost = fold_sum<Real>(cancelled);
+    const Reg total = fold_sum<Real>(sum), squares = fold_sum<Real>(square);
+    const Reg lost = total * share * total;
     // Rounding may leave a square just below 0; a NaN passes max as its second operand.
-    const Reg total = max(zero, fold_deviation<Real>(mean, square, weights));
-    const Reg s = sqrt(total / degrees);
+    const Reg left = max(zero, squares - lost);
+    const Reg s = sqrt(left / degrees);
     not_finite += s - s;
-    const Reg checked = lost > set1<Real>(kMostLost) * total ? nan : s;
+    const Reg checked = lost > set1<Real>(kMostLost) * left ? nan : s;
     store(statistic + first, checked);
     inexact += checked - checked;
   }

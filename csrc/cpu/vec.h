@@ -174,6 +174,17 @@ inline Real sum_lanes(RegOf<Real> x) {
   return reduce<Real>(x, Add());
 }
 
+/// Whether a comparison holds in every lane.
+template <class Real>
+inline bool all_lanes(typename LanesOf<Real>::IntReg mask) {
+  struct And {
+    auto operator()(typename LanesOf<Real>::IntReg a, typename LanesOf<Real>::IntReg b) const {
+      return a & b;
+    }
+  };
+  return reduce<Real>(mask, And()) != 0;
+}
+
 #if LAGKV_VECTOR_BYTES < 64  // AVX-512 counts bits of masks
 /// Number of integers above the bound among `count` padded to whole vectors.
 template <class Int>
