@@ -104,9 +104,8 @@ class LagKVStates(Protocol):
     is_initialized: bool
 
     @property
-    def seen(self) -> Any: ...  # a number, in a tensor where it lives on the device
-    @property
-    def compressions(self) -> Any: ...
+    def compressions(self) -> int: ...
+    def get_seq_length(self) -> int | Tensor: ...  # in a tensor where it lives on the device
     @property
     def rows(self) -> int: ...
     def storages(self) -> list[Tensor]: ...
@@ -160,11 +159,11 @@ def _lagkv_report(index: int, layer: LagKVStates) -> LayerReport:
     return LayerReport(
         layer=index,
         kind="lagkv" if layer.settings.compresses else "full",
-        tokens_seen=int(layer.seen),
+        tokens_seen=int(layer.get_seq_length()),
         tokens_kept=layer.rows,
         bytes_held=storage_bytes(layer.storages()),
         bytes_uncompressed=layer.uncompressed_bytes(),
-        compressions=int(layer.compressions),
+        compressions=layer.compressions,
     )
 
 
@@ -174,7 +173,7 @@ def _other_report(index: int, layer: Any) -> LayerReport:
     return LayerReport(
         layer=index,
         kind=type(layer).__name__,
-        tokens_seen=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
+        tokens_seen=int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0,
         tokens_kept=keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0,
         bytes_held=held,
         bytes_uncompressed=held,

@@ -22,6 +22,7 @@ from transformers.configuration_utils import get_head_shapes
 from lagkv_ext.cache.buffer import plain_tensors
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import _integer, check_config, layer_settings, with_capacity
+from lagkv_ext.cache.slots import SlotLayer
 from lagkv_ext.cache.static_layer import LagKVStaticLayer
 from lagkv_ext.cache.static_window import StaticWindowLayer
 
@@ -137,14 +138,14 @@ class LagKVStaticCache(ReportsLayers, Cache):
     get_max_cache_shape = get_max_length  # its name before transformers 5.16
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
-        return self.layers[layer_idx].get_query_offset()
+        return self._attention_layer(layer_idx).get_query_offset()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:  # type: ignore[override]
         self._check_attention()
         if not torch.compiler.is_compiling():
             # As in LagKVCache: transformers never shows a cache the attention mask, but who asks for sizes has it.
             _refuse_padding(sys._getframe(1).f_locals.get("attention_mask"))
-        return super().get_mask_sizes(query_length, layer_idx)
+        return self._attention_layer(layer_idx).get_mask_sizes(query_length)
 
     # -- changes
 
@@ -163,6 +164,15 @@ class LagKVStaticCache(ReportsLayers, Cache):
         raise ValueError(_fixed_batch("batch_select_indices"))
 
     # -- inside
+
+    def _attention_layer(self, layer_idx: int) -> SlotLayer:
+        """That layer; for one that holds no keys and values, as transformers asks by default, the first that does."""
+        layer = self.layers[layer_idx]
+        return (
+            layer
+            if isinstance(layer, SlotLayer)
+            else next(x for x in self.layers if isinstance(x, SlotLayer))
+        )
 
     def _lagkv_layers(self) -> dict[int, LagKVStaticLayer]:
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, LagKVStaticLayer)}

@@ -36,10 +36,10 @@ class LagKVStaticLayer(SlotLayer):
         self.length = torch.zeros_like(self.start)
         # Whether a step came since the last compression: each has its compression once.
         self.due = self.keys.new_zeros((), dtype=torch.bool)
-        self.compressions, self.restarts = torch.zeros_like(self.seen), torch.zeros_like(self.seen)
+        self.settled, self.restarts = torch.zeros_like(self.seen), torch.zeros_like(self.seen)
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [self.positions, self.start, self.length], [self.due, self.compressions, self.restarts]
+        return [self.positions, self.start, self.length], [self.due, self.settled, self.restarts]
 
     def reset(self) -> None:
         super().reset()
@@ -68,6 +68,13 @@ class LagKVStaticLayer(SlotLayer):
     def rows(self) -> int:
         """Rows held once the compression that is due has run."""
         return int(self._rows_left()) if self.is_initialized else 0
+
+    @property
+    def compressions(self) -> int:
+        """Compressions so far, with the one that is due."""
+        if not self.is_initialized:
+            return 0
+        return int(self.settled) + bool(self.due & (self._dropped(self.length[0]) > 0))
 
     def kept_positions(self) -> Tensor:
         """int32 ``[B, H, rows]``: position of every held row, ascending."""
@@ -112,7 +119,7 @@ class LagKVStaticLayer(SlotLayer):
         )
         self.positions.copy_(self.positions.gather(2, index.clamp(min=0).long()))
         again = starts_again(start, self.settings.lag_size, self.max_tokens) & self.due
-        self.compressions.add_(self.length[0] != rows[0])
+        self.settled.add_(self.length[0] != rows[0])
         self.restarts.add_(again[0])
         start = torch.where(again, self.settings.sink_size, start)
         self.start.copy_(torch.where(self.due, start, self.start))
@@ -134,7 +141,7 @@ class LagKVStaticLayer(SlotLayer):
             self.length.fill_(growing.rows)
             self.start.fill_(growing.start)
             self.seen.fill_(growing.seen)
-            self.compressions.fill_(growing.compressions)
+            self.settled.fill_(growing.compressions)
             self.due.zero_()
         return key, value
 
@@ -149,7 +156,7 @@ class LagKVStaticLayer(SlotLayer):
             self.kept_positions(),
             start=int(self.start[0]),
             seen=int(self.seen),
-            compressions=int(self.compressions),
+            compressions=self.compressions,
         )
         return LagKVLayer.of_rows(self.keys[:, :, :rows], self.values[:, :, :rows], track)
 
