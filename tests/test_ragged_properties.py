@@ -72,3 +72,32 @@ TRAPS = {
 @pytest.mark.parametrize("trap", TRAPS)
 def test_traps(backend, trap, dtype, check):
     check(backend, dataclasses.replace(TRAPS[trap], dtype=dtype))
+
+
+# Enough for several threads: equal sequences, one that is longer than all others, and partitions beyond the cache.
+LARGE = {
+    "equal": dataclasses.replace(
+        BASE, sequences=((4, 700),) * 4, key_dim=64, value_dim=64, lag_size=64, block_size=16
+    ),
+    "one-long": dataclasses.replace(
+        BASE, sequences=((0, 90), (4, 4000), (2, 300)), heads=1, key_dim=128, value_dim=96, lag_size=64
+    ),
+    "large-partitions": dataclasses.replace(
+        BASE, sequences=((3, 2500), (9, 3100)), key_dim=64, value_dim=64, lag_size=700, keep=33, block_size=64
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("shape", LARGE)
+def test_threads_do_not_matter(kernel_backend, shape, check):
+    case = LARGE[shape]
+    if kernel_backend.is_slow:
+        case = dataclasses.replace(case, sequences=tuple((s, n // 4) for s, n in case.sequences), lag_size=96)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            check(kernel_backend, case)
+    finally:
+        torch.set_num_threads(threads)

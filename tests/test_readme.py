@@ -15,8 +15,8 @@ BLOCKS = re.findall(
 )
 
 
-def test_there_are_four() -> None:
-    assert len(BLOCKS) == 4
+def test_there_are_five() -> None:
+    assert len(BLOCKS) == 5
 
 
 def test_operator() -> None:
@@ -64,3 +64,20 @@ def test_equivalent_to() -> None:
     score = torch.ops.lagkv.lag_score(key, value, 4, 8, value_weight=0.5)
     torch.testing.assert_close(scope["score"], score)
     assert torch.equal(scope["kept"].int(), torch.ops.lagkv.topk_index(score, 3))
+
+
+def test_ragged_equivalent_to() -> None:
+    states = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        key, value = (torch.randn(3, 2, 100, dim, generator=generator) for dim in (16, 8))
+        start, length = (torch.tensor(n, dtype=torch.int32) for n in ([4, 4, 0], [100, 7, 33]))
+        states.append({"key": key, "value": value, "start": start, "length": length})
+    scope = {"lagkv_ext": lagkv_ext, "L": 8, "keep": 3, **states[0]}
+    exec(BLOCKS[4], scope)
+    torch.ops.lagkv.compress_ragged_(*states[1].values(), 8, 3)
+    for name in ("start", "length"):
+        assert torch.equal(states[0][name], states[1][name])
+    for b, rows in enumerate(states[0]["length"].tolist()):
+        for name in ("key", "value"):
+            assert torch.equal(states[0][name][b, :, :rows], states[1][name][b, :, :rows])
