@@ -14,6 +14,12 @@ struct Ahead {
   const char* rows = nullptr;
   int64_t row_stride = 0;  // bytes
   int64_t row_bytes = 0;
+
+  /// The first cache lines of every row, and those after them: for two passes that share the fetching.
+  Ahead first(int64_t lines) const { return {lines > 0 ? rows : nullptr, row_stride, 64 * lines}; }
+  Ahead after(int64_t lines) const {
+    return {rows == nullptr ? nullptr : rows + 64 * lines, row_stride, row_bytes - 64 * lines};
+  }
 };
 
 /// A partition: `count` rows of `dim` contiguous elements, `row_stride` elements apart.

@@ -110,12 +110,25 @@ void walk(HeadTiles<T>& tiles, const Method<T>& method, WalkScratch<RealOf<T>> s
   };
 
   if (forward) {
+    // Of large elements half is fetched while the reference is taken: else memory, which they keep waiting,
+    // would rest meanwhile.
+    const auto shared_lines = [](const Ahead& ahead) {
+      return sizeof(T) < 4 ? 0 : ahead.row_bytes / (2 * 64);
+    };
     for (int64_t p = begin; p < end; ++p) {
-      const bool first = p == begin, last = p + 1 == end;
-      method.reference(tiles.tile(key, p + 1, first ? tiles.ahead(key, p) : Ahead{}), scratch.key_now);
-      method.statistic(tiles.tile(key, p, tiles.ahead(value, p + 1)), scratch.key_now, scratch.key_statistic);
-      method.reference(tiles.tile(value, p + 1, first ? tiles.ahead(value, p) : Ahead{}), scratch.value_now);
-      method.statistic(tiles.tile(value, p, last ? upcoming : tiles.ahead(key, p + 2)), scratch.value_now,
+      const bool first = p == begin;
+      const Ahead next_value = tiles.ahead(value, p + 1);
+      const Ahead next_key = p + 1 == end ? upcoming : tiles.ahead(key, p + 2);
+      // Before the first pass the rows of both partitions are still in memory.
+      const int64_t value_lines = first ? 0 : shared_lines(next_value),
+                    key_lines = first ? 0 : shared_lines(next_key);
+      method.reference(tiles.tile(key, p + 1, first ? tiles.ahead(key, p) : next_value.first(value_lines)),
+                       scratch.key_now);
+      method.statistic(tiles.tile(key, p, next_value.after(value_lines)), scratch.key_now,
+                       scratch.key_statistic);
+      method.reference(tiles.tile(value, p + 1, first ? tiles.ahead(value, p) : next_key.first(key_lines)),
+                       scratch.value_now);
+      method.statistic(tiles.tile(value, p, next_key.after(key_lines)), scratch.value_now,
                        scratch.value_statistic);
       score(p);
     }
