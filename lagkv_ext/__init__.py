@@ -26,11 +26,12 @@ from lagkv_ext.ragged import PackedCompressed, compress_paged_, compress_ragged_
 from lagkv_ext.version import __version__
 
 if TYPE_CHECKING:
-    from lagkv_ext.cache import LagKVCache, LagKVStaticCache
+    from lagkv_ext.cache import LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
 
 __all__ = [
     "Compressed",
     "LagKVCache",
+    "LagKVEncoderDecoderCache",
     "LagKVStaticCache",
     "PackedCompressed",
     "__version__",
@@ -49,7 +50,7 @@ __all__ = [
     "topk_index",
 ]
 
-_LAZY = {"LagKVCache": "lagkv_ext.cache", "LagKVStaticCache": "lagkv_ext.cache"}
+_LAZY = dict.fromkeys(("LagKVCache", "LagKVEncoderDecoderCache", "LagKVStaticCache"), "lagkv_ext.cache")
 
 
 def __getattr__(name: str) -> Any:

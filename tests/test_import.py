@@ -41,7 +41,7 @@ def test_import_needs_torch_alone():
 
 def test_public_names_are_there():
     for name in lagkv_ext.__all__:
-        if name not in ("LagKVCache", "LagKVStaticCache"):  # need transformers: tested with the caches
+        if not name.endswith("Cache"):  # these need transformers: tested with the caches
             assert getattr(lagkv_ext, name) is not None
 
 

@@ -15,7 +15,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
     )
 
 from lagkv_ext.cache.cache import LagKVCache
+from lagkv_ext.cache.encoder_decoder import LagKVEncoderDecoderCache
 from lagkv_ext.cache.report import CacheReport, LayerReport
 from lagkv_ext.cache.static import LagKVStaticCache
 
-__all__ = ["CacheReport", "LagKVCache", "LagKVStaticCache", "LayerReport"]
+__all__ = ["CacheReport", "LagKVCache", "LagKVEncoderDecoderCache", "LagKVStaticCache", "LayerReport"]

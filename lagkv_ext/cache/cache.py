@@ -11,8 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
+from lagkv_ext.cache.hybrid import LagKVHybridLayer
 from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.mask import FittingMask, refuse_padding
 from lagkv_ext.cache.report import ReportsLayers
@@ -33,7 +40,7 @@ class LagKVCache(ReportsLayers, DynamicCache):
     gives them. ``get_seq_length()`` counts the tokens seen; how many rows a layer still holds is in `report`.
 
     Args:
-        config: ``model.config`` of a decoder-only model.
+        config: ``model.config`` of a decoder-only model (others: `LagKVEncoderDecoderCache`).
         lag_size: tokens per partition, at least 1.
         keep_ratio: share kept of each partition, in (0, 1]; default 0.25. Exclusive with ``keep``. With 1 nothing is
             ever dropped and generation is that of `DynamicCache`.
@@ -64,6 +71,8 @@ class LagKVCache(ReportsLayers, DynamicCache):
     columns as `get_mask_sizes` says. Read `kept_positions` and `kept_hash` between forward passes, not inside one.
     """
 
+    _part_of_encoder_decoder = False
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -79,7 +88,7 @@ class LagKVCache(ReportsLayers, DynamicCache):
         skip_layers: Iterable[int] = (),
         max_tokens: int | None = None,
     ):
-        check_config(config)
+        check_config(config, self._part_of_encoder_decoder)
         base = layer_settings(
             lag_size=lag_size,
             keep_ratio=keep_ratio,
@@ -91,7 +100,8 @@ class LagKVCache(ReportsLayers, DynamicCache):
             max_tokens=max_tokens,
         )
         super().__init__(config=config)
-        full_layers = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        kinds_compressed = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        full_layers = [i for i, layer in enumerate(self.layers) if type(layer) in kinds_compressed]
         if not full_layers:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise ValueError(
@@ -100,7 +110,12 @@ class LagKVCache(ReportsLayers, DynamicCache):
             )
         settings = settings_per_layer(base, full_layers, len(self.layers), layer_keep_ratio, skip_layers)
         for i in full_layers:
-            self.layers[i] = LagKVLayer(settings[i])
+            before = self.layers[i]
+            self.layers[i] = (
+                LagKVLayer(settings[i])
+                if type(before) is DynamicLayer
+                else LagKVHybridLayer(settings[i], before.number_of_states)
+            )
         self._compresses = any(x.compresses for x in settings.values())
         # Layers with linear and full attention in one are not compressed, but share the mask of full-attention layers.
         self._sharing_mask = tuple(
