@@ -236,8 +236,10 @@ def judge(folder: Path, module: Path) -> str:
             return f"{arguments[0]} ended with status {done.returncode}"
         if done.returncode == 1:
             test = CAUGHT.search(done.stdout)
+            if test is None:
+                raise SystemExit(f"mutate_kernels: the tests did not run:\n{done.stdout}{done.stderr}")
             fault = re.search(r"(?:Fault|Error): ([^;\n]*)", done.stdout)
-            return f"{test[1] if test else arguments[0]}: {fault[1][:110] if fault else 'assertion'}"
+            return f"{test[1]}: {fault[1][:110] if fault else 'assertion'}"
     return ""
 
 
