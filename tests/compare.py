@@ -34,6 +34,7 @@ class Band:
     plain_error: Tensor  #: what plain PyTorch is off
     tolerance: Tensor  #: inf where the arithmetic cannot tell
     nan: Tensor  #: the score must be NaN
+    number: Tensor  #: it must not be, also where the tolerance is infinite (equal statistics: z = 0, not 0 / 0)
 
     @property
     def lower(self) -> Tensor:
@@ -69,7 +70,7 @@ def score_band(
     worst = torch.where(known & ~exact.isnan(), error, 0.0)
     worst = worst.amax(-1, keepdim=True) if worst.numel() else worst
     tolerance = torch.where(known, FACTOR * worst + floor.nan_to_num(math.inf), math.inf)
-    return Band(exact, error, tolerance, exact.isnan() & known)
+    return Band(exact, error, tolerance, exact.isnan() & known, ~exact.isnan() & known)
 
 
 def assert_scores(actual: Tensor, band: Band) -> None:
@@ -80,6 +81,8 @@ def assert_scores(actual: Tensor, band: Band) -> None:
     actual = actual.cpu().double()
     missing = band.nan & ~actual.isnan()
     assert not missing.any(), f"score of {_first(missing)} is {actual[missing][0]} and must be NaN"
+    lost = band.number & actual.isnan()
+    assert not lost.any(), f"score of {_first(lost)} is NaN, exactly {band.exact[lost][0]:.9g}"
     judged = band.tolerance.isfinite() & ~band.nan
     error = (actual - band.exact).abs()
     bad = judged & ~(error <= band.tolerance)

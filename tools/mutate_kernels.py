@@ -135,7 +135,7 @@ RULES = [
         "more blocks than a grid",
     ),
 ]
-CAUGHT = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.MULTILINE)
+CAUGHT = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 # Runs in a process of its own: the executor's module of the mutant, float32 alone.
 RUNNER = """
 import dataclasses, sys
