@@ -198,16 +198,16 @@ class LagKVStaticCache(ReportsLayers, Cache):
 def _check_layers(config: PreTrainedConfig, layers: list[Any]) -> None:
     kinds = [type(x) for x in layers]
     names = ", ".join(sorted({kind.__name__ for kind in kinds}))
-    if StaticLayer not in kinds:
-        raise ValueError(
-            f"{type(config).__name__} has no full-attention layer that could be compressed; the static caches of its "
-            f"{len(layers)} layers are {names}"
-        )
     unfit = sorted({kind.__name__ for kind in kinds if kind not in (StaticLayer, *_OTHER_LAYERS)})
     if unfit:
         raise ValueError(
             f"{type(config).__name__} has layers that would need room for every token: {', '.join(unfit)} (among the "
             f"static caches of its {len(layers)} layers: {names})"
+        )
+    if StaticLayer not in kinds:
+        raise ValueError(
+            f"{type(config).__name__} has no full-attention layer that could be compressed; the static caches of its "
+            f"{len(layers)} layers are {names}"
         )
 
 
