@@ -23,6 +23,7 @@ from lagkv_ext.ops import (
     topk_index,
 )
 from lagkv_ext.ragged import PackedCompressed, compress_paged_, compress_ragged_, compress_varlen
+from lagkv_ext.settings_file import read_settings
 from lagkv_ext.version import __version__
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "next_start",
     "output_length",
     "partition_bounds",
+    "read_settings",
     "topk_index",
 ]
 

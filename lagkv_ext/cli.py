@@ -80,6 +80,7 @@ if typer is not None:
 
     @app.command()
     def demo(
+        context: typer.Context,
         model: Annotated[
             str,
             typer.Option(
@@ -92,6 +93,14 @@ if typer is not None:
         scores: Annotated[str, typer.Option(help="std (the paper) and cosine.")] = "std,cosine",
         lag_size: Annotated[int, typer.Option(help="Tokens per partition.", min=1)] = 128,
         sink_size: Annotated[int, typer.Option(help="Leading tokens that are always kept.", min=0)] = 16,
+        settings_file: Annotated[
+            Path | None,
+            typer.Option(
+                "--settings",
+                help="A lagkv.json: this cache beside the full one, in place of --ratios, --scores, --lag-size "
+                "and --sink-size.",
+            ),
+        ] = None,
         text: Annotated[Path | None, typer.Option(help="Your own text; needs --facts.")] = None,
         facts: Annotated[
             Path | None,
@@ -121,12 +130,23 @@ if typer is not None:
         """A real model reads a text with facts in it and is asked for them: full cache against compressed caches."""
         settings = _settings(ratios, scores)
         try:
+            from lagkv_ext import read_settings
+            from lagkv_ext.demo import run as demo_run
             from lagkv_ext.demo.command import DemoError, run_demo
             from lagkv_ext.models import DTYPES, ModelError
         except ModuleNotFoundError as error:
             _refuse(f"the demo needs {error.name}, which is not installed here: {_INSTALL}")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        if settings_file is not None:
+            _only_settings(context)
+            try:
+                given = read_settings(settings_file)
+                settings = [demo_run.Setting(), demo_run.setting_of(given)]
+            except (TypeError, ValueError) as error:
+                _refuse(error)
+            lag_size = given.get("lag_size", demo_run.LAG_SIZE)
+            sink_size = given.get("sink_size", demo_run.SINK_SIZE)
         try:
             run_demo(
                 settings,
@@ -145,6 +165,13 @@ if typer is not None:
             )
         except (DemoError, ModelError) as error:
             _refuse(error)
+
+    def _only_settings(context: typer.Context) -> None:
+        for name in ("ratios", "scores", "lag_size", "sink_size"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                option = f"--{name.replace('_', '-')}"
+                raise typer.BadParameter(f"give --settings or {option}, not both: the file says what it sets")
 
     # Imports typer alone; what the evaluation needs besides is imported, and missed by name, when it runs.
     from lagkv_ext.evaluate.command import evaluate as _evaluate

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lagkv_ext import checks, timing
 from lagkv_ext._library import info
-from lagkv_ext.ops import DEFAULT_KEEP_RATIO, keep_count
+from lagkv_ext.ops import DEFAULT_KEEP_RATIO, resolve_keep
+from lagkv_ext.settings_file import read_settings
 from lagkv_ext.traffic import Problem
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATING}
@@ -390,8 +391,11 @@ def _arguments(p: Problem) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv_ext.profile") -> int:
     """The command; 0, or 2 with a message where it was refused."""
-    options = _parser(program).parse_args(arguments)
+    parser = _parser(program)
+    options = parser.parse_args(arguments)
     try:
+        if options.settings is not None:
+            options = _with_settings(parser, arguments, options.settings)
         if options.dtype not in DTYPES:
             raise ProfileError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPES)}")
         problem = Problem(
@@ -403,7 +407,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv
             batch=options.batch,
             start=options.sink_size,
             lag_size=options.lag_size,
-            keep=keep_count(options.keep_ratio, options.lag_size) if options.keep is None else options.keep,
+            keep=resolve_keep(options.keep, options.keep_ratio, options.lag_size),
             value_weight=options.value_weight,
             score=options.score,
         )
@@ -428,6 +432,24 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv
     return 0
 
 
+def _with_settings(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, path: Path
+) -> argparse.Namespace:
+    """The options once more, with what the settings file says of a compression as their defaults."""
+    given = read_settings(path)
+    defaults = {
+        name: given[name] for name in ("lag_size", "sink_size", "score", "value_weight") if name in given
+    }
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(arguments)
+    if options.keep is None and options.keep_ratio is None:
+        options.keep, options.keep_ratio = given.get("keep"), given.get("keep_ratio")
+    left = [name for name in given if name not in (*defaults, "keep", "keep_ratio")]
+    if left:
+        print(f"{path}: {', '.join(left)} say nothing of a single compression, and are not used here")
+    return options
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
@@ -446,11 +468,15 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--lag-size", type=int, default=128)
     keeping = parser.add_mutually_exclusive_group()
     keeping.add_argument("--keep", type=int, help="tokens kept of each partition")
-    keeping.add_argument(
-        "--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, help="share kept (default %(default)s)"
-    )
+    keeping.add_argument("--keep-ratio", type=float, help=f"share kept (default {DEFAULT_KEEP_RATIO})")
     add("--value-weight", type=float, default=1.0)
     add("--score", default="std", help=", ".join(checks.SCORES))
+    add(
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="a lagkv.json, whose values hold where no option is given",
+    )
     add("--rounds", type=int, default=21, help="turns of every stage (default %(default)s)")
     add("--cache", choices=("cold", "warm"), default="cold", help="of the processor or GPU, before every run")
     add("--trace", type=Path, metavar="FILE", help="also write a Chrome trace of three more turns")

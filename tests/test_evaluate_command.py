@@ -51,8 +51,7 @@ def test_measures_reports_and_reports_again(tmp_path):
 
 
 def test_search_writes_a_config_that_makes_the_cache(tmp_path):
-    from lagkv_ext import LagKVCache
-    from lagkv_ext.evaluate import load_config
+    from lagkv_ext import LagKVCache, read_settings
 
     # Fidelity: on retrieval a random model has nothing to lose, and such tasks do not count.
     result = run(
@@ -68,7 +67,7 @@ def test_search_writes_a_config_that_makes_the_cache(tmp_path):
         tmp_path,
     )
     assert result.exit_code == 0, result.output
-    config = load_config(json.loads((tmp_path / "lagkv.json").read_text()))
+    config = read_settings(tmp_path / "lagkv.json")
     cache = LagKVCache(evaluate_models.model().config, **config)
     assert cache.layers[1].settings.keep == 8  # everything is within 100 points: the smallest ratio wins
     assert f"LagKVCache(model.config, keep_ratio={config['keep_ratio']!r}" in result.output

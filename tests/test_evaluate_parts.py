@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lagkv_ext import LagKVCache, keep_count, output_length, reference
+from lagkv_ext import LagKVCache, keep_count, output_length, read_settings, reference
 from lagkv_ext.evaluate import cost, methods, metrics, recommend
 from lagkv_ext.evaluate.prefill import OBSERVED, forward, read
 from lagkv_ext.evaluate.statistics import Difference, Interval, difference, mean_interval
@@ -370,7 +370,7 @@ class TestRecommend:
     def test_judgements(self, given_loss, verdict):
         assert recommend.judge(given_loss, 2.0) == verdict
 
-    def test_lines_make_the_cache(self):
+    def test_lines_make_the_cache(self, tmp_path):
         config = evaluate_models.model().config
         for setting in (
             Setting("lagkv-cosine", 0.25, 64, 8),
@@ -379,7 +379,8 @@ class TestRecommend:
             made = eval(
                 recommend.line(setting), {"LagKVCache": LagKVCache}, {"model": evaluate_models.model()}
             )
-            again = LagKVCache(config, **recommend.load_config(recommend.config(setting)))
+            (tmp_path / "lagkv.json").write_text(recommend.config(setting))
+            again = LagKVCache(config, **read_settings(tmp_path / "lagkv.json"))
             for i in (1, 2):
                 assert made.layers[i].settings == again.layers[i].settings
         assert made.layers[1].settings.keep == 16

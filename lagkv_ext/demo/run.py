@@ -6,7 +6,7 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from lagkv_ext.models import LoadedModel, full_attention_layers
 
 DEFAULT_RATIOS = (2.0, 4.0, 8.0)
 DEFAULT_SCORES = ("std", "cosine")
+LAG_SIZE, SINK_SIZE = 128, 16
 ROUNDS = 3
 # Further rounds only repeat time measurements; none is begun that would end later than this.
 TIME_BUDGET_S = 150.0
@@ -28,13 +29,19 @@ Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 @dataclass(frozen=True)
 class Setting:
-    """One cache to be measured. ``ratio`` tokens become one in every compressed partition; no score: the full cache."""
+    """One cache to be measured. ``ratio`` tokens become one in every compressed partition; no score: the full cache.
+
+    ``given``: all arguments of `LagKVCache`, where they come from a settings file (`setting_of`).
+    """
 
     score: str | None = None
     ratio: float = 1.0
+    given: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def name(self) -> str:
+        if self.given is not None:
+            return f"settings {self.ratio:g}x"
         return "full cache" if self.score is None else f"{self.score} {self.ratio:g}x"
 
     @property
@@ -126,13 +133,22 @@ def settings_for(ratios: Sequence[float], scores: Sequence[str]) -> list[Setting
     return [Setting(), *(Setting(score, ratio) for ratio in ratios for score in scores)]
 
 
+def setting_of(arguments: Mapping[str, Any]) -> Setting:
+    """The cache that `lagkv_ext.read_settings` describes. ValueError: no valid share kept of a partition."""
+    from lagkv_ext.ops import resolve_keep
+
+    lag_size = arguments.get("lag_size", LAG_SIZE)
+    keep = resolve_keep(arguments.get("keep"), arguments.get("keep_ratio"), lag_size)
+    return Setting(arguments.get("score", DEFAULT_SCORES[0]), lag_size / keep, arguments)
+
+
 def run(
     loaded: LoadedModel,
     reading: Reading,
     settings: Sequence[Setting],
     *,
-    lag_size: int = 128,
-    sink_size: int = 16,
+    lag_size: int = LAG_SIZE,
+    sink_size: int = SINK_SIZE,
     rounds: int = ROUNDS,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
@@ -242,6 +258,8 @@ class _Bench:
 
         if setting.score is None:
             return DynamicCache(config=self.model.config)
+        if setting.given is not None:
+            return LagKVCache(self.model.config, **setting.given)
         return LagKVCache(
             self.model.config,
             keep_ratio=setting.keep_ratio,

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lagkv_ext.evaluate.recommend import load_config
     from lagkv_ext.evaluate.run import Outcome, Plan, evaluate, report_again
     from lagkv_ext.evaluate.types import EvaluationError, Question, Sample, Setting
 
@@ -22,7 +21,6 @@ __all__ = [
     "Sample",
     "Setting",
     "evaluate",
-    "load_config",
     "report_again",
 ]
 
@@ -34,7 +32,6 @@ _WHERE = {
     "Sample": "types",
     "Setting": "types",
     "evaluate": "run",
-    "load_config": "recommend",
     "report_again": "run",
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from lagkv_ext.evaluate.statistics import Difference
 from lagkv_ext.evaluate.summary import Summary
 from lagkv_ext.evaluate.types import Setting
+from lagkv_ext.settings_file import settings_text
 
 TOLERANCE = 2.0  # points
 # A loss inside the noise passes only where the noise is narrower than this: else more prompts have to tell.
@@ -135,19 +136,9 @@ def line(setting: Setting) -> str:
     return f"LagKVCache(model.config, {given})"
 
 
-def config(setting: Setting) -> dict[str, Any]:
-    """`arguments` as JSON holds them: ``LagKVCache(model.config, **load_config(path))`` reads them back."""
-    found = dict(arguments(setting) or {})
-    if "layer_keep_ratio" in found:
-        found["layer_keep_ratio"] = {str(k): v for k, v in found["layer_keep_ratio"].items()}
-    return found
-
-
-def load_config(data: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments from the JSON of `config`, whose keys can only be text."""
-    if "layer_keep_ratio" in data:
-        return {**data, "layer_keep_ratio": {int(k): v for k, v in data["layer_keep_ratio"].items()}}
-    return data
+def config(setting: Setting) -> str:
+    """`arguments` as the text of a settings file (`lagkv_ext.read_settings`)."""
+    return settings_text(arguments(setting) or {})
 
 
 Measure = Callable[[Sequence[Setting]], Summary]

@@ -57,7 +57,7 @@ def write_report(
             found=found,
             verdict=found.text(),
             line=recommend.line(found.best.setting) if found.best else "",
-            config=json.dumps(recommend.config(found.best.setting), indent=2) if found.best else "",
+            config=recommend.config(found.best.setting) if found.best else "",
             images=[
                 ("data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(), c) for p, c in drawn
             ],
@@ -85,9 +85,7 @@ def write_report(
     path.write_text(html, encoding="utf-8")
     configuration = folder / "lagkv.json"
     if found.best:
-        configuration.write_text(
-            json.dumps(recommend.config(found.best.setting), indent=2) + "\n", encoding="utf-8"
-        )
+        configuration.write_text(recommend.config(found.best.setting), encoding="utf-8")
     else:
         configuration.unlink(missing_ok=True)  # of an earlier run: it would still be taken for advice
     return path, found
