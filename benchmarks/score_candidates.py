@@ -1,7 +1,8 @@
 """Lag-relative scores that were tried against the paper's and the cosine score; docs/quality.md says how they did.
 
 Each is a function for ``lagkv evaluate --methods benchmarks.score_candidates:NAME``: one pass, the next partition as
-reference, no attention. All but those that end in ``_global`` keep the same number of tokens of each partition.
+reference, no attention. All but those that end in ``_global`` or ``_shared`` keep the same number of tokens of each
+partition, as the operators do.
 """
 
 from __future__ import annotations
@@ -161,3 +162,47 @@ def smooth3_raw_shared(layer: Layer) -> Tensor:
 def raw(layer: Layer) -> Tensor:
     """Keys and values added as they are, equally many tokens of each partition."""
     return _each(_raw(layer), layer)
+
+
+def blend_quarter(layer: Layer) -> Tensor:
+    """The cosine score and a quarter of the paper's statistic."""
+    return _each(0.25 * _std(layer) + _cosine(layer), layer)
+
+
+def small_keys(layer: Layer) -> Tensor:
+    """The cosine score and half of what key norm says: small keys draw much attention."""
+    return _each(
+        0.5 * _standardised(-_partitions(layer.key, layer)[:, :, :-1].norm(dim=-1)) + _cosine(layer), layer
+    )
+
+
+def _lag_z(layer: Layer, *, larger: bool = False) -> Tensor:
+    """Minus the cosine, in units of how the next partition's own tokens spread around their direction."""
+    found = []
+    for x in (layer.key, layer.value):
+        direction = F.normalize(_partitions(x, layer), dim=-1)
+        anchor = F.normalize(direction[:, :, 1:].mean(dim=3, keepdim=True), dim=-1)
+        own = (direction[:, :, 1:] * anchor).sum(dim=-1)
+        seen = (direction[:, :, :-1] * anchor).sum(dim=-1)
+        found.append((own.mean(dim=-1, keepdim=True) - seen) / own.std(dim=-1, keepdim=True).clamp_min(1e-12))
+    return torch.maximum(*found) if larger else found[0] + found[1]
+
+
+def lag_z(layer: Layer) -> Tensor:
+    """The cosine, standardised by the next partition in place of its own: lag-relative in its scale as well."""
+    return _each(_lag_z(layer), layer)
+
+
+def lag_z_larger(layer: Layer) -> Tensor:
+    """As `lag_z`, the larger of keys and values: a token that is unusual in one of them is kept."""
+    return _each(_lag_z(layer, larger=True), layer)
+
+
+def lag_z_global(layer: Layer) -> Tensor:
+    """As `lag_z`, one budget for a head."""
+    return _whole(_lag_z(layer), layer)
+
+
+def lag_z_shared(layer: Layer) -> Tensor:
+    """As `lag_z_global`, but a quarter of the budget is for the best of each partition."""
+    return _shared(_lag_z(layer), layer, 0.25)

@@ -66,3 +66,67 @@ def test_tables_of_known_results(tmp_path):
     assert "**4x: keep_ratio 0.25** (40% of the rows kept)" in text
     page.write_text("<!-- ablation r.jsonl -->\n<!-- end -->\n")
     assert "| window, L=128, sink=16: 40% | 50.0 (50 to 50) ▼ |" in markdown.rewrite(page)
+
+
+def _results(path: Path, scores: dict[Setting, list[float]], facts: list[dict] | None = None) -> None:
+    versions = {"torch": "1", "transformers": "2"}
+    lines = [{"kind": "run", "seed": 0, "model": "m", "dtype": "float32", "versions": versions}]
+    for setting, found in scores.items():
+        lines += [
+            {
+                "kind": "result",
+                "task": "passkey",
+                "sample": str(i),
+                "digest": "",
+                "setting_name": setting.name,
+                "setting": setting.to_json(),
+                "tokens": 100,
+                "rows": 40,
+                "full_layer_bytes": 40,
+                "cache_bytes": 40,
+                "facts": facts[i] if facts else {},
+                "questions": [{"score": score}],
+            }
+            for i, score in enumerate(found)
+        ]
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def test_differences_are_of_the_same_prompts(tmp_path):
+    """Prompts differ much more than methods do: only a paired comparison sees a constant difference as one."""
+    prompts = [0.1, 0.9, 0.5, 0.3, 0.7, 0.2]
+    _results(
+        tmp_path / "r.jsonl",
+        {
+            Setting("full"): [1.0] * 6,
+            Setting("lagkv-cosine", 0.25): prompts,
+            Setting("mine:better", 0.25): [x + 0.05 for x in prompts],
+            Setting("noise", 0.25): [x + d for x, d in zip(prompts, [0.1, -0.1] * 3, strict=True)],
+            Setting("lagkv-std", 0.5): [1.0] * 6,
+        },
+    )
+    page = tmp_path / "page.md"
+    page.write_text("<!-- against lagkv-cosine r.jsonl -->\nold\n<!-- end -->\n")
+    text = markdown.rewrite(page)
+    assert text.startswith("<!-- against lagkv-cosine r.jsonl -->\n")
+    assert "| better | +5.0 (+5.0 to +5.0) ▲ |" in text
+    assert "| noise | +0.0 (-" in text
+    assert "lagkv-std" not in text, "another ratio is no comparison"
+    page.write_text("<!-- against keydiff r.jsonl -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no results of the method 'keydiff'"):
+        markdown.rewrite(page)
+
+
+def test_heat_tables_have_depths_and_lengths(tmp_path):
+    facts = [{"depth": d, "size": n} for d in (0.1, 0.5) for n in (500, 1000)]
+    _results(
+        tmp_path / "r.jsonl",
+        {Setting("full"): [1.0] * 4, Setting("window", 0.25): [0.1, 0.2, 0.3, 0.4]},
+        facts,
+    )
+    page = tmp_path / "page.md"
+    page.write_text("<!-- heat r.jsonl -->\n<!-- end -->\n")
+    text = markdown.rewrite(page)
+    assert "| depth | 500 tokens | 1000 tokens |" in text
+    assert "| 10% | 10 | 20 |\n| 50% | 30 | 40 |" in text
+    assert "**passkey, full cache**" in text

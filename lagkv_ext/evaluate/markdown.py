@@ -1,7 +1,9 @@
 """Tables in Markdown from results files: docs/quality.md is made of them, and a test holds it to them.
 
-``python -m lagkv_ext.evaluate.markdown docs/quality.md`` rewrites what stands between ``<!-- results FILE -->`` (or
-``<!-- ablation FILE -->``) and ``<!-- end -->``; paths are relative to the page.
+``python -m lagkv_ext.evaluate.markdown docs/quality.md`` rewrites what stands between ``<!-- results FILE -->`` and
+``<!-- end -->``; paths are relative to the page. Other blocks: ``ablation FILE``, one table of all settings; ``against
+METHOD FILE``, every method's difference from that one on the same questions; ``heat FILE``, scores over depth and
+length.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
+from lagkv_ext.evaluate.statistics import Difference
 from lagkv_ext.evaluate.storage import load
-from lagkv_ext.evaluate.summary import Cell, Summary, summarise
+from lagkv_ext.evaluate.summary import Cell, Summary, paired, summarise
 
 _MARKS = {"worse": "▼", "better": "▲", "noise": "", "unknown": "?"}
-_BLOCK = re.compile(r"(<!-- (results|ablation) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (results|ablation|heat|against (\S+)) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables(path: Path) -> str:
@@ -42,9 +46,80 @@ def ablation(path: Path) -> str:
     lines = [("full cache", "full")]
     for n in summary.compressed:
         s = summary.settings[n]
-        label = s.label.rpartition(":")[2].replace("as_L", "rows as with L")
+        label = _short(s.label).replace("as_L", "rows as with L")
         lines.append((f"{label}, L={s.lag_size}, sink={s.sink_size}: {_share(summary, n)}", n))
     return _about(summary, headers) + "\n" + _table(summary, lines)
+
+
+def against(path: Path, method: str) -> str:
+    """One table per keep_ratio: what every other method's mean is above ``method``'s, in points, with the interval of
+    the paired bootstrap.
+    """
+    headers, records = load(path)
+    seed = headers[-1]["seed"]
+    summary = summarise(records, seed=seed)
+    tasks = _finished(summary)
+    out = [_about(summary, headers)]
+    for base, setting in summary.settings.items():
+        if setting.method != method:
+            continue
+        names = [
+            n
+            for n in summary.compressed
+            if n != base and summary.settings[n].keep_ratio == setting.keep_ratio
+        ]
+        out.append(f"**keep_ratio {setting.keep_ratio:g}: points above {setting.label}**\n")
+        out.append("| method | " + " | ".join(tasks) + " |\n| --- |" + " ---: |" * len(tasks))
+        for n in names:
+            shown = [_difference(paired(summary, n, base, t, seed=seed)) for t in tasks]
+            out.append(f"| {_short(summary.settings[n].label)} | " + " | ".join(shown) + " |")
+        out.append("")
+    if len(out) == 1:
+        raise ValueError(f"{path} has no results of the method {method!r}")
+    return "\n".join(out)
+
+
+def heat(path: Path) -> str:
+    """One table per task and setting: a row for each depth, a column for each length."""
+    headers, records = load(path)
+    summary = summarise(records, seed=headers[-1]["seed"])
+    out = [_about(summary, headers)]
+    for task in _finished(summary):
+        for name in summary.settings:
+            cells: dict[tuple[float, int], list[float]] = {}
+            for x in summary.records:
+                if x["task"] == task and x["setting_name"] == name and "depth" in x["facts"]:
+                    place = float(x["facts"]["depth"]), int(x["facts"]["size"])
+                    cells.setdefault(place, []).extend(float(q["score"]) for q in x["questions"])
+            depths, sizes = sorted({d for d, _ in cells}), sorted({n for _, n in cells})
+            out.append(f"**{task}, {'full cache' if name == 'full' else name}**\n")
+            out.append("| depth | " + " | ".join(f"{n} tokens" for n in sizes) + " |")
+            out.append("| --- |" + " ---: |" * len(sizes))
+            for depth in depths:
+                means = [
+                    f"{100 * fmean(found):.0f}" if (found := cells.get((depth, n))) else "-" for n in sizes
+                ]
+                out.append(f"| {depth:.0%} | " + " | ".join(means) + " |")
+            out.append("")
+    return "\n".join(out)
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return "-"
+    x = found.interval
+    spread = "" if x.low is None or x.high is None else f" ({_signed(x.low)} to {_signed(x.high)})"
+    mark = _MARKS[found.verdict]
+    return f"{_signed(x.mean)}{spread}{' ' + mark if mark else ''}"
+
+
+def _signed(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # + 0.0: never -0.0
+
+
+def _short(label: str) -> str:
+    """A user's ``module:function`` by the function's name."""
+    return label.rpartition(":")[2]
 
 
 def _about(summary: Summary, headers: list[dict]) -> str:
@@ -107,10 +182,12 @@ def _cell(cell: Cell | None) -> str:
 
 def rewrite(page: Path) -> str:
     """The page's text with its tables made anew from their results files."""
-    make = {"results": tables, "ablation": ablation}
+    make = {"results": tables, "ablation": ablation, "heat": heat}
 
     def block(match: re.Match) -> str:
-        return f"{match[1]}\n{make[match[2]](page.parent / match[3])}\n{match[4]}"
+        path = page.parent / match[4]
+        text = against(path, match[3]) if match[3] else make[match[2]](path)
+        return f"{match[1]}\n{text}\n{match[5]}"
 
     return _BLOCK.sub(block, page.read_text(encoding="utf-8"))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from lagkv_ext.evaluate.statistics import Difference, Interval, difference, mean_interval
+from lagkv_ext.evaluate.statistics import LEVEL, Difference, Interval, difference, mean_interval
 from lagkv_ext.evaluate.types import Setting
 
 # A full cache that scores less than this above guessing has nothing to lose.
@@ -86,6 +86,17 @@ def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> Summary:
             }
             out.cells.setdefault(name, {})[task] = Cell(mean_interval(scores, seed=seed), loss, extra, **mean)
     return out
+
+
+def paired(
+    summary: Summary, setting: str, base: str, task: str, *, seed: int = 0, level: float = LEVEL
+) -> Difference | None:
+    """``setting - base`` on the questions of ``task`` that both were asked; None where there are none."""
+    one, other = (
+        _scores([x for x in summary.records if x["setting_name"] == name and x["task"] == task])
+        for name in (setting, base)
+    )
+    return difference(one, other, seed=seed, level=level) if one.keys() & other.keys() else None
 
 
 def _scores(records: list[dict[str, Any]]) -> dict[str, list[float]]:
