@@ -249,6 +249,8 @@ def test_the_band_decides():
             if kind in ("denormal", "vast") and score == "cosine":
                 assert band.tolerance.isinf().all()  # float32 cannot hold the squares
                 continue
+            if kind == "constant_denormal" and score == "cosine":
+                continue  # all rows have the direction of the constant channels
             cut = band.exact.sort(dim=-1, descending=True).values[..., 15:17].mean(-1, keepdim=True)
             undecided = (band.lower < cut) & (band.upper > cut)
             assert undecided.double().mean() < 0.1, (kind, score)
