@@ -6,6 +6,18 @@
 
 namespace lagkv {
 
+/// How a number of `start`, `length`, `offsets` or `block_table` is read; device code brings its own.
+struct PlainLoad {
+  LAGKV_HOST_DEVICE int32_t operator()(const int32_t* number) const { return *number; }
+};
+
+// Before a function of host and device that takes a Load, which may be for the device alone.
+#if defined(__CUDACC__)
+#define LAGKV_ANY_LOAD _Pragma("nv_exec_check_disable")
+#else
+#define LAGKV_ANY_LOAD
+#endif
+
 /// Where row `position` of a sequence lies. Strides are in elements; a row of `dim` elements is contiguous.
 ///
 ///   slots   block `sequence`:                            offsets and block_table null
@@ -23,14 +35,17 @@ struct RaggedRows {
   int64_t table_stride;
   int64_t block_size;
 
-  LAGKV_HOST_DEVICE T* row(int64_t sequence, int64_t head, int64_t position) const {
+  LAGKV_ANY_LOAD template <class Load = PlainLoad>
+  LAGKV_HOST_DEVICE T* row(int64_t sequence, int64_t head, int64_t position, const Load& load = {}) const {
     int64_t block = sequence;
     if (offsets != nullptr) {
       block = 0;
-      position += offsets[sequence];
+      position += load(offsets + sequence);
     } else if (block_table != nullptr) {
-      block = block_table[sequence * table_stride + position / block_size];
-      position %= block_size;
+      // Both fit 32 bits, and a device divides these faster.
+      const uint32_t page = static_cast<uint32_t>(position) / static_cast<uint32_t>(block_size);
+      block = load(block_table + sequence * table_stride + page);
+      position -= page * block_size;
     }
     return data + block * block_stride + head * head_stride + position * row_stride;
   }
@@ -90,15 +105,23 @@ struct RaggedParams {
 
   LAGKV_HOST_DEVICE bool is_packed() const { return key.offsets != nullptr; }
 
-  LAGKV_HOST_DEVICE RaggedSequence sequence(int64_t b) const {
-    const int64_t tokens =
-        is_packed() ? static_cast<int64_t>(key.offsets[b + 1]) - key.offsets[b] : length[b];
-    return ragged_sequence(start[b], tokens, capacity, lag_size, keep);
+  LAGKV_ANY_LOAD template <class Load = PlainLoad>
+  LAGKV_HOST_DEVICE RaggedSequence sequence(int64_t b, const Load& load = {}) const {
+    int64_t tokens;
+    if (is_packed()) {
+      const int64_t first = load(key.offsets + b), last = load(key.offsets + b + 1);
+      tokens = first >= 0 && last <= capacity ? last - first : -1;
+    } else {
+      tokens = load(length + b);
+    }
+    return ragged_sequence(load(start + b), tokens, capacity, lag_size, keep);
   }
 
   /// Where the index of a sequence's head begins.
-  LAGKV_HOST_DEVICE int32_t* index_of(int64_t b, int64_t head) const {
-    return is_packed() ? index + head * capacity + new_offsets[b] : index + (b * heads + head) * capacity;
+  LAGKV_ANY_LOAD template <class Load = PlainLoad>
+  LAGKV_HOST_DEVICE int32_t* index_of(int64_t b, int64_t head, const Load& load = {}) const {
+    return is_packed() ? index + head * capacity + load(new_offsets + b)
+                       : index + (b * heads + head) * capacity;
   }
 };
 

@@ -1,17 +1,27 @@
-// Tensors that passed the checks as RaggedParams: the same for every backend.
+// Tensors that passed the checks as RaggedParams: the same for every backend. `Tensor` is a template
+// parameter (size, stride, data_ptr), as the executor of tests/simt has tensors without torch's headers.
 #pragma once
 
-#include "checks_ragged.h"
+#include "ragged.h"
 
 namespace lagkv {
 
-inline const int32_t* numbers(const Tensor& x) { return static_cast<const int32_t*>(x.data_ptr()); }
-inline int32_t* written_numbers(const Tensor& x) { return static_cast<int32_t*>(x.data_ptr()); }
+template <class Tensor>
+const int32_t* numbers(const Tensor& x) {
+  return static_cast<const int32_t*>(x.data_ptr());
+}
+template <class Tensor>
+int32_t* written_numbers(const Tensor& x) {
+  return static_cast<int32_t*>(x.data_ptr());
+}
 
 /// The stride of a dimension of one element is never used; it must not spoil the alignment of the others.
-inline int64_t step(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) : 0; }
+template <class Tensor>
+int64_t step(const Tensor& x, int64_t dim) {
+  return x.size(dim) > 1 ? x.stride(dim) : 0;
+}
 
-template <class T>
+template <class T, class Tensor>
 RaggedRows<T> slot_rows(const Tensor& x) {  // [B, H, capacity, D]
   return {static_cast<T*>(x.data_ptr()),
           step(x, 0),
@@ -24,13 +34,13 @@ RaggedRows<T> slot_rows(const Tensor& x) {  // [B, H, capacity, D]
           x.size(2)};
 }
 
-template <class T>
+template <class T, class Tensor>
 RaggedRows<T> packed_rows(const Tensor& x, const Tensor& cu_seqlens) {  // [T, H, D]
   return {static_cast<T*>(x.data_ptr()), 0,       step(x, 1), step(x, 0), x.size(2),
           numbers(cu_seqlens),           nullptr, 0,          x.size(0)};
 }
 
-template <class T>
+template <class T, class Tensor>
 RaggedRows<T> page_rows(const Tensor& x, const Tensor& block_table) {  // [blocks, block_size, H, D]
   return {static_cast<T*>(x.data_ptr()), step(x, 0),           step(x, 2), step(x, 1), x.size(3), nullptr,
           numbers(block_table),          step(block_table, 0), x.size(1)};
@@ -51,14 +61,14 @@ RaggedParams<T> ragged_params(int64_t batch, int64_t heads, int64_t capacity, in
   return params;
 }
 
-template <class T>
+template <class T, class Tensor>
 void set_in_place(RaggedParams<T>& params, const Tensor& start, const Tensor& length, const Tensor& index) {
   params.start = params.new_start = written_numbers(start);
   params.length = params.new_length = written_numbers(length);
   params.index = written_numbers(index);
 }
 
-template <class T>
+template <class T, class Tensor>
 RaggedParams<T> slot_params(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& length,
                             const Tensor& index, int64_t lag_size, int64_t keep, double value_weight,
                             Score score) {
@@ -71,7 +81,7 @@ RaggedParams<T> slot_params(const Tensor& key, const Tensor& value, const Tensor
   return params;
 }
 
-template <class T>
+template <class T, class Tensor>
 RaggedParams<T> packed_params(const Tensor& key, const Tensor& value, const Tensor& cu_seqlens,
                               const Tensor& start, const Tensor& new_key, const Tensor& new_value,
                               const Tensor& index, const Tensor& new_cu_seqlens, const Tensor& new_start,
@@ -89,7 +99,7 @@ RaggedParams<T> packed_params(const Tensor& key, const Tensor& value, const Tens
   return params;
 }
 
-template <class T>
+template <class T, class Tensor>
 RaggedParams<T> page_params(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                             const Tensor& start, const Tensor& length, const Tensor& index, int64_t lag_size,
                             int64_t keep, double value_weight, Score score) {

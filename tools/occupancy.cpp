@@ -60,7 +60,7 @@ int main() {
       limits.shared_per_multiprocessor = static_cast<int64_t>(device_of(n[0]).sharedMemPerMultiprocessor);
       threads = lagkv::cuda::kThreads;
       const lagkv::cuda::RowShape shape{n[3], n[4], n[5]};
-      dynamic = lagkv::cuda::plan_storage(shape, n[6], n[7], n[7], n[8], limits).shared_bytes;
+      dynamic = lagkv::cuda::plan_storage(shape, n[6], n[7], n[7], n[8], false, limits).shared_bytes;
       planned = lagkv::cuda::planned_blocks(shape, n[6], static_cast<int64_t>(dynamic), limits);
     }
     cudaOccFuncAttributes kernel;

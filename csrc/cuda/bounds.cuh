@@ -24,19 +24,19 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(const BoundsLaunch<typ
   const int64_t job = launch.first_job + blockIdx.x;
   const int64_t head = job / launch.plan.partitions, partition = job % launch.plan.partitions;
   const T* rows = args.x.row(head / args.heads, head % args.heads, args.start + partition * args.lag_size);
+  const Tile<T> tile{rows, args.x.row_stride, dim, Real(0), count};
   Real* lo = args.bounds + job * 2 * dim;
   const auto write = [&](int64_t channel, const Range<T>& range) {
     st_global(lo + channel, Real(to_real(range.lo)));
     st_global(lo + dim + channel, Real(to_real(range.hi)));
   };
   if constexpr (Layout::kWide) {
-    for (int64_t c = thread_of_block(); c < dim; c += kThreads)
-      write(c, column_range(rows + c, args.x.row_stride, count));
+    for (int64_t c = thread_of_block(); c < dim; c += kThreads) write(c, column_range<T>(tile, c));
   } else {
     LAGKV_DYNAMIC_SHARED(shared);
     T* partial = reinterpret_cast<T*>(shared);
     const PassStores<Real> stores{{}, {}, {}, partial, nullptr};
-    stream_rows<Layout, Score::kStd>({rows, args.x.row_stride, dim, Real(0), count}, {false, true}, stores);
+    stream_rows<Layout, Score::kStd>(tile, {false, true}, stores);
     __syncthreads();
     for (int c = thread_of_block(); c < dim; c += kThreads)
       write(c, gathered_range(partial, static_cast<int>(dim), c));

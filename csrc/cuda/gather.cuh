@@ -80,6 +80,46 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W
   require_positions_in_range(in_range);
 }
 
+/// Row j = row index[j] for first <= j < rows, in a slice of the columns of one head that this block owns. It
+/// goes up in passes: all sources of a pass are in registers before any of its rows is written (the barrier),
+/// and sources of later passes lie above everything that is written by then, for index[j] >= j and ascending.
+/// `at(position)`: where this thread's column of a row is. Traffic: moved rows once in, once out.
+template <class W, class At>
+__device__ __forceinline__ void move_rows(int64_t first, int64_t rows, const Share& share,
+                                          const int32_t* index, const At& at) {
+  for (int64_t pass = first; pass < rows; pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
+    W moved[kMoveVectors];
+#pragma unroll
+    for (int n = 0; n < kMoveVectors; ++n) {
+      const int64_t j = pass + n * share.rows_per_step + share.row;
+      if (share.works && j < rows) moved[n] = ld_global(at(ld_global_nc(index + j)));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kMoveVectors; ++n) {
+      const int64_t j = pass + n * share.rows_per_step + share.row;
+      if (share.works && j < rows) st_global(at(j), moved[n]);
+    }
+  }
+}
+
+/// Which columns of which head a block of a move takes.
+struct MoveJob {
+  int64_t head;  // of all
+  bool is_key;
+  int64_t column;
+
+  __device__ __forceinline__ MoveJob(const MovePlan& plan, int64_t job) {
+    const int64_t slices = plan.key_slices + plan.value_slices, slice = job % slices;
+    head = job / slices;
+    is_key = slice < plan.key_slices;
+    column = (is_key ? slice : slice - plan.key_slices) * plan.slice;
+  }
+  __device__ __forceinline__ int columns(const MovePlan& plan, int64_t dim) const {
+    return static_cast<int>(dim - column < plan.slice ? dim - column : plan.slice);
+  }
+};
+
 template <class W>
 struct MoveLaunch {
   StridedRows<W> key, value;  // [B, H, N, D]
@@ -89,39 +129,16 @@ struct MoveLaunch {
   int64_t first_job;
 };
 
-/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows. A block owns some columns of one head and
-/// goes up in passes: all sources of a pass are in registers before any of its rows is written (the
-/// barrier), and sources of later passes lie above everything that is written by then, for index[j] >= j and
-/// ascending. Traffic: moved rows once in, once out.
+/// x[b, h, j] = x[b, h, index[b, h, j]] for first <= j < rows.
 template <class W>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
   const MovePlan& plan = launch.plan;
-  const int64_t job = launch.first_job + blockIdx.x;
-  const int64_t slices = plan.key_slices + plan.value_slices;
-  const int64_t head = job / slices, batch = head / launch.heads, part = head % launch.heads;
-  const int64_t slice = job % slices;
-  const bool is_key = slice < plan.key_slices;
-  const StridedRows<W>& x = is_key ? launch.key : launch.value;
-  const int64_t column = (is_key ? slice : slice - plan.key_slices) * plan.slice;
-  const int columns = static_cast<int>(x.dim - column < plan.slice ? x.dim - column : plan.slice);
-  const Share share(columns);
-  W* base = x.row(batch, part, 0) + column + share.column;
-  const int32_t* index = launch.index + head * plan.rows;
-  for (int64_t pass = plan.first; pass < plan.rows;
-       pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
-    W moved[kMoveVectors];
-#pragma unroll
-    for (int n = 0; n < kMoveVectors; ++n) {
-      const int64_t j = pass + n * share.rows_per_step + share.row;
-      if (share.works && j < plan.rows) moved[n] = ld_global(base + ld_global_nc(index + j) * x.row_stride);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < kMoveVectors; ++n) {
-      const int64_t j = pass + n * share.rows_per_step + share.row;
-      if (share.works && j < plan.rows) st_global(base + j * x.row_stride, moved[n]);
-    }
-  }
+  const MoveJob job(plan, launch.first_job + blockIdx.x);
+  const StridedRows<W>& x = job.is_key ? launch.key : launch.value;
+  const Share share(job.columns(plan, x.dim));
+  W* base = x.row(job.head / launch.heads, job.head % launch.heads, 0) + job.column + share.column;
+  move_rows<W>(plan.first, plan.rows, share, launch.index + job.head * plan.rows,
+               [&](int64_t position) { return base + position * x.row_stride; });
 }
 
 }  // namespace lagkv::cuda

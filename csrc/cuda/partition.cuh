@@ -10,13 +10,51 @@ namespace lagkv::cuda {
 template <class Layout, Score kScore>
 using TermsOf = std::conditional_t<kScore == Score::kStd, StdTerms<Layout>, CosineTerms<Layout>>;
 
-/// The rows of one partition of one head of one tensor.
+/// The rows of one partition of one head of one tensor, row_stride apart.
 template <class T>
 struct Tile {
   const T* rows;
   int64_t row_stride, dim;
   RealOf<T> share_of_one;  // 1/D
   int count;
+
+  __device__ __forceinline__ const T* row(int t) const { return rows + t * row_stride; }
+
+  /// Goes from row to row, `step` rows at a time, in one channel.
+  template <unsigned step>
+  struct Walk {
+    const T* own;
+    int64_t stride;
+    __device__ __forceinline__ Walk(const Tile& tile, int first, int channel)
+        : own(tile.rows + first * tile.row_stride + channel), stride(step * tile.row_stride) {}
+    __device__ __forceinline__ const T* next(unsigned /*t*/, bool /*exists*/) {
+      const T* const now = own;
+      own += stride;
+      return now;
+    }
+  };
+};
+
+/// The same where rows lie anywhere: where each of them is has been stored before.
+template <class T>
+struct ScatteredTile {
+  Store<const T*> rows;  // [count]
+  int64_t dim;
+  RealOf<T> share_of_one;
+  int count;
+
+  __device__ __forceinline__ const T* row(int t) const { return rows.get(t); }
+
+  template <unsigned step>
+  struct Walk {
+    Store<const T*> rows;
+    int channel;
+    __device__ __forceinline__ Walk(const ScatteredTile& tile, int /*first*/, int channel)
+        : rows(tile.rows), channel(channel) {}
+    __device__ __forceinline__ const T* next(unsigned t, bool exists) {
+      return exists ? rows.get(t) + channel : nullptr;
+    }
+  };
 };
 
 /// What a pass is for: statistics of the rows, a reference for the partition before, or both.
@@ -35,14 +73,13 @@ struct PassStores {
 };
 
 /// Rows whose sum of squares is not finite, again and exactly.
-template <class T, class Real>
-__device__ __forceinline__ void repair_deviations(const Tile<T>& tile, const PassStores<Real>& stores) {
+template <class AnyTile, class Real>
+__device__ __forceinline__ void repair_deviations(const AnyTile& tile, const PassStores<Real>& stores) {
   const Place place;
 #pragma unroll 1
   for (int t = place.warp; t < tile.count; t += kWarps) {
     if (is_finite(stores.statistics.get(t))) continue;
-    const Real s =
-        exact_deviation(tile.rows + t * tile.row_stride, tile.dim, Bounds<Real>(stores.reference, tile.dim));
+    const Real s = exact_deviation(tile.row(t), tile.dim, Bounds<Real>(stores.reference, tile.dim));
     __syncwarp();
     if (place.lane == 0) stores.statistics.set(t, -s);
   }
@@ -50,8 +87,8 @@ __device__ __forceinline__ void repair_deviations(const Tile<T>& tile, const Pas
 
 /// Streams the rows: statistics and every warp's share of the new reference, as `aim` says. Returns whether
 /// a statistic of this thread needs repair.
-template <class Layout, Score kScore>
-__device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile, Aim aim,
+template <class Layout, Score kScore, class AnyTile>
+__device__ __forceinline__ bool stream_rows(const AnyTile& tile, Aim aim,
                                             const PassStores<typename Layout::Real>& stores) {
   using Terms = TermsOf<Layout, kScore>;
   const int dim = static_cast<int>(tile.dim);
@@ -61,7 +98,7 @@ __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile
   bool repair = false;
   constexpr unsigned kStep = Layout::kRowsPerPass, kRound = kStep * Layout::kFlight;
   const unsigned count = tile.count;
-  const auto* own = tile.rows + seat.first * tile.row_stride + seat.channel(0);
+  typename AnyTile::template Walk<kStep> walk(tile, seat.first, seat.channel(0));
   unsigned t = seat.first;
   auto* partial = static_cast<typename Terms::Partial*>(stores.partial);
   const auto share = [&](bool first) {
@@ -80,8 +117,8 @@ __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile
     typename Layout::Values x[Layout::kFlight];
 #pragma unroll
     for (unsigned n = 0; n < Layout::kFlight; ++n) {
-      x[n] = Layout::load(own, dim, t + n * kStep < count, seat);
-      own += kStep * tile.row_stride;
+      const unsigned row = t + n * kStep;
+      x[n] = Layout::load(walk.next(row, row < count), dim, row < count, seat);
     }
 #pragma unroll
     for (unsigned n = 0; n < Layout::kFlight; ++n) {
@@ -103,15 +140,14 @@ __device__ __forceinline__ bool stream_rows(const Tile<typename Layout::T>& tile
 /// rows stream.
 template <class Layout, Score kScore, class MakeTile, class MakeStores>
 __device__ __forceinline__ void visit_partition(Aim aim, const MakeTile& tile, const MakeStores& stores) {
-  using T = typename Layout::T;
   using Real = typename Layout::Real;
   bool repair = false;
   if constexpr (Layout::kWide) {
-    const Tile<T> x = tile();
+    const auto x = tile();
     const PassStores<Real> to = stores();
     const Place place;
     for (int t = place.warp; aim.scores && t < x.count; t += kWarps) {
-      const Real s = wide_statistic<kScore>(x.rows + t * x.row_stride, x.dim, to.reference);
+      const Real s = wide_statistic<kScore>(x.row(t), x.dim, to.reference);
       if (place.lane == 0) to.statistics.set(t, s);
       repair |= kScore == Score::kStd && !is_finite(s);
     }
@@ -126,10 +162,10 @@ __device__ __forceinline__ void visit_partition(Aim aim, const MakeTile& tile, c
     }
   }
   if (!aim.reference) return;  // the same for all threads; the barrier above was the last one
-  const Tile<T> x = tile();
+  const auto x = tile();
   const PassStores<Real> to = stores();
   if constexpr (Layout::kWide) {
-    wide_reference<kScore>(x.rows, x.row_stride, x.dim, x.count, to.reference, to.norms, to.slots);
+    wide_reference<kScore, typename Layout::T>(x, to.reference, to.norms, to.slots);
   } else {
     using Terms = TermsOf<Layout, kScore>;
     const int dim = static_cast<int>(x.dim);

@@ -15,9 +15,10 @@ namespace lagkv::cuda {
 
 constexpr int kThreads = 256;  // of every kernel but move_rows
 constexpr int kMoveThreads = 512;
-constexpr int kMoveVectors = 8;      // accesses in flight per thread of move_rows
-constexpr int64_t kScalarDim = 256;  // widest row of the element-wise layout
-constexpr int64_t kCopyRows = 64;    // rows of key and value that one copying block takes
+constexpr int kMoveVectors = 8;       // accesses in flight per thread of move_rows
+constexpr int64_t kScalarDim = 256;   // widest row of the element-wise layout
+constexpr int64_t kCopyRows = 64;     // rows of key and value that one copying block takes
+constexpr int64_t kIndexTile = 1024;  // entries of the index that one block of the ragged kernels fills
 constexpr int64_t kMaxGrid = 2147483647;
 
 /// What a launch may use. The defaults are those that every architecture since sm_80 has.
@@ -68,7 +69,7 @@ bool rows_aligned(const StridedRows<T>& rows) {
          rows.head_stride % kElements == 0 && rows.row_stride % kElements == 0;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LAGKV_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 /// Statistics of one tensor's partition, padded so that scores can be read four at a time.
@@ -83,13 +84,15 @@ struct Storage {
   int64_t partial;     // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
   int64_t statistics;  // [2, padded L] Real: s of key and value; the first becomes the ordered scores (wide
                        // rows: [3, ..])
+  int64_t rows;        // [L] pointers: where the rows of a partition lie (ragged forms)
   int64_t shared_bytes;
   int64_t scratch_bytes;  // of one block
-  bool reference_in_scratch, statistics_in_scratch;
+  bool reference_in_scratch, statistics_in_scratch, rows_in_scratch;
 };
 
+/// `ragged`: with room for the pointers to the rows of a partition.
 inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
-                            int64_t lag_size, const Device& device) {
+                            int64_t lag_size, bool ragged, const Device& device) {
   const int64_t real = element_size == 8 ? 8 : 4;
   const int64_t dim = std::max(key_dim, value_dim);
   const int64_t key_reference = round_up(3 * key_dim * real, 16);
@@ -111,6 +114,14 @@ inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, i
   int64_t& second = plan.statistics_in_scratch ? plan.scratch_bytes : plan.shared_bytes;
   plan.statistics = second;
   second += statistics;
+  if (ragged) {
+    const int64_t pointers = round_up(lag_size * 8, 16);
+    plan.rows_in_scratch = plan.shared_bytes + pointers > room;
+    int64_t& third = plan.rows_in_scratch ? plan.scratch_bytes : plan.shared_bytes;
+    third = round_up(third, 16);
+    plan.rows = third;
+    third += pointers;
+  }
   plan.shared_bytes =
       std::max<int64_t>(plan.shared_bytes, 16);  // the kernels name it even where all is in scratch
   return plan;
@@ -162,7 +173,7 @@ inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_
   plan.shape = shape;
   plan.partitions = keep < lag_size || scores_wanted ? compressed_count(length, start, lag_size) : 0;
   if (heads > 0 && plan.partitions > 0) {
-    plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, device);
+    plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, false, device);
     const int64_t slots =
         device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, device);
     plan.run = run_length(heads, plan.partitions, lag_size, keep, slots);
@@ -241,6 +252,34 @@ inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_c
   plan.key_slices = ceil_div(key_columns, plan.slice);
   plan.value_slices = ceil_div(value_columns, plan.slice);
   plan.blocks = first < rows ? heads * (plan.key_slices + plan.value_slices) : 0;
+  return plan;
+}
+
+/// The launch of the ragged kernels: from capacities alone, the lengths are the device's.
+struct RaggedPlan {
+  RowShape shape;
+  Storage storage;
+  int64_t slots;   // scoring blocks that the device holds at a time: what the schedule aims at
+  int64_t blocks;  // of the scoring kernel: they go through however many jobs there are
+  int64_t tile;    // entries of the index that a job fills
+  int64_t scratch_bytes;
+};
+
+/// `rows`: tokens of all sequences at most.
+inline RaggedPlan plan_ragged(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
+                              int64_t batch, int64_t heads, int64_t rows, int64_t lag_size, int64_t keep,
+                              bool packed, const Device& device) {
+  RaggedPlan plan{};
+  plan.shape = shape;
+  plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device);
+  plan.slots =
+      device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, device);
+  plan.tile = packed ? kCopyRows : kIndexTile;
+  // Packed rows have one tile more: what follows the last sequence.
+  const int64_t partitions = keep < lag_size ? rows / lag_size : 0;
+  const int64_t jobs = heads * (partitions + rows / plan.tile + batch + (packed ? 1 : 0));
+  plan.blocks = std::min({plan.slots, std::max<int64_t>(jobs, 1), device.max_grid});
+  plan.scratch_bytes = plan.blocks * plan.storage.scratch_bytes;
   return plan;
 }
 

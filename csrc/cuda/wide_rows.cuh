@@ -27,12 +27,13 @@ __device__ __forceinline__ Real divide_or_zero(Real x, Real divisor) {
   return divisor == Real(0) ? Real(0) : x / divisor;
 }
 
-/// Bounds of one channel, by one thread.
-template <class T>
-__device__ __forceinline__ Range<T> column_range(const T* column, int64_t row_stride, int count) {
-  Range<T> range{ld_global_nc(column), ld_global_nc(column)};
-  for (int t = 1; t < count; ++t) {
-    const T x = ld_global_nc(column + t * row_stride);
+/// Bounds of one channel of a partition's rows, by one thread.
+template <class T, class AnyTile>
+__device__ __forceinline__ Range<T> column_range(const AnyTile& tile, int64_t channel) {
+  const T first = ld_global_nc(tile.row(0) + channel);
+  Range<T> range{first, first};
+  for (int t = 1; t < tile.count; ++t) {
+    const T x = ld_global_nc(tile.row(t) + channel);
     range = {min_nan(range.lo, x), max_nan(range.hi, x)};
   }
   return range;
@@ -60,19 +61,20 @@ __device__ __forceinline__ Real wide_statistic(const T* row, int64_t dim, const 
 
 /// The reference that the rows of this partition make for the partition before. `norms` [rows] holds |x| of
 /// its rows (cosine); `slots` [2 * kWarps] shared. Ends without a barrier.
-template <Score kScore, class T, class Real>
-__device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride, int64_t dim, int count,
-                                               const Store<Real>& reference, const Store<Real>& norms,
-                                               Real* slots) {
+template <Score kScore, class T, class AnyTile, class Real>
+__device__ __forceinline__ void wide_reference(const AnyTile& tile, const Store<Real>& reference,
+                                               const Store<Real>& norms, Real* slots) {
+  const int64_t dim = tile.dim;
+  const int count = tile.count;
   if constexpr (kScore == Score::kStd) {
     for (int64_t c = thread_of_block(); c < dim; c += kThreads) {
-      const Range<T> range = column_range(rows + c, row_stride, count);
+      const Range<T> range = column_range<T>(tile, c);
       Bounds<Real>(reference, dim).set(c, to_real(range.lo), to_real(range.hi));
     }
   } else {
     const Place place;
     for (int t = place.warp; t < count; t += kWarps) {
-      const Real norm = norm_of<T, Real>(rows + t * row_stride, dim);
+      const Real norm = norm_of<T, Real>(tile.row(t), dim);
       if (place.lane == 0) norms.set(t, norm);
     }
     __syncthreads();
@@ -83,7 +85,7 @@ __device__ __forceinline__ void wide_reference(const T* rows, int64_t row_stride
       for (int panel = 0; panel < count; panel += kPanel) {
         Real part = 0;
         for (int t = panel; t < count && t < panel + kPanel; ++t) {
-          part += divide_or_zero(to_real(ld_global_nc(rows + t * row_stride + c)), norms.get(t));
+          part += divide_or_zero(to_real(ld_global_nc(tile.row(t) + c)), norms.get(t));
         }
         sum += part;
       }

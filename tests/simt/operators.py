@@ -1,4 +1,4 @@
-"""The six operators on CPU tensors, computed by the CUDA kernels in the executor.
+"""The operators on CPU tensors, computed by the CUDA kernels in the executor.
 
 Signatures as in ``lagkv_ext.reference``.
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import simt
-from lagkv_ext import checks
+from lagkv_ext import checks, checks_ragged
+
+RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_")
 
 _device: dict[str, int] = {}
 _session: dict[str, Any] = {}
@@ -105,19 +107,73 @@ def compact(x, index) -> Tensor:
     return out
 
 
+def compress_ragged_(
+    key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std"
+) -> Tensor:
+    checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
+    index = key.new_empty(key.shape[:3], dtype=torch.int32)
+    tensors = (key, value, start, length, index)
+    _run("compress_ragged_", key.dtype, tensors, _sizes(0, lag_size, keep, value_weight, score))
+    return index
+
+
+def compress_varlen(
+    key, value, cu_seqlens, start, lag_size, keep, *, value_weight=1.0, score="std"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score)
+    outputs = (
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        key.new_empty((key.shape[1], key.shape[0]), dtype=torch.int32),
+        cu_seqlens.new_empty(cu_seqlens.shape),
+        start.new_empty(start.shape),
+    )
+    _run(
+        "compress_varlen",
+        key.dtype,
+        (key, value, cu_seqlens, start, *outputs),
+        _sizes(0, lag_size, keep, value_weight, score),
+        partly=("new_key", "new_value"),
+    )
+    # Rows past those of all sequences are unspecified, and these kernels leave them alone.
+    for name, x in (("new_key", outputs[0]), ("new_value", outputs[1])):
+        written = torch.frombuffer(bytearray(last().written(name)) or bytearray(1), dtype=torch.uint8)
+        rows = written[: x.numel()].view(x.shape).bool()
+        total = int(outputs[3][-1])
+        assert rows[:total].all(), f"compress_varlen left elements of {name} unwritten"
+        assert not rows[total:].any(), f"compress_varlen wrote past the rows of {name}"
+    return outputs
+
+
+def compress_paged_(
+    key_cache, value_cache, block_table, start, length, lag_size, keep, *, value_weight=1.0, score="std"
+) -> Tensor:
+    checks_ragged.check_compress_paged_(
+        key_cache, value_cache, block_table, start, length, lag_size, keep, value_weight, score
+    )
+    batch, capacity = block_table.shape[0], block_table.shape[1] * key_cache.shape[1]
+    index = key_cache.new_empty((batch, key_cache.shape[2], capacity), dtype=torch.int32)
+    tensors = (key_cache, value_cache, block_table, start, length, index)
+    _run("compress_paged_", key_cache.dtype, tensors, _sizes(0, lag_size, keep, value_weight, score))
+    return index
+
+
 def _sizes(start, lag_size, keep, value_weight, score) -> Any:
     return simt.module().Sizes(start, lag_size, keep, float(value_weight), score)
 
 
-def _run(operator: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], *rest: Any) -> Any:
-    """One call of the bindings; every element of every output must have been written."""
+def _run(
+    operator: str, dtype: torch.dtype, tensors: tuple[Tensor, ...], *rest: Any, partly: tuple[str, ...] = ()
+) -> Any:
+    """One call of the bindings; every element of every output must have been written, but for those of ``partly``."""
     global _last
     module = simt.module()
     session = module.Session(**_session)
-    kernels = getattr(module, "lagkv_" + str(dtype).removeprefix("torch."))
+    family = "ragged_" if operator in RAGGED else "lagkv_"
+    kernels = getattr(module, family + str(dtype).removeprefix("torch."))
     done = getattr(kernels, operator)(session, *map(simt.tensor, tensors), *rest, module.Device(**_device))
     _last = session
     if done is not False:
-        unwritten = session.unwritten()
+        unwritten = [item for item in session.unwritten() if item[0] not in partly]
         assert not unwritten, f"{operator} left elements of its outputs unwritten: {unwritten}"
     return done

@@ -1,0 +1,3 @@
+#include "ragged_instances.h"
+
+LAGKV_RAGGED_INSTANCES(float)

@@ -1,0 +1,235 @@
+// What comes before the ragged kernels: every sequence's numbers, read and judged on the device, and who does
+// what. The host knows capacities alone.
+//
+//   pages_kernel     a block a sequence: whether all blocks that hold its tokens are in the pool (pages
+//   alone) schedule_kernel  one block: the sequences, the length of runs, and where each sequence's runs and
+//   tiles
+//                    begin among all of them; the new starts and lengths
+//
+// A sequence whose numbers cannot be (spec section 3: a negative start or length, a length beyond the
+// capacity, a block outside the pool) keeps its rows, its start and its length, and its index is -1. Packed
+// rows: a negative start leaves a sequence as it is, and cu_seqlens that decrease or leave the rows leave no
+// sequence at all: the new cu_seqlens are 0.
+#pragma once
+
+#include "../ragged.h"
+#include "block.cuh"
+#include "plan.h"
+
+namespace lagkv::cuda {
+
+/// A number that nobody writes during the kernel.
+struct LoadNc {
+  __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global_nc(number); }
+};
+/// A number that this kernel may write: start and length become the new ones in place.
+struct LoadCoherent {
+  __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global(number); }
+};
+
+/// What the kernels of one call know of its sequences, in scratch: [B + 2] numbers a column. Entry B: the
+/// packed rows behind all sequences.
+struct SequenceTable {
+  enum Column { kUsable, kStart, kLength, kCompressed, kFirstRun, kFirstTile, kColumns };
+  int32_t* numbers;
+  int64_t batch;
+
+  static int64_t size(int64_t batch) { return kColumns * (batch + 2) + 1; }
+
+  __device__ __forceinline__ int32_t* at(Column column, int64_t sequence) const {
+    return numbers + column * (batch + 2) + sequence;
+  }
+  /// Partitions per run.
+  __device__ __forceinline__ int32_t* run() const { return numbers + kColumns * (batch + 2); }
+};
+
+template <class T>
+struct PagesLaunch {
+  RaggedParams<T> args;
+  SequenceTable table;
+  int64_t first_job;
+};
+
+/// usable[b] = all blocks of the first length[b] tokens are in the pool. Sequences that lose nothing are not
+/// looked at: nothing of them is read or written. Traffic: the blocks in use, 4 bytes each.
+template <class T>
+__global__ void __launch_bounds__(kThreads) pages_kernel(const PagesLaunch<T> launch) {
+  const RaggedParams<T>& args = launch.args;
+  const int64_t b = launch.first_job + blockIdx.x;
+  const RaggedSequence sequence = args.sequence(b, LoadNc{});
+  const int64_t pages = sequence.compressed > 0 ? ceil_div(sequence.length, args.key.block_size) : 0;
+  const int32_t* blocks = args.key.block_table + b * args.key.table_stride;
+  bool outside = false;
+  for (int64_t page = thread_of_block(); page < pages; page += kThreads) {
+    const int32_t block = ld_global_nc(blocks + page);
+    outside |= block < 0 || block >= args.blocks;
+  }
+  outside = __syncthreads_or(outside);
+  if (thread_of_block() == 0) st_global(launch.table.at(SequenceTable::kUsable, b), outside ? 0 : 1);
+}
+
+template <class T>
+struct ScheduleLaunch {
+  RaggedParams<T> args;
+  SequenceTable table;
+  RaggedPlan plan;
+};
+
+/// Sum of `x` over the threads before this one, and over all of them. `slots` [kWarps] shared. Ends with a
+/// barrier.
+struct Scan {
+  int64_t before, total;
+};
+__device__ __forceinline__ Scan block_scan(int64_t x, int64_t* slots) {
+  const Place place;
+  int64_t sum = x;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int64_t other = __shfl_up_sync(kFullWarp, sum, offset);
+    if (place.lane >= offset) sum += other;
+  }
+  if (place.lane == 31) st_shared(slots + place.warp, sum);
+  __syncthreads();
+  Scan scan{sum - x, 0};
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const int64_t there = ld_shared(slots + warp);
+    if (warp < place.warp) scan.before += there;
+    scan.total += there;
+  }
+  __syncthreads();
+  return scan;
+}
+
+/// Runs as long as the machine is still filled, as run_length (plan.h) says for sequences of one length: warp
+/// w tries w + 1 rounds of blocks. `slots` [2 * kWarps] shared. The result does not change with it.
+template <class T>
+__device__ __forceinline__ int64_t choose_run(const ScheduleLaunch<T>& launch, int64_t partitions,
+                                              int64_t* slots) {
+  const RaggedParams<T>& args = launch.args;
+  const Place place;
+  const int64_t slots_of_device = launch.plan.slots;
+  const int64_t wanted = ceil_div(partitions * args.heads, (place.warp + 1) * slots_of_device);
+  const int64_t run = wanted > 0 ? wanted : 1;
+  int64_t runs = 0;
+  for (int64_t b = place.lane; b < args.batch; b += 32) {
+    runs += ceil_div(ld_global(launch.table.at(SequenceTable::kCompressed, b)), run);
+  }
+  runs = lanes_sum<32>(runs);
+  if (place.lane == 0) {
+    st_shared(slots + place.warp, run);
+    st_shared(slots + kWarps + place.warp, ceil_div(runs * args.heads, slots_of_device) *
+                                               (run * (args.lag_size + args.keep) + args.lag_size));
+  }
+  __syncthreads();
+  int best = 0;
+  for (int other = 1; other < kWarps; ++other) {
+    if (ld_shared(slots + kWarps + other) < ld_shared(slots + kWarps + best)) best = other;
+  }
+  return ld_shared(slots + best);
+}
+
+/// By the thread that has sequence b: its entries of the table and its new numbers. Returns how many of its
+/// partitions lose tokens.
+template <class T>
+__device__ __forceinline__ int64_t enter_sequence(const ScheduleLaunch<T>& launch, int64_t b,
+                                                  bool rows_broken) {
+  const RaggedParams<T>& args = launch.args;
+  const SequenceTable& table = launch.table;
+  RaggedSequence sequence = args.sequence(b, LoadCoherent{});
+  if (args.key.block_table != nullptr && ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0) {
+    sequence = {};
+  }
+  const int32_t start = ld_global(args.start + b);
+  if (args.is_packed()) {
+    if (!sequence.valid || rows_broken) {
+      const int64_t tokens = static_cast<int64_t>(ld_global(args.key.offsets + b + 1)) -
+                             static_cast<int64_t>(ld_global(args.key.offsets + b));
+      sequence = {true, 0, rows_broken ? 0 : tokens, 0, start, 0};
+    }
+    st_global(args.new_start + b, static_cast<int32_t>(sequence.new_start));
+  } else if (sequence.compressed > 0) {
+    st_global(args.new_start + b, static_cast<int32_t>(sequence.new_start));
+    st_global(args.new_length + b, static_cast<int32_t>(sequence.new_length));
+  }
+  // keep = lag_size loses nothing: then nothing is scored.
+  const int64_t compressed = args.keep < args.lag_size ? sequence.compressed : 0;
+  st_global(table.at(SequenceTable::kStart, b), static_cast<int32_t>(sequence.start));
+  st_global(table.at(SequenceTable::kLength, b), static_cast<int32_t>(sequence.length));
+  st_global(table.at(SequenceTable::kCompressed, b), static_cast<int32_t>(compressed));
+  return compressed;
+}
+
+/// Traffic: a few numbers per sequence.
+template <class T>
+__global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch<T> launch) {
+  LAGKV_SHARED(int64_t, slots, 2 * kWarps);
+  const RaggedParams<T>& args = launch.args;
+  const SequenceTable& table = launch.table;
+  const bool packed = args.is_packed();
+  const int thread = thread_of_block();
+
+  bool broken = false;
+  for (int64_t b = thread; packed && b < args.batch; b += kThreads) {
+    const int32_t first = ld_global(args.key.offsets + b), last = ld_global(args.key.offsets + b + 1);
+    broken |= first < 0 || last < first || last > args.capacity;
+  }
+  broken = __syncthreads_or(broken);
+  int64_t partitions = 0;
+  for (int64_t b = thread; b < args.batch; b += kThreads) partitions += enter_sequence(launch, b, broken);
+  partitions = block_scan(partitions, slots).total;
+  const int64_t run = choose_run(launch, partitions, slots);
+  if (thread == 0) st_global(table.run(), static_cast<int32_t>(run));
+  __syncthreads();
+
+  int64_t runs_before = 0, tiles_before = 0, rows_before = 0;
+  for (int64_t base = 0; base < args.batch + 2; base += kThreads) {
+    const int64_t b = base + thread;
+    const bool exists = b < args.batch;
+    const int64_t length = exists ? ld_global(table.at(SequenceTable::kLength, b)) : 0;
+    const int64_t compressed = exists ? ld_global(table.at(SequenceTable::kCompressed, b)) : 0;
+    const int64_t rows = packed ? length - compressed * (args.lag_size - args.keep) : 0;
+    const Scan all_rows = block_scan(rows, slots);
+    // Entries of the index that are not those of kept tokens.
+    int64_t entries = 0;
+    if (packed) {
+      entries = exists ? length - compressed * args.lag_size
+                       : (b == args.batch ? args.capacity - (rows_before + all_rows.before) : 0);
+    } else if (exists) {
+      entries = args.capacity - compressed * args.keep;
+    }
+    const Scan all_runs = block_scan(ceil_div(compressed, run), slots);
+    const Scan all_tiles = block_scan(ceil_div(entries, launch.plan.tile), slots);
+    if (b < args.batch + 2) {
+      st_global(table.at(SequenceTable::kFirstRun, b), static_cast<int32_t>(runs_before + all_runs.before));
+      st_global(table.at(SequenceTable::kFirstTile, b),
+                static_cast<int32_t>(tiles_before + all_tiles.before));
+    }
+    if (packed && b <= args.batch) {
+      st_global(args.new_offsets + b, static_cast<int32_t>(rows_before + all_rows.before));
+    }
+    if (b == args.batch) {
+      st_global(table.at(SequenceTable::kStart, b), 0);
+      st_global(table.at(SequenceTable::kLength, b), 0);
+      st_global(table.at(SequenceTable::kCompressed, b), 0);
+    }
+    runs_before += all_runs.total;
+    tiles_before += all_tiles.total;
+    rows_before += all_rows.total;
+  }
+}
+
+/// The sequence to which item `item` of a column of firsts belongs: the last one that begins at or before it.
+/// Every thread gets it, after a barrier.
+__device__ __forceinline__ int find_sequence(const SequenceTable& table, SequenceTable::Column firsts,
+                                             int64_t entries, int64_t item) {
+  int found = 0;
+  for (int64_t base = 1; base <= entries; base += kThreads) {
+    const int64_t b = base + thread_of_block();
+    const int before = __syncthreads_count(b < entries && ld_global_nc(table.at(firsts, b)) <= item);
+    found += before;
+    if (before < kThreads) break;
+  }
+  return found;
+}
+
+}  // namespace lagkv::cuda
