@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -279,6 +281,16 @@ def _on(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
+@contextlib.contextmanager
+def races_allowed() -> Iterator[None]:
+    """Of the executor's faults only a race, with which it stops."""
+    try:
+        yield
+    except AssertionError as fault:
+        if not str(fault).startswith("race"):
+            raise
+
+
 @pytest.mark.parametrize("wrong", [*VALUES, *OVERLAPS], ids=name_of)
 def test_wrong_values(backend, wrong):
     _offers(backend, wrong.op)
@@ -286,9 +298,12 @@ def test_wrong_values(backend, wrong):
     if not backend.runs_on_device:
         return assert_refused(getattr(backend, wrong.op), wrong, arguments)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
-    result = call(getattr(backend, wrong.op), arguments)
     if wrong in OVERLAPS:
-        return None  # rows are undefined; that no access was out of bounds the executor has seen
+        # Rows are undefined, for threads race to them; that no access before was out of bounds the executor has seen.
+        with races_allowed():
+            call(getattr(backend, wrong.op), arguments)
+        return None
+    result = call(getattr(backend, wrong.op), arguments)
     if wrong.op == "compress_varlen" and wrong.argument == "cu_seqlens":
         assert not result[3].any()
         assert (result[2] == -1).all()

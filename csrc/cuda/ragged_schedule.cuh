@@ -1,15 +1,13 @@
 // What comes before the ragged kernels: every sequence's numbers, read and judged on the device, and who does
 // what. The host knows capacities alone.
-//
-//   pages_kernel     a block a sequence: whether all blocks that hold its tokens are in the pool (pages
-//   alone) schedule_kernel  one block: the sequences, the length of runs, and where each sequence's runs and
-//   tiles
-//                    begin among all of them; the new starts and lengths
+// pages_kernel, a block a sequence, finds out whether all blocks that hold its tokens are in the pool.
+// schedule_kernel, one block, reads and judges the sequences, chooses the length of runs, and says where each
+// sequence's runs and tiles begin among all of them; it also writes the new starts and lengths.
 //
 // A sequence whose numbers cannot be (spec section 3: a negative start or length, a length beyond the
 // capacity, a block outside the pool) keeps its rows, its start and its length, and its index is -1. Packed
-// rows: a negative start leaves a sequence as it is, and cu_seqlens that decrease or leave the rows leave no
-// sequence at all: the new cu_seqlens are 0.
+// rows: a negative start leaves a sequence as it is, and cu_seqlens that do not begin with 0, decrease or
+// leave the rows leave no sequence at all: the new cu_seqlens are 0.
 #pragma once
 
 #include "../ragged.h"
@@ -50,14 +48,13 @@ struct PagesLaunch {
   int64_t first_job;
 };
 
-/// usable[b] = all blocks of the first length[b] tokens are in the pool. Sequences that lose nothing are not
-/// looked at: nothing of them is read or written. Traffic: the blocks in use, 4 bytes each.
+/// usable[b] = all blocks of the first length[b] tokens are in the pool. Traffic: 4 bytes a block in use.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pages_kernel(const PagesLaunch<T> launch) {
   const RaggedParams<T>& args = launch.args;
   const int64_t b = launch.first_job + blockIdx.x;
   const RaggedSequence sequence = args.sequence(b, LoadNc{});
-  const int64_t pages = sequence.compressed > 0 ? ceil_div(sequence.length, args.key.block_size) : 0;
+  const int64_t pages = sequence.length > 0 ? ceil_div(sequence.length, args.key.block_size) : 0;
   const int32_t* blocks = args.key.block_table + b * args.key.table_stride;
   bool outside = false;
   for (int64_t page = thread_of_block(); page < pages; page += kThreads) {
@@ -168,10 +165,10 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
   const bool packed = args.is_packed();
   const int thread = thread_of_block();
 
-  bool broken = false;
+  bool broken = packed && ld_global(args.key.offsets) != 0;
   for (int64_t b = thread; packed && b < args.batch; b += kThreads) {
     const int32_t first = ld_global(args.key.offsets + b), last = ld_global(args.key.offsets + b + 1);
-    broken |= first < 0 || last < first || last > args.capacity;
+    broken |= last < first || last > args.capacity;
   }
   broken = __syncthreads_or(broken);
   int64_t partitions = 0;

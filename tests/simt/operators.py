@@ -107,9 +107,7 @@ def compact(x, index) -> Tensor:
     return out
 
 
-def compress_ragged_(
-    key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std"
-) -> Tensor:
+def compress_ragged_(key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std") -> Tensor:
     checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
     index = key.new_empty(key.shape[:3], dtype=torch.int32)
     tensors = (key, value, start, length, index)
