@@ -24,13 +24,14 @@ from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.mask import FittingMask, refuse_padding
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import check_config, layer_settings, settings_per_layer
+from lagkv_ext.cache.storage import StoredInFiles, describe_model
 
 # Before transformers 5.16: crop also took the length to crop to, and masks knew nothing of a query offset.
 _CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 _HAS_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
 
 
-class LagKVCache(ReportsLayers, DynamicCache):
+class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
     """Key-value cache for transformers models, compressed by LagKV as it grows (arXiv 2504.04704).
 
     Use it where a `DynamicCache` would be used: ``model.generate(..., past_key_values=LagKVCache(model.config))``.
@@ -100,6 +101,7 @@ class LagKVCache(ReportsLayers, DynamicCache):
             max_tokens=max_tokens,
         )
         super().__init__(config=config)
+        self._model = describe_model(config)
         kinds_compressed = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         full_layers = [i for i, layer in enumerate(self.layers) if type(layer) in kinds_compressed]
         if not full_layers:

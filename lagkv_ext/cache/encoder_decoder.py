@@ -16,6 +16,12 @@ class _SelfAttentionCache(LagKVCache):
 
     _part_of_encoder_decoder = True
 
+    def _check_can_be_stored(self) -> None:
+        raise ValueError(
+            "the cache of an encoder-decoder model cannot be saved: half of it belongs to the encoder's input; "
+            "keep a copy.deepcopy of it"
+        )
+
 
 class LagKVEncoderDecoderCache(EncoderDecoderCache):
     """`LagKVCache` for encoder-decoder models: ``generate(..., past_key_values=LagKVEncoderDecoderCache(config))``.

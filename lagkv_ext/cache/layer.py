@@ -40,8 +40,7 @@ class LagKVLayer(CacheLayerMixin):
     def of_rows(cls, key: Tensor, value: Tensor, track: Track) -> LagKVLayer:
         """A layer that holds these rows, which it reads and never writes to, and goes on from there."""
         layer = cls(track.settings)
-        layer.lazy_initialization(key, value)
-        layer._buffer, layer._track = RowBuffer(key, value), track
+        layer.take_rows(key, value, track)
         return layer
 
     def reset(self) -> None:
@@ -50,6 +49,12 @@ class LagKVLayer(CacheLayerMixin):
         self._buffer: RowBuffer | None = None
         self._due: tuple[Pass, ...] = ()  # compressions accounted for while their rows are still in place
         self._track = Track(self.settings)
+
+    def take_rows(self, key: Tensor, value: Tensor, track: Track) -> None:
+        """Hold these rows instead, without a copy, and go on from there."""
+        LagKVLayer.lazy_initialization(self, key, value)
+        self._buffer = RowBuffer(key, value)
+        self._track = track
 
     @property
     def seen(self) -> int:

@@ -42,6 +42,22 @@ class Track:
             track._chosen_count = track.chosen.shape[2]
         return track
 
+    @classmethod
+    def restored(
+        cls,
+        settings: LayerSettings,
+        seen: int,
+        rows: int,
+        start: int,
+        compressions: int,
+        chosen: Tensor | None,
+    ) -> Track:
+        """With these values of the attributes of the same names."""
+        track = cls(settings)
+        track.seen, track.rows, track.start, track.compressions = seen, rows, start, compressions
+        track.chosen, track._chosen_count = chosen, 0 if chosen is None else chosen.shape[2]
+        return track
+
     @property
     def recent(self) -> int:
         """Rows at the end that are the last tokens seen, all of them."""

@@ -1,0 +1,241 @@
+"""What a layer of a cache holds, as named tensors and plain numbers, and such a layer made from them again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from lagkv_ext.cache.buffer import plain_tensors
+from lagkv_ext.cache.hybrid import LagKVHybridLayer
+from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.track import Track
+
+
+@dataclasses.dataclass
+class LayerState:
+    """``numbers`` are JSON: lengths and flags. A layer that has seen no token has no tensors."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+class WrongState(ValueError):
+    """A state that its layer cannot have; says what is wrong, not where."""
+
+
+def state_of(layer: Any) -> LayerState:
+    """ValueError for a kind of layer that is not known here."""
+    kind = _kind(type(layer))
+    state = LayerState({}, {"kind": type(layer).__name__})
+    for part in kind:
+        part.read(layer, state)
+    return state
+
+
+def restore(layer: Any, state: LayerState) -> None:
+    """Fill an empty layer of the same kind and settings.
+
+    Raises:
+        WrongState: names, shapes or numbers that do not fit this kind of layer, or one another.
+    """
+    kind = _kind(type(layer))
+    if state.numbers.get("kind") != type(layer).__name__:
+        raise WrongState(
+            f"it is a {state.numbers.get('kind')}, this model has a {type(layer).__name__} there"
+        )
+    names = set(state.tensors)
+    for part in kind:
+        with plain_tensors():
+            names -= part.write(layer, state)
+    if names:
+        raise WrongState(f"it has tensors that a {type(layer).__name__} does not know: {sorted(names)}")
+
+
+# -- rows that LagKV compresses
+
+
+def _read_lagkv(layer: LagKVLayer, state: LayerState) -> None:
+    layer.settle()
+    track = layer._track
+    state.numbers.update(
+        settings=dataclasses.asdict(layer.settings),
+        seen=track.seen,
+        rows=track.rows,
+        start=track.start,
+        compressions=track.compressions,
+        record_past=layer.record_past,
+    )
+    key, value = layer.keys, layer.values
+    if key is not None and value is not None:
+        state.tensors.update(key=key, value=value)
+        if track.chosen is not None:
+            state.tensors["chosen"] = track.chosen
+
+
+def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
+    _check_settings(dataclasses.asdict(layer.settings), state.numbers.get("settings"))
+    seen, rows, start, compressions = (
+        _number(state, name) for name in ("seen", "rows", "start", "compressions")
+    )
+    layer.record_past = bool(state.numbers.get("record_past"))
+    if seen == 0 and not state.tensors:
+        return set()
+    key, value = _pair(state, "key", "value", rows)
+    sink = layer.settings.sink_size
+    if not rows <= seen or not start >= sink:
+        raise WrongState(f"its numbers cannot be: seen {seen}, rows {rows}, start {start}, sink_size {sink}")
+    chosen = state.tensors.get("chosen")
+    if (chosen is not None) != (compressions > 0):
+        raise WrongState(
+            f"it was compressed {compressions} times, and has {'no ' * (chosen is None)}chosen rows"
+        )
+    if chosen is not None:
+        fits = chosen.dim() == 3 and chosen.shape[:2] == key.shape[:2] and chosen.shape[2] <= rows - sink
+        if chosen.dtype != torch.int32 or not fits:
+            raise WrongState(
+                f"chosen must be int32 {list(key.shape[:2])} by at most {rows - sink}, got {chosen.dtype} "
+                f"{list(chosen.shape)}"
+            )
+        if not bool(((chosen >= sink) & (chosen < seen)).all()) or not bool((chosen.diff(dim=2) > 0).all()):
+            raise WrongState(f"chosen must hold ascending positions from {sink} to {seen - 1}")
+    track = Track.restored(layer.settings, seen, rows, start, compressions, chosen)
+    layer.take_rows(key, value, track)
+    return {"key", "value", "chosen"}
+
+
+def _check_settings(ours: dict[str, Any], theirs: Any) -> None:
+    theirs = theirs if isinstance(theirs, dict) else {}
+    different = [
+        f"{name} {theirs.get(name)!r} (asked for: {value!r})"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+    if different:
+        raise WrongState(f"it was made with other settings: {', '.join(different)}")
+
+
+# -- a sliding window
+
+
+def _read_window(layer: DynamicSlidingWindowLayer, state: LayerState) -> None:
+    state.numbers.update(
+        window=layer.sliding_window, seen=layer.cumulative_length, record_past=layer.record_past
+    )
+    if layer.keys is not None and layer.values is not None:
+        state.tensors.update(key=layer.keys, value=layer.values)
+
+
+def _write_window(layer: DynamicSlidingWindowLayer, state: LayerState) -> set[str]:
+    if state.numbers.get("window") != layer.sliding_window:
+        raise WrongState(
+            f"it has a window of {state.numbers.get('window')} tokens, this model one of {layer.sliding_window}"
+        )
+    seen = _number(state, "seen")
+    layer.record_past = bool(state.numbers.get("record_past"))
+    if seen == 0 and not state.tensors:
+        return set()
+    key, value = _pair(state, "key", "value", None)
+    least = min(seen, layer.sliding_window - 1)
+    if not least <= key.shape[2] <= (seen if layer.record_past else least):
+        raise WrongState(f"it has {key.shape[2]} rows after {seen} tokens, where {least} are needed")
+    layer.lazy_initialization(key, value)
+    layer.keys, layer.values, layer.cumulative_length = key, value, seen
+    return {"key", "value"}
+
+
+# -- convolution and recurrent states
+
+
+def _read_linear(layer: LinearAttentionLayer, state: LayerState) -> None:
+    state.numbers.update(
+        states=layer.number_of_states,
+        previous=list(layer.has_previous_state.values()),
+        kernels=list(layer.conv_kernel_size.values()),
+        linear_record_past=layer.record_past,
+    )
+    for name, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
+        state.tensors.update({f"{name}.{i}": x for i, x in states.items() if x is not None})
+
+
+def _write_linear(layer: Any, state: LayerState) -> set[str]:
+    numbers, count = state.numbers, layer.number_of_states
+    previous, kernels = (numbers.get(name) or [] for name in ("previous", "kernels"))
+    if numbers.get("states") != count or not all(
+        isinstance(x, list) and len(x) == count for x in (previous, kernels)
+    ):
+        raise WrongState(f"it has {numbers.get('states')} states, this model has {count}")
+    layer.record_past = bool(numbers.get("linear_record_past"))
+    names = set()
+    for i in range(count):
+        conv, recurrent = state.tensors.get(f"conv.{i}"), state.tensors.get(f"recurrent.{i}")
+        if conv is not None:
+            layer.lazy_initialization(conv_states=conv, state_idx=i, conv_kernel_size=kernels[i])
+            if layer.conv_states[i].shape == conv.shape:
+                layer.conv_states[i].copy_(conv)  # at the address that was marked as static
+            else:
+                layer.conv_states[i] = conv
+            names.add(f"conv.{i}")
+        if recurrent is not None:
+            layer.lazy_initialization(recurrent_states=recurrent, state_idx=i)
+            layer.recurrent_states[i].copy_(recurrent)
+            names.add(f"recurrent.{i}")
+        if previous[i] and conv is None and recurrent is None:
+            raise WrongState(f"state {i} is missing")
+        layer.has_previous_state[i] = bool(previous[i])
+    return names
+
+
+# -- kinds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    read: Callable[[Any, LayerState], None]
+    write: Callable[[Any, LayerState], set[str]]  #: returns the names of the tensors that it took or allows
+
+
+_LAGKV = _Part(_read_lagkv, _write_lagkv)
+_WINDOW = _Part(_read_window, _write_window)
+_LINEAR = _Part(_read_linear, _write_linear)
+_KINDS: Mapping[type, tuple[_Part, ...]] = {
+    LagKVLayer: (_LAGKV,),
+    LagKVHybridLayer: (_LINEAR, _LAGKV),
+    DynamicSlidingWindowLayer: (_WINDOW,),
+    LinearAttentionLayer: (_LINEAR,),
+    DummyLayer: (),
+}
+
+
+def _kind(cls: type) -> tuple[_Part, ...]:
+    if cls not in _KINDS:
+        known = ", ".join(x.__name__ for x in _KINDS)
+        raise ValueError(f"a {cls.__name__} cannot be saved; layers that can be: {known}")
+    return _KINDS[cls]
+
+
+def _number(state: LayerState, name: str) -> int:
+    value = state.numbers.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise WrongState(f"{name} must be a number of tokens, got {value!r}")
+    return value
+
+
+def _pair(state: LayerState, *names_and_rows: Any) -> tuple[Tensor, Tensor]:
+    *names, rows = names_and_rows
+    missing = [name for name in names if name not in state.tensors]
+    if missing:
+        raise WrongState(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    key, value = (state.tensors[name] for name in names)
+    if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3] or key.dtype != value.dtype:
+        raise WrongState(
+            "key and value must agree in [B, H, rows] and dtype, "
+            f"got {list(key.shape)} {key.dtype} and {list(value.shape)} {value.dtype}"
+        )
+    if rows is not None and key.shape[2] != rows:
+        raise WrongState(f"it should have {rows} rows, its key has shape {list(key.shape)}")
+    return key, value
