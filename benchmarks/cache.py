@@ -335,7 +335,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.part == "append":
                     result = append(tokens, dtype, ratios, options.rounds)
                 elif options.part == "decode":
-                    result = decode(model, tokens, ratios, options.rounds, prefill=options.model != "llama")
+                    result = decode(
+                        model,
+                        tokens,
+                        ratios,
+                        options.rounds,
+                        prefill=not options.fill and options.model != "llama",
+                    )
                 else:
                     result = prefill(tokens, options.dtype, ratios, options.layers, options.chunk)
                 print("\n".join("  " + line for line in lines(options.part, result)), flush=True)
@@ -392,6 +398,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="llama",
         help="decode: llama (random weights), gemma3-270m, a directory or hub name",
     )
+    add("--fill", action="store_true", help="decode: random keys and values instead of reading a prompt")
     add("--tokens", type=parse_tokens, default=[32768], help="as 4k,8k,16k,32k")
     add("--keep-ratio", type=parse_ratios, default=[0.25, 0.125], help="share kept, as 0.25,0.125")
     add("--dtype", default="float32", help=", ".join(cases.DTYPES))

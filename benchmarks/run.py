@@ -48,7 +48,9 @@ class Refused(ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured, all green; 1: a red check or a regression; 2: refused."""
     parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
+    options.arguments = shown_arguments(arguments)
     try:
         if options.compare:
             return compare(options)
@@ -56,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Refused, report.ResultsError, cases.UnknownName) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def shown_arguments(arguments: Sequence[str]) -> list[str]:
+    """For result files: which interpreter has kvpress, and where results go, is no matter of the reader's."""
+    words = list(arguments)
+    for option in ("--kvpress-python", "--json"):
+        if option in words[:-1]:
+            at = words.index(option) + 1
+            words[at] = Path(words[at]).name
+    return words
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -75,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     refuse_too_large(todo)
     results: dict[str, Any] = {
         "schema": report.SCHEMA,
-        "command": "python -m benchmarks.run " + shlex.join(options.arguments or sys.argv[1:]),
+        "command": "python -m benchmarks.run " + shlex.join(options.arguments),
         "commit": commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(options.device),
@@ -133,6 +145,7 @@ def measure_case(case: cases.Case, names: Sequence[str], options: argparse.Names
         "contenders": {},
         "ratios": {},
     }
+    torch.compiler.reset()  # what earlier cases compiled counts against the limit of recompilations
     before = torch.get_num_threads()
     if case.threads:
         torch.set_num_threads(case.threads)
@@ -305,7 +318,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with "+" where tracked files were changed; None outside of a repository."""
+    """The commit that is checked out, with "+" where tracked files but results were changed; None outside of git."""
     try:
         head, changes = (
             subprocess.run(
@@ -313,7 +326,7 @@ def commit() -> str | None:
             ).stdout.strip()
             for args in (
                 ("rev-parse", "--short=12", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
+                ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"),
             )
         )
     except (OSError, subprocess.CalledProcessError):
@@ -404,7 +417,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("A", "B"),
         help="measure nothing: show two result files beside each other",
     )
-    parser.set_defaults(arguments=None)
     return parser
 
 

@@ -1,0 +1,242 @@
+"""``python -m benchmarks.tables benchmarks/results/NAME``: Markdown tables of what ``benchmarks.record`` measured.
+
+``--write README.md`` puts them between the two marker lines of that file, so that no number is copied by hand. A step
+without a file has no table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.cases import tokens_text
+from benchmarks.fixed_cost import TARGET_US
+
+BEGIN, END = "<!-- begin: python -m benchmarks.tables -->", "<!-- end -->"
+_RATIOS = (
+    ("compress_", "copy"),
+    ("compress", "clone"),
+    ("compiled", "compress"),
+    ("compiled", "compress_"),
+    ("eager", "compress"),
+    ("kvpress", "compress"),
+)
+
+
+class TablesError(ValueError):
+    """Files that make no table; the message says why."""
+
+
+def markdown(folder: Path) -> str:
+    """Everything that was recorded in this folder."""
+    record = _load(folder / "record.json")
+    if record is None:
+        raise TablesError(f"{folder}/record.json is missing: python -m benchmarks.record writes it")
+    steps = {name: _load(folder / f"{name}.json") for name in record["steps"]}
+    parts = [
+        _head(record, folder),
+        _operators(
+            [steps[name] for name in ("operators", "two-threads", "shapes", "cosine") if steps.get(name)]
+        ),
+        _portable(steps.get("portable")),
+        _linear(steps.get("linear")),
+        _fixed(steps.get("fixed-cost")),
+        _append(steps.get("append")),
+        _decode([steps[name] for name in ("decode-llama", "decode-gemma", "gemma-reads") if steps.get(name)]),
+        _prefill(steps.get("prefill")),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(path: Path, text: str) -> None:
+    """Put the text between the markers of a file."""
+    content = path.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise TablesError(f"{path} must have one line '{BEGIN}' and after it one line '{END}'")
+    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _head(record: dict[str, Any], folder: Path) -> str:
+    m = record["machine"]
+    commits = sorted({step["commit"] or "unknown" for step in record["steps"].values()})
+    failed = [name for name, step in record["steps"].items() if step["exit"]]
+    cache = f"{m['last_level_cache_bytes'] >> 20} MB last-level cache"
+    text = (
+        f"{m['processor']}, {m['cores']} cores, {m['cpu_isa']}, {cache}; torch {m['torch']}, "
+        f"commit {', '.join(commits)}; `python -m benchmarks.record {record['name']}`, raw numbers in "
+        f"[{folder.name}](benchmarks/results/{folder.name}). Ratios are medians of ratios within rounds (quartiles), "
+        "caches cold, one layer's cache, a quarter kept of each partition of 128; **bold** misses its target."
+    )
+    return text + (f" Failed: {', '.join(failed)}." if failed else "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def _spread(x: dict[str, float]) -> str:
+    return f"{report.number(x['median'])} ({report.number(x['q1'])} .. {report.number(x['q3'])})"
+
+
+def _ratio(case: dict[str, Any], pair: tuple[str, str]) -> str:
+    x = case["ratios"].get(report.ratio_name(pair))
+    if x is None:
+        red = any(name in case["checks"] and not case["checks"][name]["green"] for name in pair)
+        return "red" if red else ""
+    goal = report.TARGETS.get(pair)
+    return _spread(x) if goal is None or goal[0](x["median"]) else f"**{_spread(x)}**"
+
+
+def _operators(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for case in (case for content in results for case in content["cases"]):
+        p, times = case["problem"], case["contenders"]
+        rows.append(
+            (
+                f"{case['shape']}, {p['heads']} x {tokens_text(p['tokens'])} x {p['key_dim']}",
+                p["dtype"],
+                p["score"],
+                str(case["threads"]),
+                *(
+                    report.number(1e3 * times[x]["seconds"]["median"]) if x in times else ""
+                    for x in ("compress_", "copy")
+                ),
+                *(_ratio(case, pair) for pair in _RATIOS),
+            )
+        )
+    if not rows:
+        return ""
+    targets = [report.TARGETS[pair][1] if pair in report.TARGETS else "" for pair in _RATIOS]
+    head = ("layer, H x N x D", "dtype", "score", "threads", "`compress_`, ms", "copy, ms")
+    return _table(
+        (*head, *(report.ratio_name(pair) for pair in _RATIOS)),
+        [("target", *[""] * 5, *targets), *rows],
+        left=4,
+    )
+
+
+def _portable(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    pair = ("compress_-portable", "compress_-avx2")
+    told = [f"{case['problem']['dtype']} {_ratio(case, pair)}" for case in content["cases"]]
+    tokens = tokens_text(content["cases"][0]["problem"]["tokens"])
+    return f"Portable over AVX2 ({tokens} tokens; target {report.TARGETS[pair][1]}): {'; '.join(told)}."
+
+
+def _linear(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    names = [x for x in ("compress_", "compress", "copy", "clone") if x in content["cases"][0]["contenders"]]
+    rows = []
+    for case in content["cases"]:
+        tokens = case["problem"]["tokens"]
+        told = [report.number(1e9 * case["contenders"][x]["seconds"]["median"] / tokens) for x in names]
+        rows.append((tokens_text(tokens), *told))
+    case = content["cases"][0]
+    what = f"{case['shape']}, {case['problem']['dtype']}, threads {case['threads']}"
+    title = f"Linear in `N`? Nanoseconds per token, {what}:"
+    return title + "\n\n" + _table(("tokens", *(f"`{x}`" for x in names)), rows, left=1)
+
+
+def _fixed(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    told = []
+    for name, what in (("operator", "`torch.ops.lagkv.compress_`"), ("function", "`lagkv_ext.compress_`")):
+        line = content["fixed_cost"][name]["fit_of_medians"]
+        fixed = f"{line['fixed']:.1f}"
+        told.append(f"{what} {fixed if line['fixed'] <= TARGET_US else f'**{fixed}**'}")
+    d = content["decode"]
+    return (
+        f"Fixed cost of a call in microseconds (target at most {TARGET_US:.0f}): {', '.join(told)}. Decode: "
+        f"{d['layers']} layers with {d['partitions']} partitions each take {_spread(d['over_copy'])} times a copy of "
+        "the same bytes."
+    )
+
+
+def _append(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    told = []
+    for result in content["results"]:
+        caches = result["caches"]
+        told += [f"{name} {x['us_per_token']['median']:.0f}" for name, x in caches.items()]
+        told[-1] += f" ({tokens_text(result['tokens'])} tokens)"
+    return f"Appending a token to one layer, microseconds: {', '.join(told)}."
+
+
+def _decode(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for content in results:
+        for result in content["results"]:
+            for cache, x in result["caches"].items():
+                read = x["prefill_s"]
+                rows.append(
+                    (
+                        f"{content['model']}{', random rows' if read is None else ''}",
+                        tokens_text(result["tokens"]),
+                        cache,
+                        str(x["rows"]),
+                        f"{1e3 / x['ms_per_token']['median']:.1f}",
+                        _spread(x["faster"]),
+                        "" if read is None else f"{read:.1f}",
+                    )
+                )
+    if not rows:
+        return ""
+    head = ("decode: model", "tokens", "cache", "rows", "tokens/s", "faster than DynamicCache", "prefill, s")
+    return _table(head, rows, left=3)
+
+
+def _prefill(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    rows = [
+        (
+            name,
+            tokens_text(result["tokens"]),
+            *(f"{x[key] / 1e6:.0f}" for key in ("peak_bytes", "held_bytes")),
+        )
+        for result in content["results"]
+        for name, x in result["caches"].items()
+    ]
+    result = content["results"][0]
+    model = f"random model with {result['layers']} layers, {result['dtype']}"
+    title = f"Chunked prefill, {model}, chunks of {result['chunk']}:"
+    return title + "\n\n" + _table(("cache", "tokens", "peak MB added", "MB held"), rows, left=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with a message."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description="Tables of one folder of benchmarks.record."
+    )
+    parser.add_argument("folder", type=Path, metavar="benchmarks/results/NAME")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="between the markers of this file")
+    options = parser.parse_args(arguments)
+    try:
+        text = markdown(options.folder)
+        if options.write:
+            write(options.write, text)
+        else:
+            print(text)
+    except (TablesError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
