@@ -34,7 +34,9 @@ class Band:
     plain_error: Tensor  #: what plain PyTorch is off
     tolerance: Tensor  #: inf where the arithmetic cannot tell
     nan: Tensor  #: the score must be NaN
-    number: Tensor  #: it must not be, also where the tolerance is infinite (equal statistics: z = 0, not 0 / 0)
+    number: (
+        Tensor  #: it must not be, also where the tolerance is infinite (equal statistics: z = 0, not 0 / 0)
+    )
 
     @property
     def lower(self) -> Tensor:
