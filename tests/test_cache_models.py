@@ -354,46 +354,6 @@ def test_gradients_are_refused():
 # -- masks
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_padded_batches_are_refused(kind, attention):
-    model, ids = tiny_model(kind, attention), prompt(30, batch=3)
-    for zeros in (slice(0, 4), slice(26, 30)):  # left, right
-        mask = torch.ones_like(ids)
-        mask[1, zeros] = 0
-        cache = LagKVCache(model.config, **SMALL)
-        with pytest.raises(
-            ValueError, match=r"padded batches: attention_mask has zeros in 1 of its 3 sequences"
-        ):
-            generate(model, ids, cache, attention_mask=mask)
-        with pytest.raises(ValueError, match="padded batches"), torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        assert cache.get_seq_length() == 0
-        with pytest.raises(ValueError, match="padded batches"):
-            LagKVCache.check_attention_mask(mask)
-
-
-def test_a_prompt_with_padding_tokens_is_refused_with_the_way_out():
-    """generate infers a mask from padding tokens by itself."""
-    model, ids = tiny_model("llama"), prompt(30)
-    ids[0, 3] = model.config.pad_token_id
-    with pytest.raises(ValueError, match="ones_like"):
-        generate(model, ids, LagKVCache(model.config, **SMALL))
-    generate(model, ids, LagKVCache(model.config, **SMALL), attention_mask=torch.ones_like(ids))
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_later_on_is_refused_before_anything_is_taken_in(attention):
-    model = tiny_model("llama", attention)
-    cache = LagKVCache(model.config, keep=2, **SMALL)
-    forward(model, cache, prompt(50, batch=2), [50])
-    mask = torch.ones(2, 55, dtype=torch.long)
-    mask[0, 50] = 0
-    with pytest.raises(ValueError, match="padded batches"):
-        forward_with_mask(model, cache, prompt(5, batch=2), mask)
-    assert cache.get_seq_length() == 50
-
-
 @torch.no_grad()
 def forward_with_mask(model, cache, ids, mask):
     return model(input_ids=ids, past_key_values=cache, attention_mask=mask).logits

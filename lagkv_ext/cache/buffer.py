@@ -20,6 +20,7 @@ class RowBuffer:
     def __init__(self, key: Tensor, value: Tensor):
         self._key = key
         self._value = value
+        self._begin = 0
         self.rows: int = key.shape[2]
 
     @classmethod
@@ -30,15 +31,16 @@ class RowBuffer:
 
     @property
     def capacity(self) -> int:
-        return self._key.shape[2]
+        """Rows that there is room for, the rows held included."""
+        return self._key.shape[2] - self._begin
 
     @property
     def key(self) -> Tensor:
-        return self._key[:, :, : self.rows]
+        return self._key[:, :, self._begin : self._begin + self.rows]
 
     @property
     def value(self) -> Tensor:
-        return self._value[:, :, : self.rows]
+        return self._value[:, :, self._begin : self._begin + self.rows]
 
     @property
     def storages(self) -> list[Tensor]:
@@ -52,16 +54,22 @@ class RowBuffer:
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Write rows behind the last one; there must be room."""
-        end = self.rows + key.shape[2]
-        self._key[:, :, self.rows : end].copy_(key)
-        self._value[:, :, self.rows : end].copy_(value)
-        self.rows = end
+        begin, end = self._begin + self.rows, self._begin + self.rows + key.shape[2]
+        self._key[:, :, begin:end].copy_(key)
+        self._value[:, :, begin:end].copy_(value)
+        self.rows += key.shape[2]
+
+    def drop_first(self, count: int) -> None:
+        """Forget the first rows; their room comes back with the next `reallocate`."""
+        self._begin += count
+        self.rows -= count
 
     def reallocate(self, capacity: int) -> None:
         """Move the rows to buffers with room for ``capacity``; keys first, so that never both are there twice."""
         with plain_tensors():
-            self._key = _copy_rows(self._key, self.rows, capacity)
-            self._value = _copy_rows(self._value, self.rows, capacity)
+            self._key = _copy_rows(self.key, capacity)
+            self._value = _copy_rows(self.value, capacity)
+            self._begin = 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the buffers by ``change`` of them, the room behind the rows included."""
@@ -117,8 +125,8 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
-def _copy_rows(old: Tensor, rows: int, capacity: int) -> Tensor:
-    batch, heads, _, dim = old.shape
+def _copy_rows(old: Tensor, capacity: int) -> Tensor:
+    batch, heads, rows, dim = old.shape
     new = torch.empty((batch, heads, capacity, dim), dtype=old.dtype, device=old.device)
-    new[:, :, :rows].copy_(old[:, :, :rows])
+    new[:, :, :rows].copy_(old)
     return new

@@ -21,7 +21,9 @@ from transformers.cache_utils import (
 
 from lagkv_ext.cache.hybrid import LagKVHybridLayer
 from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.mask import FittingMask, refuse_padding
+from lagkv_ext.cache.mask import Attending, FittingMask, MaskRequest
+from lagkv_ext.cache.padded import PaddedLayer
+from lagkv_ext.cache.padding import Padding, check_mask, check_prompt_mask
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import check_config, layer_settings, settings_per_layer
 from lagkv_ext.cache.storage import StoredInFiles, describe_model
@@ -67,9 +69,16 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             model that it does not serve: no full-attention layer, encoder-decoder, multi-head latent attention,
             attention biases that count rows (ALiBi).
 
-    Limits, each refused when met: batches with padding (`check_attention_mask`); states that require grad (run under
-    ``torch.no_grad()``); `crop` into what a compression left. A custom 4-D attention mask must have as many
-    columns as `get_mask_sizes` says. Read `kept_positions` and `kept_hash` between forward passes, not inside one.
+    Padded batches. The cache finds the padding in the attention mask that the model is given, and every sequence
+    keeps the tokens that it would keep alone. From then on the model needs its attention mask in every step (`generate`
+    gives it). Where all layers have full attention, padding may come on either side of the tokens of a step; after
+    padding on the right the model needs ``position_ids`` that count tokens alone, which `generate` does not make.
+    Code that makes its own masks uses `set_attention_mask` and `visible_columns`. Under ``torch.compile`` of the
+    whole model the cache sees no mask: give it no padding there.
+
+    Limits, each refused when met: states that require grad (run under ``torch.no_grad()``); `crop` into what a
+    compression left. A custom 4-D attention mask must have as many columns as `get_mask_sizes` says. Read
+    `kept_positions` and `kept_hash` between forward passes, not inside one.
     """
 
     _part_of_encoder_decoder = False
@@ -118,6 +127,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
                 if type(before) is DynamicLayer
                 else LagKVHybridLayer(settings[i], before.number_of_states)
             )
+        self._padding: Padding | None = None
+        self._attending = Attending()
         self._compresses = any(x.compresses for x in settings.values())
         # Layers with linear and full attention in one are not compressed, but share the mask of full-attention layers.
         self._sharing_mask = tuple(
@@ -144,29 +155,129 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         """``(columns, position of the first)`` of the attention mask for ``query_length`` new tokens.
 
         A full-attention layer answers for all of them, since they share one mask: with the longest (see `FittingMask`).
+
+        Raises:
+            ValueError: the model's attention mask does not fit the tokens seen, or hides what cannot be hidden here.
         """
-        if self._compresses and not torch.compiler.is_compiling():
-            # transformers never shows a cache the attention mask, and a padded batch would go wrong without a word. So
-            # look at the mask of the function that builds masks, which is what asks for sizes; where a version of
-            # transformers names it otherwise, nothing is found here (and a test fails).
-            refuse_padding(sys._getframe(1).f_locals.get("attention_mask"))
-        if layer_idx not in self._sharing_mask:
-            return super().get_mask_sizes(cast(int, query_length), layer_idx)
         # Early versions 5 hand over the positions of the new tokens.
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return max(cast(CacheLayerMixin, self.layers[i]).get_mask_sizes(new) for i in self._sharing_mask)
+        request = None
+        if torch.compiler.is_compiling():
+            if self._padding is not None:
+                raise ValueError("a padded batch cannot run in a compiled model: compile without this cache")
+        elif self._compresses:
+            frame = sys._getframe(1)
+            while frame.f_code.co_name == "get_mask_sizes" and frame.f_back is not None:
+                frame = frame.f_back  # of a cache that has this one as a part
+            request = MaskRequest(frame)
+            self._take_mask(request, new)
+        if layer_idx not in self._sharing_mask:
+            return super().get_mask_sizes(cast(int, query_length), layer_idx)
+        sizes = {i: cast(CacheLayerMixin, self.layers[i]).get_mask_sizes(new) for i in self._sharing_mask}
+        if request is not None and self._padding is not None:
+            longest = max(sizes, key=lambda i: sizes[i])
+            visible = self.visible_columns(longest, new)
+            if not self._uniform:
+                # Every layer hides its own columns later. Hidden here, so that no mask is left out as needless.
+                visible[:, : visible.shape[1] - new] = False
+            request.hide(visible)
+        return max(sizes.values())
 
     # transformers' annotation says int, its static caches return tensors
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
         offset = super().get_query_offset(layer_idx)
         if layer_idx in self._sharing_mask and not self._uniform:
-            return torch.tensor(offset).as_subclass(FittingMask)
+            return FittingMask.of(torch.tensor(offset), self._attending)
         return offset
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the new tokens of one layer, ``[B, H, n, D]``; returns what attention of this step sees."""
+        if self._padding is not None and not self._uniform and layer_idx in self._sharing_mask:
+            self._attending.visible = self.visible_columns(layer_idx, key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _take_mask(self, request: MaskRequest, new: int) -> None:
+        if request.mask is None:
+            if self._padding is not None:
+                raise ValueError(
+                    "this cache holds a padded batch, so the model needs an attention_mask "
+                    f"[{self._padding.tokens.shape[0]}, {self.get_seq_length() + new}] with every step, got none"
+                )
+            return
+        if self._padding is None and bool(request.mask.all()):
+            return
+        request.check_private()
+        if not self._uniform and request.attention not in ("sdpa", "eager"):
+            raise ValueError(
+                "layers that keep different numbers of tokens (layer_keep_ratio, skip_layers) hide different columns "
+                f"of a padded batch, which the one mask of {request.attention} cannot say; use the attention "
+                "implementation sdpa or eager"
+            )
+        columns = self.get_seq_length() + new
+        if request.mask.shape[1] != columns:
+            raise ValueError(
+                f"attention_mask must have a column for each of the {columns - new} tokens seen and the {new} new "
+                f"ones, got shape {list(request.mask.shape)}"
+            )
+        self._pad(request.mask)
+
+    def _pad(self, attention_mask: Tensor) -> None:
+        """Take in a mask; with the first one that has padding, every sequence gets lengths of its own."""
+        if self._padding is not None:
+            self._padding.take(attention_mask, self.get_seq_length())
+            return
+        hybrid = sorted({type(x).__name__ for x in self.layers if isinstance(x, LagKVHybridLayer)})
+        if hybrid:
+            raise ValueError(
+                "padded batches are not served in models whose layers have linear and full attention in one "
+                f"({', '.join(hybrid)}): batch sequences of equal length, or give every sequence its own cache"
+            )
+        others = sorted({type(x).__name__ for x in self.layers} - {"LagKVLayer", "DummyLayer"})
+        reason = f"a layer of this model cannot tell from a token ({', '.join(others)})" if others else None
+        padding = Padding(attention_mask.shape[0], self.get_seq_length(), left_only=reason)
+        padding.take(attention_mask, self.get_seq_length())
+        self._padding = padding
+        for i, layer in self._lagkv_layers().items():
+            if isinstance(layer, LagKVLayer):
+                self.layers[i] = PaddedLayer.following(layer, padding)
+
+    def set_attention_mask(self, attention_mask: Tensor) -> None:
+        """Tell the cache of padding where it cannot see the model's mask: attention code that makes its own masks.
+
+        Call it before the step that brings the padding, with ``attention_mask [B, tokens seen and new]``, ones for
+        tokens and zeros for padding. Models of transformers, `generate` included, need no call.
+
+        Raises:
+            ValueError: not zeros and ones in that shape; padding among the tokens of a sequence, or nothing but padding
+                for one; other values than before for tokens seen. Nothing is changed then.
+        """
+        mask = check_mask(attention_mask) if self.get_seq_length() else check_prompt_mask(attention_mask)
+        if self._padding is not None or not bool(mask.all()):
+            self._pad(mask)
+
+    def visible_columns(self, layer: int, new: int) -> Tensor:
+        """bool ``[B, columns]`` on the CPU: which of the columns that `update` is about to return for ``new`` tokens
+        hold tokens. Beyond that, the mask of a step is causal among its ``new`` last columns.
+
+        The layers of a padded batch hold a rectangle: shorter sequences have hidden columns on the left.
+        """
+        held = self.layers[layer]
+        if isinstance(held, PaddedLayer):
+            return held.visible(new)
+        columns = held.get_mask_sizes(new)[0]
+        if self._padding is None:
+            batch = held.keys.shape[0] if held.is_initialized else 1
+            return torch.ones(batch, columns, dtype=torch.bool)
+        return self._padding.columns(held.get_seq_length() + new - columns, columns)
 
     @staticmethod
     def check_attention_mask(attention_mask: Tensor | None) -> None:
-        """ValueError if ``attention_mask [B, N]`` has zeros: padded batches are not supported."""
-        refuse_padding(attention_mask)
+        """ValueError unless ``attention_mask [B, N]`` is one of a prompt that this cache can hold: zeros and ones,
+        every sequence with a token, and no padding among its tokens."""
+        if attention_mask is not None:
+            check_prompt_mask(attention_mask)
 
     # -- changes
 
@@ -180,7 +291,37 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         for layer in self._lagkv_layers().values():
             layer.check_crop(tokens_to_remove)
+        seen = self.get_seq_length()
         super().crop(tokens_to_remove)
+        if self._padding is not None:
+            self._padding.remove(seen - self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back; padding too."""
+        if self._padding is not None:
+            self._padding = self._attending.visible = None
+            for i, layer in self._lagkv_layers().items():
+                self.layers[i] = LagKVLayer(layer.settings)
+                self.layers[i].record_past = layer.record_past
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_padding(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._padding is not None:
+            batch = self._padding.tokens.shape[0]
+            self._select_padding(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_padding(indices)
+
+    def _select_padding(self, indices: Tensor) -> None:
+        if self._padding is not None:
+            self._padding.select(indices.cpu())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LagKVCache:
         """Move the full-attention layers, or convert what they hold; the other layers follow their own states."""
@@ -188,5 +329,22 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             layer.to(None if device is None else torch.device(device), dtype)
         return self
 
-    def _lagkv_layers(self) -> dict[int, LagKVLayer]:
-        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, LagKVLayer)}
+    def kept_positions(self, layer: int, sequence: int | None = None) -> Tensor:
+        """int32 ``[B, H, rows]``: position of every row that a full-attention layer holds, ascending per head.
+
+        In a padded batch positions count the tokens of each sequence from 0, and a sequence with fewer rows than the
+        longest has -1 in front. With ``sequence``, ``[H, rows]`` of that one alone.
+        """
+        positions = super().kept_positions(layer)
+        if sequence is None:
+            return positions
+        if not -positions.shape[0] <= sequence < positions.shape[0]:
+            raise ValueError(
+                f"sequence must be an index into the batch of {positions.shape[0]}, got {sequence}"
+            )
+        return positions[sequence][:, positions[sequence, 0] >= 0]
+
+    def _lagkv_layers(self) -> dict[int, LagKVLayer | PaddedLayer]:
+        return {
+            i: layer for i, layer in enumerate(self.layers) if isinstance(layer, (LagKVLayer, PaddedLayer))
+        }

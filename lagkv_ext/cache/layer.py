@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from lagkv_ext.cache.budget import Pass, Plan
-from lagkv_ext.cache.buffer import RowBuffer, check_new_states, plain_tensors
-from lagkv_ext.cache.settings import LayerSettings
+from lagkv_ext.cache.buffer import RowBuffer, plain_tensors
+from lagkv_ext.cache.rows import RowLayer, check_crop_number
 from lagkv_ext.cache.track import Track
 
 
-class LagKVLayer(CacheLayerMixin):
+class LagKVLayer(RowLayer):
     """Keys and values of one layer, compressed as they grow; their lengths and positions are in its `Track`.
 
     Memory. A new token is written behind the last row. In decoding, a compression that comes due runs in place, at the
@@ -23,18 +22,6 @@ class LagKVLayer(CacheLayerMixin):
     them: a prompt costs the compressed cache plus the states of one layer. The lengths are those after the
     compression as soon as it is due; only the rows come later.
     """
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = (
-        True  # without a trace while the past is recorded, as for the sliding-window layers of transformers
-    )
-
-    def __init__(self, settings: LayerSettings):
-        # Not the base class's __init__: it assigns keys and values, which are properties here.
-        self.settings = settings
-        self.record_past = False
-        self.reset()
 
     @classmethod
     def of_rows(cls, key: Tensor, value: Tensor, track: Track) -> LagKVLayer:
@@ -45,8 +32,7 @@ class LagKVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        self.is_initialized = False
-        self._buffer: RowBuffer | None = None
+        super().reset()
         self._due: tuple[Pass, ...] = ()  # compressions accounted for while their rows are still in place
         self._track = Track(self.settings)
 
@@ -74,15 +60,6 @@ class LagKVLayer(CacheLayerMixin):
 
     # -- what transformers asks
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, which is what positions count."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.16
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """``(rows that attention will see, position of the first if they were contiguous)``.
 
@@ -92,23 +69,6 @@ class LagKVLayer(CacheLayerMixin):
         rows = self.rows + query_length - self._dropped(self._count_before_use(query_length))
         return rows, self.seen + query_length - rows
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffer = RowBuffer.empty(key_states, value_states)
-        self.is_initialized = True
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override] # an attribute in the base class
-        """The held keys ``[B, H, rows, Dk]``, a view."""
-        self.settle()
-        return None if self._buffer is None else self._buffer.key
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """The held values ``[B, H, rows, Dv]``, a view."""
-        self.settle()
-        return None if self._buffer is None else self._buffer.value
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Take in new tokens ``[B, H, n, D]``; returns the keys and values that attention of this step sees.
 
@@ -116,14 +76,7 @@ class LagKVLayer(CacheLayerMixin):
             RuntimeError: states that require grad while gradients are recorded.
             ValueError: states unlike those held (batch, heads, head dim, dtype, device).
         """
-        check_new_states(key_states, value_states)
-        if self._buffer is not None:
-            self._buffer.check_states(key_states, value_states)
-        self.settle()
-        if self._buffer is None:
-            self.lazy_initialization(key_states, value_states)
-        buffer = self._buffer
-        assert buffer is not None
+        buffer = self._ready(key_states, value_states)
         new = key_states.shape[2]
         before_use = self._count_before_use(new)
         planned = None if self.record_past else self._track.plan(new)
@@ -165,11 +118,7 @@ class LagKVLayer(CacheLayerMixin):
     def check_crop(self, tokens_to_remove: int) -> None:
         """ValueError for a positive number (transformers >= 5 counts negatively) and where a compression would have
         to be undone: the tokens it chose from are gone."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                "crop takes the number of tokens to remove as a negative number (as transformers does), "
-                f"got {tokens_to_remove}"
-            )
+        check_crop_number(tokens_to_remove)
         recent = self._track.recent
         if self.compressions and -tokens_to_remove > recent:
             raise ValueError(
@@ -177,11 +126,6 @@ class LagKVLayer(CacheLayerMixin):
                 f"{recent} of the {self.seen} tokens seen are all still there (compressions so far: "
                 f"{self.compressions}, rows held: {self.rows})"
             )
-
-    def activate_past_recording(self) -> None:
-        """From now on compress in `crop` alone, which assisted decoding calls after every step: a rejected token then
-        never decides what is kept."""
-        self.record_past = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -192,19 +136,7 @@ class LagKVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda x: x[indices.to(x.device)])
 
-    def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._map(lambda x: x.to(self.device, non_blocking=True))
-
     # -- what the cache asks beyond that
-
-    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move or convert what is held; later states must come on that device and in that dtype."""
-        self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
-        if self._buffer is not None:
-            self.device, self.dtype = self._buffer.key.device, self._buffer.key.dtype
 
     def kept_positions(self) -> Tensor:
         """int32 ``[B, H, rows]``: position of every held row, ascending."""
@@ -219,12 +151,7 @@ class LagKVLayer(CacheLayerMixin):
         tensors = [] if self._buffer is None else self._buffer.storages
         return tensors if self._track.chosen is None else [*tensors, self._track.chosen]
 
-    def uncompressed_bytes(self) -> int:
-        """Bytes of the keys and values of every token seen."""
-        return 0 if self._buffer is None else self.seen * self._buffer.bytes_per_row
-
     def settle(self) -> None:
-        """Run the compressions that the last step left due; only once attention of that step has run."""
         if not self._due:
             return
         assert self._buffer is not None
@@ -246,9 +173,6 @@ class LagKVLayer(CacheLayerMixin):
         old = max(self.rows - self.start, 0) // self.settings.lag_size
         due = 0 if self.record_past else self.settings.compressed_count(self.rows + new, self.start)
         return min(old, due)
-
-    def _dropped(self, count: int) -> int:
-        return count * (self.settings.lag_size - self.settings.keep)
 
     def _replace(self, key: Tensor, value: Tensor, planned: Plan, before_use: int) -> tuple[Tensor, Tensor]:
         """Compress into new storage of exactly the rows that stay. The full states belong to the caller alone."""
@@ -276,11 +200,6 @@ class LagKVLayer(CacheLayerMixin):
             old_key, old_value, _ = self._compress(key[:, :, :end], value[:, :, :end], first.start)
             key = torch.cat([old_key, key[:, :, end:]], dim=2)
             return key, torch.cat([old_value, value[:, :, end:]], dim=2)
-
-    def _compress(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        # The operator takes any strides but those of a last dimension that is not contiguous.
-        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-        return torch.ops.lagkv.compress(key, value, start, **self.settings.operator_arguments)
 
     # -- memory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -112,6 +113,14 @@ class Track:
         return torch.cat(
             [span(0, self.settings.sink_size), self.chosen, span(self.seen - self.recent, self.seen)], 2
         )
+
+    def split(self, batch: int) -> list[Track]:
+        """One track for each of ``batch`` sequences that were compressed together."""
+        tracks = [copy.copy(self) for _ in range(batch)]
+        if self.chosen is not None:
+            for track, chosen in zip(tracks, self.chosen.split(1), strict=True):
+                track.chosen = chosen
+        return tracks
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.chosen is not None:
