@@ -6,16 +6,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lagkv_ext import LagKVCache
 
 sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0)).eval().double()
-prompts = [torch.randint(3, 64, (n,)) for n in (200, 90)]
-ids = torch.zeros(
-    2, 200, dtype=torch.long
-)  # as tokenizer(texts, padding=True, padding_side="left") makes them
-for row, text in zip(ids, prompts, strict=True):
-    row[200 - len(text) :] = text
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, eos_token_id=None)).eval().double()
+ids = torch.randint(3, 64, (2, 200))
+mask = torch.ones_like(ids)  # as tokenizer(texts, padding=True, padding_side="left") makes it:
+mask[1, :110] = 0  # the second text has 90 tokens
 batch, alone = (LagKVCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4) for _ in range(2))
-tokens = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=batch, max_new_tokens=40)
-short = model.generate(prompts[1][None], past_key_values=alone, max_new_tokens=40)
-assert torch.equal(tokens[1, 200:], short[0, 90:])
+options = {"max_new_tokens": 40, "pad_token_id": 0, "do_sample": False}
+tokens = model.generate(ids, attention_mask=mask, past_key_values=batch, **options)
+short = model.generate(ids[1:, 110:], past_key_values=alone, **options)
+assert torch.equal(tokens[1, 110:], short[0])
 assert torch.equal(batch.kept_positions(0, sequence=1), alone.kept_positions(0)[0])
 print([batch.kept_positions(0, sequence=b).shape[1] for b in (0, 1)], "rows of", tokens.shape[1], "columns")
