@@ -39,6 +39,7 @@ BASE = RaggedCase(
     value_dim=32,
     lag_size=16,
     keep=5,
+    dtype=torch.bfloat16,
     spare=2,
     block_size=8,
 )
@@ -63,15 +64,15 @@ TRAPS = {
     "shared-pages-of-one-length": dataclasses.replace(BASE, shared=True, sequences=((24, 90),) * 3),
     "one-long": dataclasses.replace(BASE, sequences=((1, 1 + 16 * 30), (0, 33), (4, 9))),
     "far-start": dataclasses.replace(BASE, sequences=((2**31 - 1, 50), (50, 50), (51, 50))),
+    "float64": dataclasses.replace(BASE, dtype=torch.float64),
     **{f"kind-{kind}": dataclasses.replace(BASE, key_kind=kind, value_kind=kind) for kind in KINDS},
 }
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("trap", TRAPS)
-def test_traps(backend, trap, dtype, check):
-    check(backend, dataclasses.replace(TRAPS[trap], dtype=dtype))
+def test_traps(backend, trap, check):
+    check(backend, TRAPS[trap])
 
 
 # Enough for several threads: equal sequences, one that is longer than all others, and partitions beyond the cache.

@@ -110,7 +110,8 @@ class Compressor {
       const RaggedRows<const T>& x = i % 2 ? p_.value : p_.key;
       const RaggedRows<T>& out = i % 2 ? p_.value_out : p_.key_out;
       const int64_t first = sequence(task.sequence).start, count = partitions_[task.sequence] * p_.keep;
-      gather(x, out, task, first, count);
+      gather_rows(kernels_, HeadRows<const T>(x, task.sequence, task.head),
+                  HeadRows<T>(out, task.sequence, task.head), index(task) + first, first, count, stream_);
       if (stream_) kernels_.fence();
       move_window(x, out, task);
     });
@@ -167,7 +168,7 @@ class Compressor {
     if (i >= tasks.size()) return {};
     const TaskList::Task task = tasks[i];
     const int64_t begin = task.part * run, partitions = partitions_[task.sequence];
-    if (begin >= partitions) return {};
+    if (begin >= partitions || p_.key.block_table != nullptr) return {};
     return tiles_of(task, nullptr)
         .ahead(HeadTiles<T>::kKey, forward ? begin + 1 : std::min(begin + run, partitions));
   }
@@ -189,17 +190,14 @@ class Compressor {
            kernels_.select(score, p_.lag_size, p_.keep, static_cast<int32_t>(start + partition * p_.lag_size),
                            index(task) + first_out);
            if (!move) return;
-           gather(p_.key, p_.key_out, task, first_out, p_.keep);
-           gather(p_.value, p_.value_out, task, first_out, p_.keep);
+           for (const auto side : {HeadTiles<T>::kKey, HeadTiles<T>::kValue}) {
+             const Tile<T> tile = tiles.tile(side, partition, {});
+             const HeadRows<T> out(side == HeadTiles<T>::kKey ? p_.key_out : p_.value_out, task.sequence,
+                                   task.head);
+             gather_rows(kernels_, tile.rows, tile.row_stride, tiles.first(partition), out,
+                         index(task) + first_out, first_out, p_.keep, stream_);
+           }
          });
-  }
-
-  /// Output rows first_out .. first_out+count-1, whose input positions the index holds.
-  void gather(const RaggedRows<const T>& x, const RaggedRows<T>& out, const TaskList::Task& task,
-              int64_t first_out, int64_t count) const {
-    gather_rows(kernels_, HeadRows<const T>(x, task.sequence, task.head),
-                HeadRows<T>(out, task.sequence, task.head), index(task) + first_out, first_out, count,
-                stream_);
   }
 
   /// Consecutive input rows to consecutive output rows, and their positions to the index.

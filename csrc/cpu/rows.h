@@ -60,18 +60,29 @@ struct HeadRows {
   }
 };
 
-/// Rows first_out .. first_out+count-1 of `out` = the rows of x at `index`, which ascends. The two may be the
-/// same rows as long as none moves up.
+/// Rows first_out .. first_out+count-1 of `out` = those at `index`, which ascends, of rows `row_stride` apart
+/// of which the first is at `base`. The two may be the same rows as long as none moves up.
+template <class T>
+void gather_rows(const Kernels<T>& kernels, const T* rows, int64_t row_stride, int64_t base,
+                 const HeadRows<T>& out, const int32_t* index, int64_t first_out, int64_t count,
+                 bool stream) {
+  while (count > 0) {
+    const int64_t now = out.together(first_out, count);
+    kernels.gather(rows, row_stride, index, static_cast<int32_t>(base), now, out.dim, out.row(first_out),
+                   out.row_stride, stream);
+    index += now, first_out += now, count -= now;
+  }
+}
+
+/// Likewise of the rows of x.
 template <class T>
 void gather_rows(const Kernels<T>& kernels, const HeadRows<const T>& x, const HeadRows<T>& out,
                  const int32_t* index, int64_t first_out, int64_t count, bool stream) {
   while (count > 0) {
-    int64_t rows = out.together(first_out, count);
-    const int64_t base = *index, end = base + x.together(base, index[rows - 1] - base + 1);
-    if (index[rows - 1] >= end) rows = std::lower_bound(index, index + rows, end) - index;
-    kernels.gather(x.row(base), x.row_stride, index, *index, rows, x.dim, out.row(first_out), out.row_stride,
-                   stream);
-    index += rows, first_out += rows, count -= rows;
+    const int64_t base = *index, end = base + x.together(base, index[count - 1] - base + 1);
+    const int64_t now = index[count - 1] < end ? count : std::lower_bound(index, index + count, end) - index;
+    gather_rows(kernels, x.row(base), x.row_stride, base, out, index, first_out, now, stream);
+    index += now, first_out += now, count -= now;
   }
 }
 

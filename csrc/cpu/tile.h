@@ -14,13 +14,20 @@ struct Ahead {
   const char* rows = nullptr;
   int64_t row_stride = 0;  // bytes
   int64_t row_bytes = 0;
+  const char* const* list = nullptr;  // of rows in several pages, kAheadPadding longer than the tile
+  int64_t list_offset = 0;            // bytes
 
   /// The first cache lines of every row, and those after them: for two passes that share the fetching.
-  Ahead first(int64_t lines) const { return {lines > 0 ? rows : nullptr, row_stride, 64 * lines}; }
+  Ahead first(int64_t lines) const {
+    return {lines > 0 ? rows : nullptr, row_stride, 64 * lines, list, list_offset};
+  }
   Ahead after(int64_t lines) const {
-    return {rows == nullptr ? nullptr : rows + 64 * lines, row_stride, row_bytes - 64 * lines};
+    return {rows == nullptr ? nullptr : rows + 64 * lines, row_stride, row_bytes - 64 * lines, list,
+            list_offset + 64 * lines};
   }
 };
+
+constexpr int64_t kAheadPadding = 64;  // rows: kernels fetch several at once
 
 /// A partition: `count` rows of `dim` contiguous elements, `row_stride` elements apart.
 template <class T>

@@ -220,7 +220,8 @@ inline RegOf<Real> keep_lanes(RegOf<Real> x, typename LanesOf<Real>::IntReg mask
 inline void prefetch(const Ahead& ahead, int64_t first, int64_t count) {
   if (ahead.rows == nullptr) return;
   for (int64_t t = first; t < first + count; ++t) {
-    const char* row = ahead.rows + t * ahead.row_stride;
+    const char* row =
+        ahead.list == nullptr ? ahead.rows + t * ahead.row_stride : ahead.list[t] + ahead.list_offset;
     for (int64_t offset = 0; offset < ahead.row_bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <utility>
+#include <vector>
 
 #include "rows.h"
 
@@ -29,15 +30,22 @@ class HeadTiles {
 
   int64_t lag_size() const { return lag_size_; }
 
-  /// The rows of a partition as something to fetch.
-  Ahead ahead(Side side, int64_t partition) const { return ahead_from(sides_[side].rows, first(partition)); }
+  int64_t first(int64_t partition) const { return start_ + partition * lag_size_; }
+
+  /// The rows of a partition as something to fetch. Where they lie in several pages it lasts for kLists
+  /// calls.
+  Ahead ahead(Side side, int64_t partition) {
+    const HeadRows<const T>& x = sides_[side].rows;
+    if (x.together(first(partition), lag_size_) < lag_size_) return list_of(x, first(partition));
+    return ahead_from(x, first(partition));
+  }
 
   Tile<T> tile(Side side, int64_t partition, Ahead next) {
     const HeadRows<const T>& x = sides_[side].rows;
     const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T)), position = first(partition);
     if (x.together(position, lag_size_) < lag_size_)
-      return {copy_of(sides_[side], partition), x.dim, lag_size_, x.dim, {}};
-    if (lag_size_ * row_bytes > kCachedTileBytes)
+      return {copy_of(sides_[side], partition), x.dim, lag_size_, x.dim, next};
+    if (lag_size_ * row_bytes > kCachedTileBytes && x.blocks == nullptr)
       next = ahead_from(x, position + kAheadBytes / row_bytes + 4);
     return {x.row(position), x.row_stride, lag_size_, x.dim, next};
   }
@@ -52,24 +60,37 @@ class HeadTiles {
     int64_t held[2] = {-1, -1};
   };
 
-  int64_t first(int64_t partition) const { return start_ + partition * lag_size_; }
-
-  Ahead ahead_from(const HeadRows<const T>& x, int64_t position) const {
+  static Ahead ahead_from(const HeadRows<const T>& x, int64_t position) {
     constexpr int64_t size = sizeof(T);
-    if (x.blocks != nullptr) return {};  // the pages that follow may be anywhere
     return {reinterpret_cast<const char*>(x.row(position)), x.row_stride * size, x.dim * size};
+  }
+
+  Ahead list_of(const HeadRows<const T>& x, int64_t position) {
+    std::vector<const char*>& list = lists_[latest_ = (latest_ + 1) % kLists];
+    list.resize(static_cast<size_t>(lag_size_ + kAheadPadding));
+    const char** next = list.data();
+    for (int64_t i = 0, rows; i < lag_size_; i += rows) {
+      rows = x.together(position + i, lag_size_ - i);
+      const T* row = x.row(position + i);
+      for (int64_t r = 0; r < rows; ++r) *next++ = reinterpret_cast<const char*>(row + r * x.row_stride);
+    }
+    std::fill_n(next, kAheadPadding, next[-1]);
+    return {list[0], 0, x.dim * static_cast<int64_t>(sizeof(T)), list.data()};
   }
 
   const T* copy_of(SideTiles& side, int64_t partition) {
     const int64_t place = partition % 2, dim = side.rows.dim;
-    T* memory = side.memory + place * lag_size_ * dim;
+    const HeadRows<T> copy(side.memory + place * lag_size_ * dim, dim);
     if (side.held[place] != partition) {
-      copy_rows(side.rows, HeadRows<T>(memory, dim), first(partition), 0, lag_size_);
+      copy_rows(side.rows, copy, first(partition), 0, lag_size_);
       side.held[place] = partition;
     }
-    return memory;
+    return copy.data;
   }
 
+  static constexpr int kLists = 3;  // the walk looks at a key and a value ahead, and begins with one more
+  std::vector<const char*> lists_[kLists];
+  int latest_ = 0;
   int64_t start_, lag_size_;
   SideTiles sides_[2];
 };
