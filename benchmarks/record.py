@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -35,6 +36,7 @@ class Step:
     arguments: str
     tiny: str
     kvpress: bool = False
+    environment: tuple[str, ...] = ()  # NAME=VALUE
 
     def command(self, path: Path, *, tiny: bool, kvpress_python: str | None) -> list[str]:
         made = [sys.executable, "-m", f"benchmarks.{self.module}", *self.arguments.split()]
@@ -45,8 +47,8 @@ class Step:
         return [*made, "--json", str(path)]
 
 
-def _run(name: str, arguments: str, kvpress: bool = False) -> Step:
-    return Step(name, "run", f"{arguments} --no-model-cuda", "--tokens 512,1k --rounds 2", kvpress)
+def _run(name: str, arguments: str, **options: Any) -> Step:
+    return Step(name, "run", f"{arguments} --no-model-cuda", "--tokens 512,1k --rounds 2", **options)
 
 
 _CACHE = "--tokens 512,1k --rounds 1"
@@ -56,6 +58,12 @@ STEPS = (
     _run(
         "two-threads",
         f"--tokens 32k --threads 2 --rounds 11 --budget 4 --contenders {_BESIDE_COPY},compiled,eager",
+    ),
+    # torch's own switch for huge pages under large new tensors; it is read once, when a process starts.
+    _run(
+        "huge-pages",
+        f"--tokens 32k --dtype float32 --threads 1 --rounds 9 --budget 4 --contenders {_BESIDE_COPY},compiled,eager",
+        environment=("THP_MEM_ALLOC_ENABLE=1",),
     ),
     _run(
         "linear",
@@ -91,8 +99,8 @@ STEPS = (
 )
 
 
-def shown(command: Sequence[str]) -> str:
-    return shlex.join(["python", *shown_arguments(command[1:])])
+def shown(command: Sequence[str], environment: Sequence[str] = ()) -> str:
+    return shlex.join([*environment, "python", *shown_arguments(command[1:])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,13 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n== {name}: left out, {options.minutes:g} minutes are over", flush=True)
             bad.append(name)
             continue
-        print(f"\n== {name}: {shown(command)}", flush=True)
+        print(f"\n== {name}: {shown(command, step.environment)}", flush=True)
         target.unlink(missing_ok=True)
         started = time.monotonic()
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        environment = os.environ | dict(setting.split("=", 1) for setting in step.environment)
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         seconds = time.monotonic() - started
         record["steps"][name] = {
-            "command": shown(command),
+            "command": shown(command, step.environment),
             "commit": commit(),
             "seconds": round(seconds, 1),
             "exit": code,

@@ -44,6 +44,7 @@ def markdown(folder: Path) -> str:
             [steps[name] for name in ("operators", "two-threads", "shapes", "cosine") if steps.get(name)]
         ),
         _portable(steps.get("portable")),
+        _huge_pages(steps.get("huge-pages")),
         _linear(steps.get("linear")),
         _fixed(steps.get("fixed-cost")),
         _append(steps.get("append")),
@@ -133,6 +134,22 @@ def _portable(content: dict[str, Any] | None) -> str:
     told = [f"{case['problem']['dtype']} {_ratio(case, pair)}" for case in content["cases"]]
     tokens = tokens_text(content["cases"][0]["problem"]["tokens"])
     return f"Portable over AVX2 ({tokens} tokens; target {report.TARGETS[pair][1]}): {'; '.join(told)}."
+
+
+def _huge_pages(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    case = content["cases"][-1]
+    pairs = (("compress", "clone"), ("compiled", "compress"), ("eager", "compress"))
+    told = ", ".join(
+        f"{report.ratio_name(pair)} {_ratio(case, pair)}" for pair in pairs if _ratio(case, pair)
+    )
+    p = case["problem"]
+    return (
+        "New outputs cost page faults, of which `clone` has its own. With huge pages (`THP_MEM_ALLOC_ENABLE=1`, which "
+        f"torch reads at its start) {case['shape']}, {tokens_text(p['tokens'])}, {p['dtype']}, threads "
+        f"{case['threads']}: {told}."
+    )
 
 
 def _linear(content: dict[str, Any] | None) -> str:

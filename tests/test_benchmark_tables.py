@@ -26,8 +26,9 @@ def folder(tmp_path_factory) -> Path:
     told = json.loads((made / "record.json").read_text())
     contenders = ["--contenders", "compress_,compress,copy,clone"]
     assert run.main([*SMALL.split(), *contenders, "--json", str(made / "linear.json")]) == 0
-    (made / "operators.json").write_text((made / "linear.json").read_text())
-    for name in ("linear", "operators"):
+    for name in ("operators", "huge-pages"):
+        (made / f"{name}.json").write_text((made / "linear.json").read_text())
+    for name in ("linear", "operators", "huge-pages"):
         told["steps"][name] = {"command": "", "commit": "abc", "seconds": 1.0, "exit": 0}
     (made / "record.json").write_text(json.dumps(told))
     return made
@@ -52,6 +53,7 @@ def test_the_tables_hold_the_numbers_of_the_files(folder):
         per_token = report.number(1e9 * case["contenders"]["compress_"]["seconds"]["median"] / tokens)
         assert f" {per_token} |" in text
     assert "Fixed cost of a call" in text
+    assert "THP_MEM_ALLOC_ENABLE=1" in text
     assert content["machine"]["torch"] in text
     for lines in re.findall(
         r"(?:^\|.*\n?)+", text, re.MULTILINE
