@@ -93,6 +93,25 @@ def test_one_graph_for_all_steps(kind, attention, order, compiler):
     assert addresses(cache) == before
 
 
+@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
+def test_steps_of_several_tokens_compile_once(order):
+    """A prompt, too, may go through the compiled step, ``step_tokens`` at a time."""
+    model, ids = shallow("gemma3"), prompt(90, batch=2)
+    settings = {"keep": 2, "order": order, **SMALL}
+    cache = LagKVStaticCache(
+        model.config, capacity=BUDGET + 4, step_tokens=5, max_batch_size=2, dtype=torch.float64, **settings
+    )
+    step = torch.compile(
+        lambda tokens: model(input_ids=tokens, past_key_values=cache).logits, fullgraph=True, backend="eager"
+    )
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        logits = torch.cat([step(tokens) for tokens in ids.split(5, dim=1)], dim=1)
+    growing = LagKVCache(model.config, max_tokens=BUDGET, **settings)
+    torch.testing.assert_close(logits, forward(model, growing, ids, [5] * 18), rtol=1e-10, atol=1e-10)
+    assert cache.kept_hash() == growing.kept_hash()
+    assert min(restarts(cache)) > 2
+
+
 def test_generate_compiles_its_steps_once():
     """As on a GPU: generate compiles decoding by itself where a cache says that it can be."""
     model, ids = shallow("gemma3"), prompt(45, batch=2)

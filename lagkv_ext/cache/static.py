@@ -9,15 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    LinearAttentionLayer,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
-from transformers.configuration_utils import get_head_shapes
+from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from lagkv_ext.cache.buffer import plain_tensors
 from lagkv_ext.cache.report import ReportsLayers
@@ -31,7 +23,7 @@ _UNBOUNDED = (
     2**31 - 1
 )  # the length that transformers' own layers are made for: of those kept, a window bounds each
 # As they are: a window has a size of its own, recurrent states have one size, and shared layers hold nothing.
-_OTHER_LAYERS = (StaticSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+_OTHER_LAYERS = ("StaticSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
 
 
 class LagKVStaticCache(ReportsLayers, Cache):
@@ -188,6 +180,9 @@ class LagKVStaticCache(ReportsLayers, Cache):
     def _allocate(
         self, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> None:
+        # Here, because early versions 5 have no such function, and still serve for LagKVCache.
+        from transformers.configuration_utils import get_head_shapes
+
         heads, head_dim = get_head_shapes(self._text_config)
         dtype = dtype or getattr(self._text_config, "dtype", None) or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -196,15 +191,15 @@ class LagKVStaticCache(ReportsLayers, Cache):
 
 
 def _check_layers(config: PreTrainedConfig, layers: list[Any]) -> None:
-    kinds = [type(x) for x in layers]
-    names = ", ".join(sorted({kind.__name__ for kind in kinds}))
-    unfit = sorted({kind.__name__ for kind in kinds if kind not in (StaticLayer, *_OTHER_LAYERS)})
+    kinds = {type(x).__name__ for x in layers}
+    names = ", ".join(sorted(kinds))
+    unfit = sorted(kinds - {StaticLayer.__name__, *_OTHER_LAYERS})
     if unfit:
         raise ValueError(
             f"{type(config).__name__} has layers that would need room for every token: {', '.join(unfit)} (among the "
             f"static caches of its {len(layers)} layers: {names})"
         )
-    if StaticLayer not in kinds:
+    if StaticLayer.__name__ not in kinds:
         raise ValueError(
             f"{type(config).__name__} has no full-attention layer that could be compressed; the static caches of its "
             f"{len(layers)} layers are {names}"
