@@ -222,6 +222,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
                 f"ones, got shape {list(request.mask.shape)}"
             )
         self._pad(request.mask)
+        if self._padding is not None:
+            self._padding.check_positions(request.position_ids, columns - new)
 
     def _pad(self, attention_mask: Tensor) -> None:
         """Take in a mask; with the first one that has padding, every sequence gets lengths of its own."""

@@ -28,6 +28,10 @@ class MaskRequest:
         """The attention implementation of the model."""
         return getattr(self._frame.f_locals.get("config"), "_attn_implementation", None)
 
+    @property
+    def position_ids(self) -> Tensor | None:
+        return self._frame.f_locals.get("position_ids")
+
     def check_private(self) -> None:
         """ValueError unless the mask is a copy that may be written to."""
         caller = self._frame.f_back

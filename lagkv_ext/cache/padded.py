@@ -118,7 +118,8 @@ class PaddedLayer(RowLayer):
         self._seen += new
         total = buffer.rows + new
         due = [planned.passes for planned in step.plans]
-        if not self._in_place(step, old_rows) or (any(due) and total > buffer.capacity):
+        many = any(due) and total > buffer.capacity and new > self._room(total)
+        if many or not self._in_place(step, old_rows):
             return self._replace(key_states, value_states, step, old_rows)
         if total > buffer.capacity:
             buffer.reallocate(total + self._room(total))

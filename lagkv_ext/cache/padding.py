@@ -54,6 +54,22 @@ class Padding:
                 )
         self.tokens, self._step = mask, seen
 
+    def check_positions(self, position_ids: Tensor | None, seen: int) -> None:
+        """ValueError where the new tokens of a sequence with padding behind tokens are not counted as tokens."""
+        behind = (self.tokens[:, : max(seen - 1, 0)] & ~self.tokens[:, 1 : max(seen, 1)]).any(dim=1)
+        if position_ids is None or position_ids.dim() != 2 or not behind.any():
+            return
+        expected = (self.tokens.cumsum(dim=1) - 1)[:, seen:]
+        got = position_ids.cpu().expand(expected.shape)
+        wrong = (got != expected) & self.tokens[:, seen:] & behind[:, None]
+        if wrong.any():
+            sequence, column = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"sequence {sequence} has padding behind a token, so position_ids must count its tokens alone "
+                f"(attention_mask.cumsum(1) - 1): {int(expected[sequence, column])} in column {seen + column}, got "
+                f"{int(got[sequence, column])}. generate counts otherwise after padding on the right: pad on the left"
+            )
+
     def columns(self, seen: int, new: int) -> Tensor:
         """bool ``[B, new]`` of the columns after ``seen``; those that no mask was given for hold tokens."""
         if self.tokens.shape[1] < seen + new:
