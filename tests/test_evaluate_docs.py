@@ -160,3 +160,23 @@ def test_commands_of_the_page_have_options_that_exist():
             if option == "--methods" and not value.startswith("..."):
                 for method in value.removesuffix(",...").split(","):
                     assert ":" in method or method in methods.METHODS, command
+
+
+def test_a_setting_is_held_against_variants_of_its_method_alone(tmp_path):
+    settings = [
+        Setting("lagkv-std", 0.25),
+        Setting("lagkv-std", 0.25, lag_size=64),
+        Setting("lagkv-std-k", 0.25),
+        Setting("lagkv-cosine", 0.25),
+    ]
+    _results(
+        tmp_path / "r.jsonl",
+        {Setting("full"): [1.0] * 5, **{s: [i / 10] * 5 for i, s in enumerate(settings)}},
+    )
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- against {settings[0].name} r.jsonl -->\n<!-- end -->\n")
+    text = markdown.rewrite(page)
+    assert "points above lagkv-std, L=128, sink=16**" in text
+    assert "| lagkv-std, L=64, sink=16 | +10.0 (+10.0 to +10.0) ▲ |" in text
+    assert "| lagkv-std-k, L=128, sink=16 | +20.0" in text
+    assert "cosine" not in text

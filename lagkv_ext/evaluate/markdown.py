@@ -45,38 +45,48 @@ def ablation(path: Path) -> str:
     summary = summarise(records, seed=headers[-1]["seed"])
     lines = [("full cache", "full")]
     for n in summary.compressed:
-        s = summary.settings[n]
-        label = _short(s.label).replace("as_L", "rows as with L")
-        lines.append((f"{label}, L={s.lag_size}, sink={s.sink_size}: {_share(summary, n)}", n))
+        lines.append((f"{_line(summary, n, set())}: {_share(summary, n)}", n))
     return _about(summary, headers) + "\n" + _table(summary, lines)
 
 
-def against(path: Path, method: str) -> str:
-    """One table per keep_ratio: what every other method's mean is above ``method``'s, in points, with the interval of
-    the paired bootstrap.
+def against(path: Path, base: str) -> str:
+    """What others' means are above those of ``base``, in points, with the interval of the paired bootstrap.
+
+    ``base`` is a method, which is held against every other method at the same keep_ratio, one table for each; or the
+    full name of a setting, which is held against its own method's variants.
     """
     headers, records = load(path)
     seed = headers[-1]["seed"]
     summary = summarise(records, seed=seed)
     tasks = _finished(summary)
+    shapes = {(s.lag_size, s.sink_size) for n, s in summary.settings.items() if n != "full"}
     out = [_about(summary, headers)]
-    for base, setting in summary.settings.items():
-        if setting.method != method:
+    for name, setting in summary.settings.items():
+        if base not in (setting.method, name):
             continue
-        names = [
+        others = [
             n
             for n in summary.compressed
-            if n != base and summary.settings[n].keep_ratio == setting.keep_ratio
+            if n != name
+            and summary.settings[n].keep_ratio == setting.keep_ratio
+            and (base != name or summary.settings[n].method.startswith(setting.method))
         ]
-        out.append(f"**keep_ratio {setting.keep_ratio:g}: points above {setting.label}**\n")
+        out.append(f"**keep_ratio {setting.keep_ratio:g}: points above {_line(summary, name, shapes)}**\n")
         out.append("| method | " + " | ".join(tasks) + " |\n| --- |" + " ---: |" * len(tasks))
-        for n in names:
-            shown = [_difference(paired(summary, n, base, t, seed=seed)) for t in tasks]
-            out.append(f"| {_short(summary.settings[n].label)} | " + " | ".join(shown) + " |")
+        for n in others:
+            shown = [_difference(paired(summary, n, name, t, seed=seed)) for t in tasks]
+            out.append(f"| {_line(summary, n, shapes)} | " + " | ".join(shown) + " |")
         out.append("")
     if len(out) == 1:
-        raise ValueError(f"{path} has no results of the method {method!r}")
+        raise ValueError(f"{path} has no results of the method {base!r}")
     return "\n".join(out)
+
+
+def _line(summary: Summary, name: str, shapes: set[tuple[int, int]]) -> str:
+    """A setting's label, with what tells it from others: its sizes where there are several."""
+    s = summary.settings[name]
+    label = _short(s.label).replace("as_L", "rows as with L")
+    return label if len(shapes) == 1 else f"{label}, L={s.lag_size}, sink={s.sink_size}"
 
 
 def heat(path: Path) -> str:
