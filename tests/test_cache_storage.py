@@ -338,6 +338,14 @@ def test_layers_and_caches_that_cannot_be_saved_say_so(directory):
     with pytest.raises(ValueError, match="encoder-decoder model cannot be saved"):
         bart.self_attention_cache.save(directory / "bart.safetensors")
     assert not (directory / "bart.safetensors").exists()
+    model, ids = tiny_model("llama"), prompt(50, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    padded = LagKVCache(model.config, keep=2, **SMALL)
+    generate(model, ids, padded, attention_mask=mask)
+    with pytest.raises(ValueError, match="a padded batch cannot be saved"):
+        padded.save(directory / "padded.safetensors")
+    assert padded.copy().kept_hash() == padded.kept_hash()
 
 
 def _bart():

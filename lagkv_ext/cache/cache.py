@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,21 +16,21 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
 )
 
-from lagkv_ext.cache.hybrid import LagKVHybridLayer
 from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.mask import Attending, FittingMask, MaskRequest
 from lagkv_ext.cache.padded import PaddedLayer
 from lagkv_ext.cache.padding import Padding, check_mask, check_prompt_mask
 from lagkv_ext.cache.report import ReportsLayers
-from lagkv_ext.cache.settings import check_config, layer_settings, settings_per_layer
+from lagkv_ext.cache.settings import LayerSettings, check_config, layer_settings, settings_per_layer
 from lagkv_ext.cache.storage import StoredInFiles, describe_model
 
 # Before transformers 5.16: crop also took the length to crop to, and masks knew nothing of a query offset.
 _CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 _HAS_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
+# By name: early versions 5 do not have it.
+_HYBRID_LAYER = "LinearAttentionAndFullAttentionLayer"
 
 
 class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
@@ -63,6 +63,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             no room for the next one makes the layer start again from the sink: the next one chooses among
             all rows after it, as if they were a new sequence. Tokens given one by one never take a layer over it;
             many at once do for the step that brings them.
+        offloading, offload_only_non_sliding: as for `DynamicCache`: layers wait in the memory of the CPU while the
+            device computes another one. Needs a device beside the CPU.
 
     Raises:
         TypeError, ValueError: when made: a wrong argument, a config that is no transformers configuration, or a
@@ -97,6 +99,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         layer_keep_ratio: Mapping[int, float] | None = None,
         skip_layers: Iterable[int] = (),
         max_tokens: int | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
     ):
         check_config(config, self._part_of_encoder_decoder)
         base = layer_settings(
@@ -109,10 +113,17 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             order=order,
             max_tokens=max_tokens,
         )
-        super().__init__(config=config)
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "offloading=True keeps layers in the memory of the CPU while a device computes, and there is no device "
+                "here (torch.accelerator.is_available() is False): leave it out"
+            )
+        super().__init__(
+            config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
+        )
         self._model = describe_model(config)
-        kinds_compressed = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-        full_layers = [i for i, layer in enumerate(self.layers) if type(layer) in kinds_compressed]
+        kinds_compressed = (DynamicLayer.__name__, _HYBRID_LAYER)
+        full_layers = [i for i, layer in enumerate(self.layers) if type(layer).__name__ in kinds_compressed]
         if not full_layers:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise ValueError(
@@ -120,17 +131,17 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
                 f"{len(self.layers)} layers are {', '.join(kinds)}"
             )
         settings = settings_per_layer(base, full_layers, len(self.layers), layer_keep_ratio, skip_layers)
-        for i in full_layers:
-            before = self.layers[i]
-            self.layers[i] = (
-                LagKVLayer(settings[i])
-                if type(before) is DynamicLayer
-                else LagKVHybridLayer(settings[i], before.number_of_states)
+        self._hybrid = any(type(layer).__name__ == _HYBRID_LAYER for layer in self.layers)
+        if self._hybrid and offloading:
+            raise ValueError(
+                "offloading=True is not possible in models whose layers have linear and full attention in one: "
+                "transformers never fetches such layers back"
             )
+        for i in full_layers:
+            self.layers[i] = _compressed_layer(self.layers[i], settings[i])
         self._padding: Padding | None = None
         self._attending = Attending()
         self._compresses = any(x.compresses for x in settings.values())
-        # Layers with linear and full attention in one are not compressed, but share the mask of full-attention layers.
         self._sharing_mask = tuple(
             i
             for i, layer in enumerate(self.layers)
@@ -230,11 +241,10 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         if self._padding is not None:
             self._padding.take(attention_mask, self.get_seq_length())
             return
-        hybrid = sorted({type(x).__name__ for x in self.layers if isinstance(x, LagKVHybridLayer)})
-        if hybrid:
+        if self._hybrid:
             raise ValueError(
-                "padded batches are not served in models whose layers have linear and full attention in one "
-                f"({', '.join(hybrid)}): batch sequences of equal length, or give every sequence its own cache"
+                "padded batches are not served in models whose layers have linear and full attention in one: batch "
+                "sequences of equal length, or give every sequence its own cache"
             )
         others = sorted({type(x).__name__ for x in self.layers} - {"LagKVLayer", "DummyLayer"})
         reason = f"a layer of this model cannot tell from a token ({', '.join(others)})" if others else None
@@ -346,7 +356,22 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             )
         return positions[sequence][:, positions[sequence, 0] >= 0]
 
+    def _check_can_be_stored(self) -> None:
+        if self._padding is not None:
+            raise ValueError(
+                "a padded batch cannot be saved: read every sequence into a cache of its own, or keep a copy() of it"
+            )
+
     def _lagkv_layers(self) -> dict[int, LagKVLayer | PaddedLayer]:
         return {
             i: layer for i, layer in enumerate(self.layers) if isinstance(layer, (LagKVLayer, PaddedLayer))
         }
+
+
+def _compressed_layer(layer: Any, settings: LayerSettings) -> LagKVLayer:
+    """What takes the place of a layer that transformers made."""
+    if type(layer).__name__ == _HYBRID_LAYER:
+        from lagkv_ext.cache.hybrid import LagKVHybridLayer
+
+        return LagKVHybridLayer(settings, layer.number_of_states)
+    return LagKVLayer(settings)

@@ -216,10 +216,8 @@ class LagKVLayer(RowLayer):
         budget = self.settings.max_tokens
         return capacity if budget is None else max(rows, min(capacity, budget))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self._buffer is None:
-            return
-        self.settle()
+    def _map_as_is(self, change: Callable[[Tensor], Tensor]) -> None:
+        assert self._buffer is not None
         self._buffer.map(change)
         with plain_tensors():
             self._track.map(change)

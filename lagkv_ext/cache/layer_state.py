@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from lagkv_ext.cache.buffer import plain_tensors
-from lagkv_ext.cache.hybrid import LagKVHybridLayer
 from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.track import Track
 
@@ -122,7 +120,7 @@ def _check_settings(ours: dict[str, Any], theirs: Any) -> None:
 # -- a sliding window
 
 
-def _read_window(layer: DynamicSlidingWindowLayer, state: LayerState) -> None:
+def _read_window(layer: Any, state: LayerState) -> None:
     state.numbers.update(
         window=layer.sliding_window, seen=layer.cumulative_length, record_past=layer.record_past
     )
@@ -130,7 +128,7 @@ def _read_window(layer: DynamicSlidingWindowLayer, state: LayerState) -> None:
         state.tensors.update(key=layer.keys, value=layer.values)
 
 
-def _write_window(layer: DynamicSlidingWindowLayer, state: LayerState) -> set[str]:
+def _write_window(layer: Any, state: LayerState) -> set[str]:
     if state.numbers.get("window") != layer.sliding_window:
         raise WrongState(
             f"it has a window of {state.numbers.get('window')} tokens, this model one of {layer.sliding_window}"
@@ -151,7 +149,7 @@ def _write_window(layer: DynamicSlidingWindowLayer, state: LayerState) -> set[st
 # -- convolution and recurrent states
 
 
-def _read_linear(layer: LinearAttentionLayer, state: LayerState) -> None:
+def _read_linear(layer: Any, state: LayerState) -> None:
     state.numbers.update(
         states=layer.number_of_states,
         previous=list(layer.has_previous_state.values()),
@@ -202,20 +200,20 @@ class _Part:
 _LAGKV = _Part(_read_lagkv, _write_lagkv)
 _WINDOW = _Part(_read_window, _write_window)
 _LINEAR = _Part(_read_linear, _write_linear)
-_KINDS: Mapping[type, tuple[_Part, ...]] = {
-    LagKVLayer: (_LAGKV,),
-    LagKVHybridLayer: (_LINEAR, _LAGKV),
-    DynamicSlidingWindowLayer: (_WINDOW,),
-    LinearAttentionLayer: (_LINEAR,),
-    DummyLayer: (),
+# By name: early versions 5 of transformers do not have all of them.
+_KINDS: Mapping[str, tuple[_Part, ...]] = {
+    "LagKVLayer": (_LAGKV,),
+    "LagKVHybridLayer": (_LINEAR, _LAGKV),
+    "DynamicSlidingWindowLayer": (_WINDOW,),
+    "LinearAttentionLayer": (_LINEAR,),
+    "DummyLayer": (),
 }
 
 
 def _kind(cls: type) -> tuple[_Part, ...]:
-    if cls not in _KINDS:
-        known = ", ".join(x.__name__ for x in _KINDS)
-        raise ValueError(f"a {cls.__name__} cannot be saved; layers that can be: {known}")
-    return _KINDS[cls]
+    if cls.__name__ not in _KINDS:
+        raise ValueError(f"a {cls.__name__} cannot be saved; layers that can be: {', '.join(_KINDS)}")
+    return _KINDS[cls.__name__]
 
 
 def _number(state: LayerState, name: str) -> int:

@@ -344,10 +344,8 @@ class PaddedLayer(RowLayer):
         sequences come back only with that."""
         return max(self.settings.lag_size if self.settings.compresses else 64, columns // 16)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self._buffer is None:
-            return
-        self.settle()
+    def _map_as_is(self, change: Callable[[Tensor], Tensor]) -> None:
+        assert self._buffer is not None
         self._buffer.map(change)
         with plain_tensors():
             for track in self._tracks:

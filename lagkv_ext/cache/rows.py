@@ -37,7 +37,13 @@ class RowLayer(CacheLayerMixin):
         raise NotImplementedError
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor held by ``change`` of it."""
+        """Replace every tensor held by ``change`` of it, once what is due has run."""
+        if self._buffer is not None:
+            self.settle()
+            self._map_as_is(change)
+
+    def _map_as_is(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The same while attention may still read the rows as they are."""
         raise NotImplementedError
 
     @property
@@ -78,17 +84,23 @@ class RowLayer(CacheLayerMixin):
         self.record_past = True
 
     def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
+        """Move what is held to the CPU. transformers does so before attention has run: what it was given stays as it
+        is, and a compression that is due still waits for the next step."""
+        if self._buffer is not None:
+            self._map_as_is(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._map(lambda x: x.to(self.device, non_blocking=True))
+        """Move what is held back to the device of the states."""
+        if self._buffer is not None:
+            self._map_as_is(lambda x: x.to(self.device, non_blocking=True))
 
     # -- what the cache asks beyond that
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move or convert what is held; later states must come on that device and in that dtype."""
-        self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+        """Move or convert what is held; later states must come on that device and in that dtype. What is due still
+        waits for the next step: accelerate calls this in the middle of one."""
         if self._buffer is not None:
+            self._map_as_is(lambda x: x.to(device, dtype if x.is_floating_point() else None))
             self.device, self.dtype = self._buffer.key.device, self._buffer.key.dtype
 
     def uncompressed_bytes(self) -> int:

@@ -134,6 +134,14 @@ class StoredInFiles:
         """A cache that goes on from here by itself: one prefix, several continuations. Same as `copy.deepcopy`."""
         return copy.deepcopy(self)
 
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            # The stream on which offloaded layers come back is one of the device, not of the cache.
+            setattr(twin, name, value if name == "prefetch_stream" else copy.deepcopy(value, memo))
+        return twin
+
     def _check_can_be_stored(self) -> None:
         """ValueError where more belongs to this cache than its layers."""
 
