@@ -67,9 +67,6 @@ class Backend:
         """Executes thread by thread: large shapes are scaled down."""
         return self.name == "simt"
 
-    def offers(self, operator: str) -> bool:
-        return hasattr(self._operators, operator)
-
     def compress(self, key, value, start, lag_size, keep, **scoring):
         return self._call("compress", key, value, start, lag_size, keep, **scoring)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from backends import Backend
 from cases import CANARY, bits
@@ -13,7 +12,6 @@ from torch import Tensor
 
 
 def check_slots(backend: Backend, case: RaggedCase) -> None:
-    _need(backend, "compress_ragged_")
     pairs = case.make(backend.device)
     placed = case.slots(pairs)
     start, length = case.numbers(backend.device)
@@ -33,7 +31,6 @@ def check_slots(backend: Backend, case: RaggedCase) -> None:
 
 
 def check_packed(backend: Backend, case: RaggedCase) -> None:
-    _need(backend, "compress_varlen")
     pairs = case.make(backend.device)
     placed = case.packed(pairs)
     start, _ = case.numbers(backend.device)
@@ -62,7 +59,6 @@ def check_packed(backend: Backend, case: RaggedCase) -> None:
 
 
 def check_pages(backend: Backend, case: RaggedCase) -> None:
-    _need(backend, "compress_paged_")
     pairs = case.make(backend.device)
     key, value, table = case.pages(pairs)
     start, length = case.numbers(backend.device)
@@ -118,8 +114,3 @@ def assert_numbers(case: RaggedCase, start: Tensor, length: Tensor) -> None:
 
 def assert_canaries(x: Tensor, what: str) -> None:
     assert (bits(x) == CANARY[x.dtype]).all(), f"{what} was written"
-
-
-def _need(backend: Backend, operator: str) -> None:
-    if not backend.offers(operator):
-        pytest.skip(f"backend {backend.name} has no {operator} yet")

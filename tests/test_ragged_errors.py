@@ -230,14 +230,8 @@ OVERLAPS = [
 ]  # fmt: skip
 
 
-def _offers(backend, op: str) -> None:
-    if not backend.offers(op):
-        pytest.skip(f"backend {backend.name} has no {op} yet")
-
-
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_right_arguments_are_right(backend, op):
-    _offers(backend, op)
     arguments = right(op, backend.device)
     call(getattr(backend, op), arguments)
     if "length" in arguments:
@@ -247,7 +241,6 @@ def test_right_arguments_are_right(backend, op):
 
 @pytest.mark.parametrize("wrong", WRONG, ids=name_of)
 def test_refused(backend, wrong):
-    _offers(backend, wrong.op)
     assert_refused(getattr(backend, wrong.op), wrong, wrong.arguments(backend.device))
 
 
@@ -255,7 +248,6 @@ def test_refused(backend, wrong):
 def test_refused_on_another_device(backend, op):
     if backend.device.type != "cpu":
         pytest.skip("the meta device takes precedence over the device that is expected here")
-    _offers(backend, op)
     for name in ARGUMENTS[op][1:-2]:
         wrong = RaggedWrong(
             op,
@@ -293,7 +285,6 @@ def races_allowed() -> Iterator[None]:
 
 @pytest.mark.parametrize("wrong", [*VALUES, *OVERLAPS], ids=name_of)
 def test_wrong_values(backend, wrong):
-    _offers(backend, wrong.op)
     arguments = _on(wrong.arguments(), backend.device)
     if not backend.runs_on_device:
         return assert_refused(getattr(backend, wrong.op), wrong, arguments)
@@ -384,7 +375,6 @@ def test_in_place_refuses_a_recorded_tensor(op, side):
 
 def test_a_page_may_be_shared_where_no_one_writes_it(backend):
     """The first page holds the first 4 tokens of both sequences, before the start of either."""
-    _offers(backend, "compress_paged_")
     arguments = right("compress_paged_", backend.device)
     arguments["block_table"] = numbers([8, 0, 7, 2, 5], [8, 4, 6, -1, -1]).to(backend.device)
     arguments["start"] = numbers(4, 5).to(backend.device)
