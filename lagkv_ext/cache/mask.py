@@ -35,6 +35,8 @@ class MaskRequest:
     def check_private(self) -> None:
         """ValueError unless the mask is a copy that may be written to."""
         caller = self._frame.f_back
+        while caller is not None and "attention_mask" not in caller.f_locals:
+            caller = caller.f_back  # of the wrappers that early versions have
         if self._frame.f_code.co_name != "_preprocess_mask_arguments" or caller is None:
             raise ValueError(
                 "LagKVCache serves padded batches only where transformers' masking_utils make the masks, and "
