@@ -84,6 +84,7 @@ def test_defaults_are_the_papers():
         "score": "std",
         "order": "use_then_compress",
         "max_tokens": None,
+        "quantization": None,
     }
 
 

@@ -74,9 +74,10 @@ def of_report(cache):
     score=st.sampled_from(["std", "cosine"]),
     max_tokens=st.one_of(st.none(), st.integers(20, 60)),
     batch=st.integers(1, 2),
+    quantization=st.sampled_from([None, "int8", "int4", "fp8"]),
 )
 def test_any_split_goes_on_as_if_never_saved(
-    directory, kind, before, after, keeps, order, score, max_tokens, batch
+    directory, kind, before, after, keeps, order, score, max_tokens, batch, quantization
 ):
     """The states are given, so that everything must be equal bit by bit."""
     config = tiny_config(kind)
@@ -89,6 +90,7 @@ def test_any_split_goes_on_as_if_never_saved(
         score=score,
         value_weight=0.7,
         max_tokens=max_tokens,
+        quantization=quantization,
         **SMALL,
     )
     generator = torch.Generator().manual_seed(sum(before))
@@ -316,6 +318,25 @@ def test_a_damaged_file_is_refused(directory, change, message):
     rewritten(path_of_copy, change)
     with pytest.raises(ValueError, match=message):
         LagKVCache.load(path_of_copy, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, a, m: t.pop("layers.0.key_scale"), "layer 0: key_scale missing"),
+        (lambda t, a, m: t.update({"layers.0.key_codes": t["layers.0.key_codes"][..., 1:].clone()}),
+         r"layer 0: its codes must be torch.uint8 \[1, 2, 16, 8\]"),
+        (lambda t, a, m: t.update({"layers.0.value_scale": t["layers.0.value_scale"].half()}),
+         "layer 0: its scales must be torch.float32"),
+    ],
+)  # fmt: skip
+def test_damaged_codes_are_refused(directory, change, message):
+    path, config = saved(directory, "llama", quantization="int4")
+    with pytest.raises(ValueError, match="quantization 'int4'"):
+        LagKVCache.load(path, config, quantization="int8")
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=message):
+        LagKVCache.load(path, config)
 
 
 def test_another_files_contents_are_refused(directory):

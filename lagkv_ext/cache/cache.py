@@ -22,6 +22,7 @@ from lagkv_ext.cache.layer import LagKVLayer
 from lagkv_ext.cache.mask import Attending, FittingMask, MaskRequest
 from lagkv_ext.cache.padded import PaddedLayer
 from lagkv_ext.cache.padding import Padding, check_mask, check_prompt_mask
+from lagkv_ext.cache.quantized import QuantizedLagKVLayer
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import LayerSettings, check_config, layer_settings, settings_per_layer
 from lagkv_ext.cache.storage import StoredInFiles, describe_model
@@ -63,6 +64,9 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             no room for the next one makes the layer start again from the sink: the next one chooses among
             all rows after it, as if they were a new sequence. Tokens given one by one never take a layer over it;
             many at once do for the step that brings them.
+        quantization: "int8", "int4" or "fp8" for the rows of full-attention layers that stay, with a scale for every
+            32 channels (`quantizer`). The most recent rows, from one to two ``lag_size``, are held as they came, so the
+            same tokens stay as without it; where nothing is dropped, all rows before them are quantised.
         offloading, offload_only_non_sliding: as for `DynamicCache`: layers wait in the memory of the CPU while the
             device computes another one. Needs a device beside the CPU.
 
@@ -99,6 +103,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         layer_keep_ratio: Mapping[int, float] | None = None,
         skip_layers: Iterable[int] = (),
         max_tokens: int | None = None,
+        quantization: str | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ):
@@ -112,6 +117,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             score=score,
             order=order,
             max_tokens=max_tokens,
+            quantization=quantization,
         )
         if offloading and not torch.accelerator.is_available():
             raise ValueError(
@@ -132,6 +138,11 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             )
         settings = settings_per_layer(base, full_layers, len(self.layers), layer_keep_ratio, skip_layers)
         self._hybrid = any(type(layer).__name__ == _HYBRID_LAYER for layer in self.layers)
+        if self._hybrid and quantization is not None:
+            raise ValueError(
+                f"quantization={quantization!r} is not possible in models whose layers have linear and full attention "
+                "in one"
+            )
         if self._hybrid and offloading:
             raise ValueError(
                 "offloading=True is not possible in models whose layers have linear and full attention in one: "
@@ -241,6 +252,11 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         if self._padding is not None:
             self._padding.take(attention_mask, self.get_seq_length())
             return
+        if any(layer.settings.quantization is not None for layer in self._lagkv_layers().values()):
+            raise ValueError(
+                "padded batches are not served with quantization: batch sequences of equal length, or give every "
+                "sequence its own cache"
+            )
         if self._hybrid:
             raise ValueError(
                 "padded batches are not served in models whose layers have linear and full attention in one: batch "
@@ -374,4 +390,4 @@ def _compressed_layer(layer: Any, settings: LayerSettings) -> LagKVLayer:
         from lagkv_ext.cache.hybrid import LagKVHybridLayer
 
         return LagKVHybridLayer(settings, layer.number_of_states)
-    return LagKVLayer(settings)
+    return LagKVLayer(settings) if settings.quantization is None else QuantizedLagKVLayer(settings)

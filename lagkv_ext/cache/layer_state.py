@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lagkv_ext.cache.buffer import plain_tensors
 from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.quantized import QuantizedLagKVLayer
+from lagkv_ext.cache.quantizer import QuantizedRows, quantize
 from lagkv_ext.cache.track import Track
 
 
@@ -68,9 +70,8 @@ def _read_lagkv(layer: LagKVLayer, state: LayerState) -> None:
         compressions=track.compressions,
         record_past=layer.record_past,
     )
-    key, value = layer.keys, layer.values
-    if key is not None and value is not None:
-        state.tensors.update(key=key, value=value)
+    if layer._buffer is not None:
+        state.tensors.update(key=layer._buffer.key, value=layer._buffer.value)
         if track.chosen is not None:
             state.tensors["chosen"] = track.chosen
 
@@ -83,7 +84,11 @@ def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
     layer.record_past = bool(state.numbers.get("record_past"))
     if seen == 0 and not state.tensors:
         return set()
-    key, value = _pair(state, "key", "value", rows)
+    quantized = _quantized(layer, state)
+    coded = 0 if quantized is None else quantized[0].rows
+    key, value = _pair(state, "key", "value", rows - coded)
+    if quantized is not None:
+        _check_quantized(quantized, (key, value))
     sink = layer.settings.sink_size
     if not rows <= seen or not start >= sink:
         raise WrongState(f"its numbers cannot be: seen {seen}, rows {rows}, start {start}, sink_size {sink}")
@@ -102,8 +107,49 @@ def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
         if not bool(((chosen >= sink) & (chosen < seen)).all()) or not bool((chosen.diff(dim=2) > 0).all()):
             raise WrongState(f"chosen must hold ascending positions from {sink} to {seen - 1}")
     track = Track.restored(layer.settings, seen, rows, start, compressions, chosen)
-    layer.take_rows(key, value, track)
-    return {"key", "value", "chosen"}
+    if isinstance(layer, QuantizedLagKVLayer):
+        layer.take_quantized(key, value, track, quantized)
+    else:
+        layer.take_rows(key, value, track)
+    return {"key", "value", "chosen", *(_CODES if quantized is not None else ())}
+
+
+_CODES = ("key_codes", "key_scale", "value_codes", "value_scale")
+
+
+def _read_quantized(layer: QuantizedLagKVLayer, state: LayerState) -> None:
+    _read_lagkv(layer, state)
+    if layer._quantized is not None:
+        tensors = [x for rows in layer._quantized for x in rows.storages]
+        state.tensors.update(zip(_CODES, tensors, strict=True))
+
+
+def _quantized(layer: LagKVLayer, state: LayerState) -> tuple[QuantizedRows, QuantizedRows] | None:
+    form = layer.settings.quantization
+    found = [name for name in _CODES if name in state.tensors]
+    if form is None or not found:
+        return None
+    if len(found) < len(_CODES):
+        raise WrongState(f"{', '.join(set(_CODES) - set(found))} missing")
+    parts = []
+    for name in ("key", "value"):
+        plain, codes, scale = (state.tensors.get(x) for x in (name, f"{name}_codes", f"{name}_scale"))
+        if plain is None or plain.dim() != 4:
+            raise WrongState(f"{name} is missing or not [B, H, rows, D]")
+        parts.append(QuantizedRows(form, plain.shape[3], plain.dtype, codes, scale))  # type: ignore[arg-type]
+    return parts[0], parts[1]
+
+
+def _check_quantized(quantized: tuple[QuantizedRows, QuantizedRows], plain: tuple[Tensor, Tensor]) -> None:
+    count = quantized[0].rows if quantized[0].codes.dim() == 4 else -1
+    for rows, like in zip(quantized, plain, strict=True):
+        empty = quantize(like[:, :, :0], rows.form)
+        for theirs, ours, what in ((rows.codes, empty.codes, "codes"), (rows.scale, empty.scale, "scales")):
+            shape = [*ours.shape[:2], count, ours.shape[3]]
+            if list(theirs.shape) != shape or theirs.dtype != ours.dtype:
+                raise WrongState(
+                    f"its {what} must be {ours.dtype} {shape}, got {theirs.dtype} {list(theirs.shape)}"
+                )
 
 
 def _check_settings(ours: dict[str, Any], theirs: Any) -> None:
@@ -204,6 +250,7 @@ _LINEAR = _Part(_read_linear, _write_linear)
 _KINDS: Mapping[str, tuple[_Part, ...]] = {
     "LagKVLayer": (_LAGKV,),
     "LagKVHybridLayer": (_LINEAR, _LAGKV),
+    "QuantizedLagKVLayer": (_Part(_read_quantized, _write_lagkv),),
     "DynamicSlidingWindowLayer": (_WINDOW,),
     "LinearAttentionLayer": (_LINEAR,),
     "DummyLayer": (),

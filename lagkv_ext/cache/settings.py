@@ -10,6 +10,7 @@ from typing import Any
 
 from lagkv_ext import checks, ops
 from lagkv_ext.cache.budget import check_budget
+from lagkv_ext.cache.quantizer import FORMATS
 
 ORDERS = ("use_then_compress", "compress_then_use")
 
@@ -26,6 +27,7 @@ class LayerSettings:
     score: str
     order: str
     max_tokens: int | None = None
+    quantization: str | None = None  #: of the rows that stay, one of `quantizer.FORMATS`
 
     @property
     def compresses(self) -> bool:
@@ -56,6 +58,7 @@ def layer_settings(
     score: str,
     order: str,
     max_tokens: int | None = None,
+    quantization: str | None = None,
 ) -> LayerSettings:
     """The settings of every layer that has none of its own. ValueError or TypeError names what was wrong."""
     lag_size = _integer("lag_size", lag_size, minimum=1)
@@ -79,7 +82,11 @@ def layer_settings(
     if max_tokens is not None:
         max_tokens = _integer("max_tokens", max_tokens)
         check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
-    return LayerSettings(lag_size, keep, sink_size, float(value_weight), score, order, max_tokens)
+    if quantization is not None:
+        _one_of("quantization", quantization, FORMATS)
+    return LayerSettings(
+        lag_size, keep, sink_size, float(value_weight), score, order, max_tokens, quantization
+    )
 
 
 def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:
