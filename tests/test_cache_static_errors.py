@@ -77,21 +77,76 @@ def test_attention_that_takes_no_mask_over_all_slots(attention):
         cache.get_mask_sizes(1, 0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_padded_batches(kind, attention):
-    model, ids = tiny_model(kind, attention), prompt(30, batch=3)
-    for zeros in (slice(0, 4), slice(26, 30)):  # left, right
-        mask = torch.ones_like(ids)
-        mask[1, zeros] = 0
-        cache = make(model)
-        with pytest.raises(
-            ValueError, match=r"padded batches: attention_mask has zeros in 1 of its 3 sequences"
-        ):
-            generate(model, ids, cache, attention_mask=mask)
-        with pytest.raises(ValueError, match="padded batches"), torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        assert cache.get_seq_length() == 0
+def padded(ids):
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    return mask
+
+
+@torch.no_grad()
+def step(model, cache, ids, mask):
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("new", "change", "message"),
+    [
+        (1, lambda x: None, r"holds a padded batch, so the model needs an attention_mask \[2, 31\] .* got none"),
+        (1, lambda x: torch.ones_like(x), "attention_mask changes what was seen: column 0 of sequence 1"),
+        (1, lambda x: x[:, 1:], r"attention_mask must be \[2, more than 30\]"),
+        (1, lambda x: x.bool(), "needs an attention_mask of integers"),
+        (2, lambda x: x, "one token of every sequence at a time after a padded prompt, got an attention_mask for 2"),
+    ],
+    ids=["none", "changed", "short", "bool", "two"],
+)  # fmt: skip
+def test_masks_after_a_padded_prompt(new, change, message):
+    model, ids = tiny_model("llama"), prompt(32, batch=2)
+    cache, mask = make(model), padded(ids)
+    step(model, cache, ids[:, :30], mask[:, :30])
+    before = cache.report(), cache.kept_hash()
+    with pytest.raises(ValueError, match=message):
+        step(model, cache, ids[:, 30 : 30 + new], change(mask[:, : 30 + new]))
+    assert (cache.report(), cache.kept_hash()) == before
+    step(model, cache, ids[:, 30:31], mask[:, :31])
+
+
+def test_padding_of_one_new_token():
+    model, ids = tiny_model("llama"), prompt(31, batch=2)
+    cache, mask = make(model), padded(ids)
+    step(model, cache, ids[:, :30], mask[:, :30])
+    mask[0, 30] = 0
+    with pytest.raises(ValueError, match=r"an attention_mask for 1 with 1 zeros\. Use LagKVCache"):
+        step(model, cache, ids[:, 30:], mask)
+
+
+def test_padding_that_comes_later():
+    model, ids = tiny_model("gemma3"), prompt(40, batch=2)
+    cache, mask = make(model), torch.ones(2, 40, dtype=torch.long)
+    step(model, cache, ids[:, :30], mask[:, :30])
+    mask[0, 30:33] = 0
+    with pytest.raises(ValueError, match=r"padding with the first prompt alone, got .* after 30 tokens"):
+        step(model, cache, ids[:, 30:], mask)
+    assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "zeros", "message"),
+    [
+        ("llama", (slice(1, 2), slice(4, 6)), "padding among the tokens of sequence 1"),
+        ("llama", (slice(1, 2), slice(0, 30)), "nothing but padding for sequence 1"),
+        ("gemma3", (slice(1, 2), slice(26, 30)), "a layer of this model cannot tell from a token .*StaticWindowLayer"),
+    ],
+)  # fmt: skip
+def test_padding_that_cannot_be(kind, zeros, message):
+    model, ids = tiny_model(kind), prompt(30, batch=2)
+    mask = torch.ones_like(ids)
+    mask[zeros] = 0
+    cache = make(model)
+    with pytest.raises(ValueError, match=message):
+        step(model, cache, ids, mask)
+    assert cache.get_seq_length() == 0
+    step(model, cache, ids, None)  # and it is as it was before
+    assert cache.get_seq_length() == 30
 
 
 @pytest.mark.parametrize(
@@ -176,3 +231,22 @@ def test_memory_in_a_compiled_region():
     model = tiny_model("llama")
     with pytest.raises(Exception, match=r"no memory yet .* give max_batch_size"), torch.no_grad():
         compiled(model, make(model))(prompt(1))
+
+
+def test_a_padded_batch_in_a_compiled_region():
+    model, ids = tiny_model("llama"), prompt(31, batch=2)
+    cache, mask = make(model), padded(ids)
+    step(model, cache, ids[:, :30], mask[:, :30])
+    with (
+        pytest.raises(Exception, match="padded batch, whose mask a compiled region cannot make"),
+        torch.no_grad(),
+    ):
+        compiled(model, cache)(ids[:, 30:])
+
+
+def test_visible_columns_of_a_layer_that_has_none():
+    cache = make(tiny_model("gemma3"), max_batch_size=1)
+    with pytest.raises(ValueError, match=r"one of the full-attention layers \[1, 3\], with memory, got 0"):
+        cache.visible_columns(0)
+    with pytest.raises(ValueError, match="with memory, got 1"):
+        make(tiny_model("gemma3")).visible_columns(1)

@@ -43,6 +43,11 @@ class LagKVLayer(RowLayer):
         self._track = track
 
     @property
+    def tracks(self) -> tuple[Track, ...]:
+        """One for all sequences."""
+        return (self._track,)
+
+    @property
     def seen(self) -> int:
         return self._track.seen
 

@@ -75,6 +75,11 @@ class PaddedLayer(RowLayer):
         return max((track.rows for track in self._tracks), default=0)
 
     @property
+    def tracks(self) -> tuple[Track, ...]:
+        """One for every sequence."""
+        return tuple(self._tracks)
+
+    @property
     def rows_per_sequence(self) -> tuple[int, ...]:
         return tuple(track.rows for track in self._tracks)
 

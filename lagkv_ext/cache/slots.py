@@ -15,12 +15,12 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values in slots ``[B, H, capacity, D]``, of which the first ``length`` rows are held.
 
     A step of up to ``step_tokens`` tokens is the same work at the same addresses whatever is in the slots: it can be
-    compiled or captured once. More tokens at once (a prompt) read the lengths on the host, so they cannot. All
-    sequences of the batch have the same number of tokens.
+    compiled or captured once. More tokens at once (a prompt) read the lengths on the host, so they cannot.
     """
 
     is_compileable = True
     is_croppable = False
+    awaits_prompt = False  #: whether what comes next is a padded prompt, however short
     keys: Tensor
     values: Tensor
 
@@ -95,7 +95,7 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         RowBuffer(self.keys, self.values).check_states(key_states, value_states)
-        if key_states.shape[2] <= self.step_tokens:
+        if key_states.shape[2] <= self.step_tokens and not self.awaits_prompt:
             return self.step(key_states, value_states)
         self.check_may_read()
         return self.take_in(key_states, value_states)

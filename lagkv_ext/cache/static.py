@@ -12,6 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from lagkv_ext.cache.buffer import plain_tensors
+from lagkv_ext.cache.mask import MaskRequest
+from lagkv_ext.cache.padding import Padding, check_prompt_mask
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import _integer, check_config, layer_settings, with_capacity
 from lagkv_ext.cache.slots import SlotLayer
@@ -56,9 +58,12 @@ class LagKVStaticCache(ReportsLayers, Cache):
         TypeError, ValueError: when made: a wrong argument, a model it does not serve (see ``LagKVCache``), or an
             attention implementation or a kind of layer that cannot go with fixed addresses and hidden rows.
 
-    Limits, each refused when met: padded batches; another number of sequences than at first; more than
-    ``step_tokens`` tokens in a compiled region; `crop`, hence assisted decoding. In a compiled or captured region a
-    2-D attention mask cannot be looked at: give none. Read `report`, `kept_positions` and `kept_hash` between forward
+    Padded batches, as in `LagKVCache`: with the first prompt, then one token of every sequence at a time. A compiled or
+    captured region cannot look at a 2-D attention mask: give it none or, in a padded batch, a 4-D mask (`generate`
+    does, others make it of `visible_columns`).
+
+    Limits, each refused when met: another number of sequences than at first; more than ``step_tokens`` tokens in a
+    compiled region; `crop`, hence assisted decoding. Read `report`, `kept_positions` and `kept_hash` between forward
     passes, not inside one. Layers with a sliding window have memory for their window alone.
     """
 
@@ -109,6 +114,7 @@ class LagKVStaticCache(ReportsLayers, Cache):
                 for x in layers
             ]
         )
+        self._padding: Padding | None = None
         if max_batch_size is not None:
             self._allocate(_integer("max_batch_size", max_batch_size, minimum=1), dtype, device)
         elif dtype is not None or device is not None:
@@ -134,12 +140,82 @@ class LagKVStaticCache(ReportsLayers, Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:  # type: ignore[override]
         self._check_attention()
+        layer = self._attention_layer(layer_idx)
         if not torch.compiler.is_compiling():
-            # As in LagKVCache: transformers never shows a cache the attention mask, but who asks for sizes has it.
-            _refuse_padding(sys._getframe(1).f_locals.get("attention_mask"))
-        return self._attention_layer(layer_idx).get_mask_sizes(query_length)
+            self._look_at_mask(MaskRequest(sys._getframe(1)), layer, query_length)
+        elif self._padding is not None:
+            raise RuntimeError(
+                "LagKVStaticCache holds a padded batch, whose mask a compiled region cannot make: give it a 4-D mask, "
+                "as generate does, made of visible_columns"
+            )
+        return layer.get_mask_sizes(query_length)
+
+    def visible_columns(self, layer: int, new: int = 1) -> Tensor:
+        """bool ``[B, capacity]``, on the device: the rows of a full-attention layer that attention of a step of ``new``
+        tokens may see, the last ``new`` of each sequence causally. Ask before the step; compiled regions may."""
+        held = self.layers[layer]
+        if not isinstance(held, LagKVStaticLayer) or not held.is_initialized:
+            raise ValueError(
+                f"layer must be one of the full-attention layers {list(self._lagkv_layers())}, with memory, got {layer}"
+            )
+        return held.visible(new)
+
+    def _look_at_mask(self, request: MaskRequest, layer: SlotLayer, new: int) -> None:
+        """Find padding in the model's mask and, after a padded prompt, write into it which rows are there."""
+        mask = request.mask
+        if mask is not None and mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if self._padding is None and (mask is None or bool(mask.all())):
+            return
+        seen = int(self.get_seq_length())
+        if not seen:
+            self._set_padding(None if mask is None or bool(mask.all()) else check_prompt_mask(mask))
+            return
+        if mask is None:
+            raise ValueError(
+                "LagKVStaticCache holds a padded batch, so the model needs an attention_mask "
+                f"[{self.batch_size}, {seen + new}] with every step, got none"
+            )
+        if self._padding is None:
+            raise ValueError(
+                f"LagKVStaticCache takes padding with the first prompt alone, got an attention_mask with zeros after "
+                f"{seen} tokens. Use LagKVCache"
+            )
+        self._padding.take(mask, seen)
+        self._padding.check_positions(request.position_ids, seen)
+        if new > 1 or not bool(mask[:, -1].all()):
+            raise ValueError(
+                "LagKVStaticCache takes one token of every sequence at a time after a padded prompt, got an "
+                f"attention_mask for {new} with {int((mask[:, -new:] == 0).sum())} zeros. Use LagKVCache"
+            )
+        if isinstance(layer, LagKVStaticLayer):
+            request.check_private()
+            columns = min(mask.shape[1], layer.capacity)
+            mask[:, :columns] = layer.visible(new)[:, :columns]
+
+    def _set_padding(self, mask: Tensor | None) -> None:
+        self._padding = None
+        if mask is not None:
+            others = sorted({type(x).__name__ for x in self.layers} - {"LagKVStaticLayer", "DummyLayer"})
+            reason = (
+                f"a layer of this model cannot tell from a token ({', '.join(others)})" if others else None
+            )
+            self._padding = Padding(mask.shape[0], 0, left_only=reason)
+            self._padding.take(mask, 0)
+        for layer in self._lagkv_layers().values():
+            layer.set_padding(self._padding)
 
     # -- changes
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self._padding = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self._padding is not None:
+            self._padding.select(beam_idx.cpu())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Only ``crop(0)``, which removes nothing."""
@@ -204,22 +280,6 @@ def _check_layers(config: PreTrainedConfig, layers: list[Any]) -> None:
             f"{type(config).__name__} has no full-attention layer that could be compressed; the static caches of its "
             f"{len(layers)} layers are {names}"
         )
-
-
-def _refuse_padding(attention_mask: Any) -> None:
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return
-    if attention_mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if bool(attention_mask.all()):
-        return
-    padded = int((attention_mask == 0).any(dim=1).sum())
-    raise ValueError(
-        f"LagKVStaticCache does not support padded batches: attention_mask has zeros in {padded} of its "
-        f"{attention_mask.shape[0]} sequences. Batch sequences of equal length, or use LagKVCache. (generate makes "
-        "such a mask by itself where a prompt contains the padding token; pass "
-        "attention_mask=torch.ones_like(input_ids) if it is meant)"
-    )
 
 
 def _fixed_batch(method: str) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 from lagkv_ext.cache.budget import starts_again
 from lagkv_ext.cache.buffer import RowBuffer, plain_tensors
 from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.padded import PaddedLayer
+from lagkv_ext.cache.padding import Padding
 from lagkv_ext.cache.settings import LayerSettings
 from lagkv_ext.cache.slots import SlotLayer
 from lagkv_ext.cache.track import Track
@@ -20,9 +22,13 @@ class LagKVStaticLayer(SlotLayer):
     while the layer fills, compresses and starts again from the sink. A prompt is taken in by a ``LagKVLayer``, of which
     the rows that stay are copied to the slots: attention of that step sees what it would see there, in memory that
     lasts for that step.
+
+    Every sequence has lengths of its own. Where a prompt had ``padding`` they differ: it is taken in by a
+    ``PaddedLayer``, and after it comes one token at a time, of every sequence, with a mask that shows `visible`.
     """
 
     is_sliding = False
+    padding: Padding | None = None
 
     def __init__(self, settings: LayerSettings, capacity: int, step_tokens: int):
         super().__init__(capacity, step_tokens)
@@ -34,54 +40,83 @@ class LagKVStaticLayer(SlotLayer):
         self.positions = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.int32)
         self.start = self.keys.new_full((self.batch_size,), self.settings.sink_size, dtype=torch.int32)
         self.length = torch.zeros_like(self.start)
+        # Tokens seen, without padding; compressions that have run; times that a layer started again from the sink.
+        self.tokens, self.settled, self.restarts = (torch.zeros_like(self.start) for _ in range(3))
         # Whether a step came since the last compression: each has its compression once.
         self.due = self.keys.new_zeros((), dtype=torch.bool)
-        self.settled, self.restarts = torch.zeros_like(self.seen), torch.zeros_like(self.seen)
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [self.positions, self.start, self.length], [self.due, self.settled, self.restarts]
+        by_sequence = [self.positions, self.start, self.length, self.tokens, self.settled, self.restarts]
+        return by_sequence, [self.due]
 
     def reset(self) -> None:
         super().reset()
+        self.set_padding(None)
         if self.is_initialized:
             self.start.fill_(self.settings.sink_size)
+
+    def set_padding(self, padding: Padding | None) -> None:
+        """Of the prompt that comes next, the first."""
+        self.padding = padding
+        self.awaits_prompt = padding is not None
 
     # -- masks
 
     def get_query_offset(self) -> int | Tensor:
-        """Rows that the new tokens come after: columns of the mask are rows."""
-        return self._rows_left() if self.is_initialized else 0
+        """Rows that the new tokens come after: columns of the mask are rows. After padding, behind all columns."""
+        if not self.is_initialized or self.awaits_prompt:
+            return 0
+        return self._rows_left()[0] if self.padding is None else self.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override]
         """``(columns, rows dropped before attention)``: every old row comes out before the new tokens."""
+        if self.awaits_prompt:
+            return query_length, 0
         if query_length > self.step_tokens:
             rows = int(self.get_query_offset())
             columns = self._as_growing().get_mask_sizes(query_length)[0]
             return columns, rows + query_length - columns
-        if self._compresses_first or not self.is_initialized:
+        if self._compresses_first or not self.is_initialized or self.padding is not None:
             return self.capacity, 0
-        return self.capacity, self._dropped(self.length[0] + query_length)
+        return self.capacity, self._dropped(self.length + query_length)[0]
+
+    def visible(self, new: int) -> Tensor:
+        """bool ``[B, capacity]``: the slots that attention of a step of ``new`` tokens may see, the last ``new`` of
+        each sequence causally."""
+        if self._compresses_first:
+            rows = self._rows_left() + new
+        else:
+            rows = self.length + new
+            rows = rows - self._dropped(rows)
+        return torch.arange(self.capacity, device=self.device) < rows[:, None]
 
     # -- what the cache asks; these read lengths on the host
 
     @property
     def rows(self) -> int:
-        """Rows held once the compression that is due has run."""
-        return int(self._rows_left()) if self.is_initialized else 0
+        """Rows held, by the sequence that has the most, once the compression that is due has run."""
+        return int(self._rows_left().max()) if self.is_initialized else 0
 
     @property
     def compressions(self) -> int:
-        """Compressions so far, with the one that is due."""
+        """Compressions so far, of the sequence that had the most, with the one that is due."""
         if not self.is_initialized:
             return 0
-        return int(self.settled) + bool(self.due & (self._dropped(self.length[0]) > 0))
+        return int((self.settled + (self.due & (self._dropped(self.length) > 0))).max())
 
     def kept_positions(self) -> Tensor:
-        """int32 ``[B, H, rows]``: position of every held row, ascending."""
-        if not self.rows:
+        """int32 ``[B, H, rows]``: position of every held row among the tokens of its sequence, ascending; of a sequence
+        with fewer rows than another, -1 in front."""
+        rows = self.rows
+        if not rows:
             raise ValueError("kept_positions: this layer has seen no token yet")
         self.settle()
-        return self.positions[:, :, : self.rows].clone()
+        if self.padding is None:
+            return self.positions[:, :, :rows].clone()
+        positions = torch.full_like(self.positions[:, :, :rows], -1)
+        for b, held in enumerate(self.length.tolist()):
+            positions[b, :, rows - held :] = self.positions[b, :, :held]
+        return positions
 
     def uncompressed_bytes(self) -> int:
         """Bytes of the keys and values of every token seen."""
@@ -95,12 +130,16 @@ class LagKVStaticLayer(SlotLayer):
         if self._compresses_first:
             self.settle()
         arrived = torch.arange(key.shape[2], device=self.device)
-        rows = self.length[0] + arrived
-        positions = (self.seen + arrived).to(torch.int32).expand(*key.shape[:3])
-        for slots, new in ((self.keys, key), (self.values, value), (self.positions, positions)):
-            slots.index_copy_(2, rows, new)
-        self.length.add_(key.shape[2])
-        self.seen.add_(key.shape[2])
+        sequence = torch.arange(self.batch_size, device=self.device)[:, None, None]
+        head = torch.arange(key.shape[1], device=self.device)[:, None]
+        at = sequence, head, (self.length[:, None] + arrived)[:, None]
+        # Not scatter_, for which the compiler would copy the slots.
+        self.keys.index_put_(at, key)
+        self.values.index_put_(at, value)
+        positions = (self.tokens[:, None] + arrived).to(torch.int32)[:, None]
+        self.positions.index_put_(at, positions.expand(key.shape[:3]))
+        for count in (self.length, self.tokens, self.seen):
+            count.add_(key.shape[2])
         self.due.fill_(True)
         if not self._compresses_first:
             self.settle()
@@ -119,35 +158,42 @@ class LagKVStaticLayer(SlotLayer):
         )
         self.positions.copy_(self.positions.gather(2, index.clamp(min=0).long()))
         again = starts_again(start, self.settings.lag_size, self.max_tokens) & self.due
-        self.settled.add_(self.length[0] != rows[0])
-        self.restarts.add_(again[0])
+        self.settled.add_(self.length != rows)
+        self.restarts.add_(again)
         start = torch.where(again, self.settings.sink_size, start)
         self.start.copy_(torch.where(self.due, start, self.start))
         self.due.zero_()
 
     def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         growing = self._as_growing()
+        new = key.shape[2]
         key, value = growing.update(key, value)
-        kept_key, kept_value = growing.keys, growing.values
+        kept_key, kept_value, positions = growing.keys, growing.values, growing.kept_positions()
         assert kept_key is not None
         assert kept_value is not None
+        tracks = growing.tracks
         with plain_tensors():
-            for slots, kept in (
-                (self.keys, kept_key),
-                (self.values, kept_value),
-                (self.positions, growing.kept_positions()),
-            ):
-                slots[:, :, : growing.rows].copy_(kept)
-            self.length.fill_(growing.rows)
-            self.start.fill_(growing.start)
-            self.seen.fill_(growing.seen)
-            self.settled.fill_(growing.compressions)
+            for b in range(self.batch_size):
+                track = tracks[b % len(tracks)]  # one by sequence, or one for all
+                for slots, kept in (
+                    (self.keys, kept_key),
+                    (self.values, kept_value),
+                    (self.positions, positions),
+                ):
+                    slots[b, :, : track.rows].copy_(kept[b, :, kept.shape[2] - track.rows :])
+                self.length[b], self.start[b] = track.rows, track.start
+                self.tokens[b], self.settled[b] = track.seen, track.compressions
+            self.seen.add_(new)
             self.due.zero_()
+        self.awaits_prompt = False
         return key, value
 
-    def _as_growing(self) -> LagKVLayer:
+    def _as_growing(self) -> LagKVLayer | PaddedLayer:
         """What is held as a layer that grows. It reads the slots and never writes to them: they have no room there."""
         self.check_may_read()
+        if self.awaits_prompt:
+            assert self.padding is not None
+            return PaddedLayer(self.settings, self.padding)
         rows = self.rows
         if not rows:
             return LagKVLayer(self.settings)
@@ -168,10 +214,10 @@ class LagKVStaticLayer(SlotLayer):
         return self.settings.order == "use_then_compress"
 
     def _dropped(self, rows: Tensor) -> Tensor:
-        """What a compression of so many rows drops."""
-        count = ((rows - self.start[0]) // self.settings.lag_size - 1).clamp(min=0)
+        """What a compression of so many rows drops, by sequence."""
+        count = ((rows - self.start) // self.settings.lag_size - 1).clamp(min=0)
         return count * (self.settings.lag_size - self.settings.keep)
 
     def _rows_left(self) -> Tensor:
-        """Rows once the compression that is due has run."""
-        return self.length[0] - self.due * self._dropped(self.length[0])
+        """Rows by sequence, once the compression that is due has run."""
+        return self.length - self.due * self._dropped(self.length)
