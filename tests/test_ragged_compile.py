@@ -96,3 +96,21 @@ def test_pages_of_any_number(compiler):
         for mine, eager in zip(*states, strict=True):
             torch.testing.assert_close(mine, eager, rtol=0, atol=0, equal_nan=True)
     assert compilations() <= 2
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_keys_and_values_in_one_pool(compiler):
+    """Both are written, and both are views of one tensor."""
+
+    def step(kv: Tensor, table: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        index = lagkv_ext.compress_paged_(kv[0], kv[1], table, start, length, **SIZES)
+        return index, kv.amax(dim=(1, 2, 3, 4))
+
+    function = torch.compile(step, fullgraph=True, backend=compiler)
+    for lengths in LENGTHS:
+        kv = torch.randn(2, 40, 4, 2, 8)
+        table = torch.randperm(40).int()[:34].view(2, 17)
+        states = [(kv.clone(), table, numbers(2, 2), numbers(*lengths)) for _ in range(2)]
+        assert_same(function(*states[0]), step(*states[1]))
+        assert_same(states[0], states[1])
+    assert compilations() == 1

@@ -9,7 +9,7 @@ import torch
 from cases import KINDS
 from hypothesis import given
 from ragged_cases import HND, NHD, RaggedCase, ragged_cases
-from ragged_properties import CHECKS, check_packed, check_pages, check_slots
+from ragged_properties import CHECKS, assert_numbers, assert_sequence, check_packed, check_pages, check_slots
 
 
 @given(case=ragged_cases())
@@ -102,3 +102,31 @@ def test_threads_do_not_matter(kernel_backend, shape, check):
             check(kernel_backend, case)
     finally:
         torch.set_num_threads(threads)
+
+
+ENGINES = {  # shape of the pool that holds keys and values, and the two views that the operator takes
+    "vllm": ("kbrhd", lambda kv: (kv[0], kv[1])),
+    "flashinfer-nhd": ("bkrhd", lambda kv: (kv[:, 0], kv[:, 1])),
+    "flashinfer-hnd": ("bkhrd", lambda kv: (kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_layouts_of_engines(backend, engine, dtype):
+    """Keys and values in one pool, as engines have them: written where they lie."""
+    case = dataclasses.replace(BASE, dtype=dtype, block_size=16, key_dim=64, value_dim=64)
+    pairs = case.make(backend.device)
+    key, value, table = case.pages(pairs)
+    start, length = case.numbers(backend.device)
+    order, views = ENGINES[engine]
+    plain = torch.stack([key.view, value.view])  # k, blocks, rows, heads, channels
+    kv = plain.permute(*("kbrhd".index(dim) for dim in order)).contiguous()
+    index = backend.compress_paged_(
+        *views(kv), table, start, length, case.lag_size, case.keep, **case.scoring
+    )
+    assert_numbers(case, start, length)
+    for b in range(case.batch):
+        block, row = case.place_of(table[b], case.new_length(b))
+        new = [x[block, row].transpose(0, 1)[None] for x in views(kv)]
+        assert_sequence(backend, case, b, pairs[b], new, index[b : b + 1])
