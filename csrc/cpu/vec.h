@@ -219,6 +219,7 @@ inline RegOf<Real> keep_lanes(RegOf<Real> x, typename LanesOf<Real>::IntReg mask
 /// Brings `count` rows from `first` on into the L2 cache.
 inline void prefetch(const Ahead& ahead, int64_t first, int64_t count) {
   if (ahead.rows == nullptr) return;
+  __asm__ volatile("");  // else GCC 12 may find that nothing comes of this function and drop its calls
   for (int64_t t = first; t < first + count; ++t) {
     const char* row =
         ahead.list == nullptr ? ahead.rows + t * ahead.row_stride : ahead.list[t] + ahead.list_offset;
