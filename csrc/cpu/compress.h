@@ -38,9 +38,9 @@ class Compressor {
     const auto prefix = [&](int64_t b) { return partitions_[b] ? sequence(b).start : sequence(b).length; };
     const auto window = [&](int64_t b) { return partitions_[b] ? sequence(b).length - window_of(b) : 0; };
 
-    int64_t workers = runs_;
-    for (int64_t b = 0; b < batch(); ++b) workers += p_.heads * (chunks(prefix(b)) + chunks(window(b)));
-    workers = worker_count(workers, bytes);
+    int64_t most_tasks = runs_;
+    for (int64_t b = 0; b < batch(); ++b) most_tasks += p_.heads * (chunks(prefix(b)) + chunks(window(b)));
+    int64_t workers = worker_count(most_tasks, bytes);
     const int64_t run = run_length(partitions_, p_.heads, workers);
     const auto runs = [&](int64_t b) { return (partitions_[b] + run - 1) / run; };
     TaskList tasks;
@@ -74,7 +74,7 @@ class Compressor {
     stream_ = bytes >= kStreamBytes;
     int64_t workers = worker_count(runs_, bytes);
     const int64_t rounds = (heads_ + workers - 1) / workers;
-    // The longest head alone, or all of them in rounds.
+    // Neither the longest head nor the last round of heads may leave threads idle for more than a quarter.
     const bool heads_fill = 4 * runs_ >= 3 * workers * most_ && 4 * heads_ >= 3 * rounds * workers;
     TaskList heads;
     for (const int64_t b : longest_first()) heads.add(b, p_.heads, partitions_[b] > 0 ? 1 : 0);
@@ -248,9 +248,9 @@ class Compressor {
   const Batch<T>& p_;
   const Kernels<T>& kernels_;
   const Method<T>& method_;
-  std::vector<int64_t> partitions_;  // of every sequence, 0 where every row stays
+  std::vector<int64_t> partitions_;  // of every sequence that lose tokens; 0 where every row stays
   int64_t most_ = 0;                 // of partitions_
-  int64_t runs_ = 0, heads_ = 0;     // partitions, and heads that have any, of all sequences
+  int64_t runs_ = 0, heads_ = 0;     // of all sequences: partitions, and heads that have any
   int64_t tokens_ = 0, compressed_tokens_ = 0;
   bool stream_ = false;
 };

@@ -12,7 +12,7 @@ namespace lagkv::cpu {
 constexpr int64_t kCachedTileBytes = 128 * 1024;
 
 /// The partitions of key and value of one head. A partition that lies in several pages is put together in
-/// `memory`, tile_copies(...) elements, which may be null where there are no pages.
+/// `memory`, copies_size(...) elements, which may be null where there are no pages.
 template <class T>
 class HeadTiles {
  public:
