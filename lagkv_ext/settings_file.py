@@ -19,6 +19,9 @@ NAMES = (
     "layer_keep_ratio",
     "skip_layers",
     "max_tokens",
+    "quantization",
+    "offloading",
+    "offload_only_non_sliding",
 )
 
 
