@@ -67,12 +67,12 @@ STEPS = (
     ),
     _run(
         "linear",
-        "--shapes qwen2.5-7b --tokens 4k,16k,64k,256k,1m --dtype bfloat16 --threads 1 --rounds 9 --budget 5 "
+        "--shapes qwen2.5-7b --tokens 4k,16k,64k,256k,1m --dtype bfloat16 --threads 1 --rounds 9 --budget 3 "
         f"--contenders {_BESIDE_COPY}",
     ),
     _run(
         "shapes",
-        "--shapes llama-3.1-8b,gemma-3-270m,gpt-oss-20b --tokens 4k,128k --threads 1 --rounds 9 --budget 4 "
+        "--shapes llama-3.1-8b,gemma-3-270m --tokens 4k,128k --threads 1 --rounds 9 --budget 3 "
         f"--contenders {_BESIDE_COPY}",
     ),
     Step("append", "cache", "append --tokens 32k --rounds 15", _CACHE),
