@@ -210,6 +210,23 @@ def test_encoder_decoder_compresses_self_attention_alone(family):
         assert torch.equal(layer.values, expected.values)
 
 
+def test_a_padded_text_for_the_encoder_is_none_for_the_decoder():
+    model, ids = encoder_decoder("BART"), prompt(20, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
+    full = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    expected = model.generate(ids, past_key_values=full, **options)
+    cache = LagKVEncoderDecoderCache(model.config, keep_ratio=1, **SMALL)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    texts = []
+    for x, x_mask in ((ids, mask), (ids[1:, :12], mask[1:, :12])):
+        cache = LagKVEncoderDecoderCache(model.config, keep=2, **SMALL)
+        texts.append(model.generate(x, past_key_values=cache, **{**options, "attention_mask": x_mask}))
+        assert {layer.compressions for layer in cache.report().layers} == {6}
+    assert torch.equal(texts[0][1:], texts[1])
+
+
 def test_encoder_decoder_beams():
     model, ids = encoder_decoder("BART"), prompt(20, batch=2)
     caches = (

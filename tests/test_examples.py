@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def test_there_are_examples() -> None:
     assert EXAMPLES
+
+
+def test_the_readme_names_every_example() -> None:
+    named = re.findall(r"\(examples/(\w+)\.py\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {path.stem for path in EXAMPLES} == set(named)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda x: x.stem)
