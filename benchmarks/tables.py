@@ -37,18 +37,21 @@ def markdown(folder: Path) -> str:
     record = _load(folder / "record.json")
     if record is None:
         raise TablesError(f"{folder}/record.json is missing: python -m benchmarks.record writes it")
-    steps = {name: _load(folder / f"{name}.json") for name in record["steps"]}
+    steps: dict[str, dict[str, Any]] = {}
+    for name in record["steps"]:
+        if (content := _load(folder / f"{name}.json")) is not None:
+            steps[name] = content
     parts = [
         _head(record, folder),
         _operators(
-            [steps[name] for name in ("operators", "two-threads", "shapes", "cosine") if steps.get(name)]
+            [steps[name] for name in ("operators", "two-threads", "shapes", "cosine") if name in steps]
         ),
         _portable(steps.get("portable")),
         _huge_pages(steps.get("huge-pages")),
         _linear(steps.get("linear")),
         _fixed(steps.get("fixed-cost")),
         _append(steps.get("append")),
-        _decode([steps[name] for name in ("decode-llama", "decode-gemma", "gemma-reads") if steps.get(name)]),
+        _decode([steps[name] for name in ("decode-llama", "decode-gemma", "gemma-reads") if name in steps]),
         _prefill(steps.get("prefill")),
     ]
     return "\n\n".join(part for part in parts if part)
