@@ -46,11 +46,12 @@ class LagKVStaticCache(ReportsLayers, Cache):
         config: ``model.config`` of a decoder-only model with attention implementation eager or sdpa.
         capacity: rows for which full-attention layers have memory, at least
             ``sink_size + 2 * lag_size + step_tokens - 1``.
-        max_batch_size: sequences (with beams: all beams). Given, memory is allocated now, otherwise at the first step.
+        max_batch_size: number of sequences, with beams of all beams. Given, memory is allocated now, otherwise at the
+            first step, for as many as it has.
         dtype, device: of the memory allocated now; default: the dtype of ``config`` (else torch's default), and
             torch's default device.
-        step_tokens: most tokens of a step at fixed addresses, at most ``lag_size - keep``. Fewer steps come before
-            each compression where it is more than 1: the layer starts again at ``capacity - step_tokens + 1`` rows.
+        step_tokens: most tokens of a step at fixed addresses, at most ``lag_size - keep``. Room for such a step is kept
+            free: what is held is what ``LagKVCache`` holds with ``max_tokens=capacity - step_tokens + 1``.
         lag_size, keep_ratio, keep, sink_size, score, value_weight, order: as for ``LagKVCache``; ``keep`` must be below
             ``lag_size``, and all full-attention layers are treated alike.
 
