@@ -78,7 +78,9 @@ class Padding:
         return self.tokens[:, seen : seen + new]
 
     def remove(self, columns: int) -> None:
-        self.tokens = self.tokens[:, : self.tokens.shape[1] - columns]
+        if columns:
+            self.tokens = self.tokens[:, : self.tokens.shape[1] - columns]
+            self._step = self.tokens.shape[1]  # what is left of a step is no prompt
 
     def select(self, sequences: Tensor) -> None:
         """Continue with these sequences, int64 on the CPU."""

@@ -20,7 +20,7 @@ class LayerReport:
     layer: int
     kind: str
     tokens_seen: int
-    tokens_kept: int  #: rows held
+    tokens_kept: int  #: rows held; in a padded batch by the sequence that has most
     bytes_held: int  #: of the storages kept alive, the room behind the rows and the position index included
     bytes_uncompressed: int  #: of the keys and values of all tokens seen; other kinds of layer: bytes_held
     compressions: int
