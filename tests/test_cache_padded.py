@@ -171,6 +171,18 @@ def test_layers_that_keep_different_numbers_hide_different_columns(kind, attenti
     assert_steps_alone(model, kind, arguments, prompt(mask.shape[1], batch=3), mask, chunks, tolerance, 5)
 
 
+@needs_offset
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_layer_that_hides_nothing_leaves_the_mask_to_the_others(attention):
+    """20 tokens of which half stay are 16 rows, as are 16 tokens: no padding in layer 0, and 2 columns in the others."""
+    model = tiny_model("llama", attention, torch.float64 if attention == "sdpa" else torch.float32)
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[1, :4] = 0
+    arguments = {**SMALL, "keep_ratio": 0.25, "layer_keep_ratio": {0: 0.5}}
+    tolerance = EXACT if attention == "sdpa" else EAGER
+    assert_steps_alone(model, "llama", arguments, prompt(23, batch=2), mask, [20, 1, 1, 1], tolerance, 0)
+
+
 # -- the real model
 
 

@@ -202,3 +202,27 @@ def test_memory_of_a_padded_layer():
         pointers.append(state.layer.storages()[0].data_ptr())
     state.check()
     assert sum(a != b for a, b in itertools.pairwise(pointers)) <= 300 // 8 + 1
+
+
+def test_padding_alone_sets_off_nothing():
+    """A sequence that is to start again from the sink does so with its next token, not with its next padding."""
+    settings = layer_settings(
+        lag_size=8,
+        keep=2,
+        keep_ratio=None,
+        sink_size=4,
+        value_weight=1.0,
+        score="std",
+        order=ORDERS[0],
+        max_tokens=30,
+    )
+    state = Batch(settings, 2, record_past=False)
+    state.step([(0, 0), (5, 0)], 10, seed=0)
+    waiting = 0
+    for i in range(60):
+        track = state.alone[1]._track
+        waiting += track.start == 4 and track.rows >= 4 + 2 * 8
+        state.step([(0, 0)], 1, seed=100 + i)
+        state.step([(0, 0), (1, 0)], 1, seed=200 + i)  # padding for the second
+        state.check()
+    assert waiting > 1
