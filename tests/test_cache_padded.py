@@ -174,7 +174,7 @@ def test_layers_that_keep_different_numbers_hide_different_columns(kind, attenti
 @needs_offset
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_that_hides_nothing_leaves_the_mask_to_the_others(attention):
-    """20 tokens of which half stay are 16 rows, as are 16 tokens: no padding in layer 0, and 2 columns in the others."""
+    """In layer 0, 20 tokens leave 16 rows, as do 16 tokens: no padding there, but 2 columns in the other layers."""
     model = tiny_model("llama", attention, torch.float64 if attention == "sdpa" else torch.float32)
     mask = torch.ones(2, 23, dtype=torch.long)
     mask[1, :4] = 0
