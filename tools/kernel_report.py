@@ -55,7 +55,11 @@ class Kernel:
 
     @property
     def scores(self) -> bool:
-        return self.name.startswith("compress_kernel")
+        return self.name.startswith(("compress_kernel", "ragged_kernel"))
+
+    @property
+    def ragged(self) -> bool:
+        return self.name.startswith("ragged")
 
     def faults(self) -> list[str]:
         found = []
@@ -181,10 +185,11 @@ def add_occupancy(kernels: list[Kernel], folder: Path) -> None:
         if kernel.scores and kernel.layout:
             kind, elements, lanes, chunks = kernel.layout
             lines.append(
-                f"{start} {elements} {lanes} {chunks} {sizes[kind]} {elements * lanes * chunks} {LAG_SIZE}"
+                f"{start} {elements} {lanes} {chunks} {sizes[kind]} {elements * lanes * chunks} {LAG_SIZE} "
+                f"{int(kernel.ragged)}"
             )
         else:
-            lines.append(f"{start} {512 if kernel.name.startswith('move') else 256} 0")
+            lines.append(f"{start} {512 if 'move_kernel' in kernel.name else 256} 0")
     answers = run([str(program)], input="\n".join(lines) + "\n").splitlines()
     for kernel, answer in zip(kernels, answers, strict=True):
         kernel.blocks, kernel.occupancy, kernel.dynamic_shared, kernel.planned = map(int, answer.split())

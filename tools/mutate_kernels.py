@@ -62,18 +62,18 @@ RULES = [
     ("gather.cuh", "works(row < rows_per_step)", "works(true)", "rows that do not fill a pass"),
     (
         "gather.cuh",
-        "if (share.works && j < plan.rows) moved",
+        "if (share.works && j < rows) moved",
         "if (share.works) moved",
         "move: rows end (read)",
     ),
     (
         "gather.cuh",
-        "if (share.works && j < plan.rows) st_global",
+        "if (share.works && j < rows) st_global",
         "if (share.works) st_global",
         "move: rows end (write)",
     ),
     ("topk.cuh", "i < count ? ordered", "true ? ordered", "topk: scores end"),
-    ("compress.cuh", "if (args.index != nullptr) {", "if (false) {", "zeros behind the scores"),
+    ("score_run.cuh", "if (args.index != nullptr) {", "if (false) {", "zeros behind the scores"),
     (
         "compress.cuh",
         "(first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1",
@@ -123,8 +123,8 @@ RULES = [
     ("cosine_score.cuh", "if (!first) {", "if (false) {", "anchors of long partitions"),
     ("wide_rows.cuh", "divisor == Real(0) ? Real(0) : x / divisor", "x / divisor", "wide: a row of norm 0"),
     (
-        "compress.cuh",
-        "launch.scratch + blockIdx.x * storage.scratch_bytes",
+        "score_run.cuh",
+        "launch.scratch + blockIdx.x * launch.plan.storage.scratch_bytes",
         "launch.scratch",
         "scratch of a block of its own",
     ),
@@ -133,6 +133,47 @@ RULES = [
         "launch.first_job += device.max_grid",
         "launch.first_job += blocks",
         "more blocks than a grid",
+    ),
+    ("../ragged.h", "start < 0 || length < 0 ||", "length < 0 ||", "ragged: negative start"),
+    ("../ragged.h", "start < 0 || length < 0 ||", "start < 0 ||", "ragged: negative length"),
+    ("../ragged.h", "length < 0 || length > capacity", "length < 0", "ragged: length beyond the capacity"),
+    ("ragged_schedule.cuh", "block < 0 || block >= args.blocks", "block >= args.blocks", "a negative block"),
+    ("ragged_schedule.cuh", "block < 0 || block >= args.blocks", "block < 0", "a block behind the pool"),
+    (
+        "ragged_schedule.cuh",
+        "if (args.key.block_table != nullptr && ",
+        "if (false && ",
+        "a sequence with a block outside the pool",
+    ),
+    ("ragged_schedule.cuh", "packed && ld_global(args.key.offsets) != 0", "false", "cu_seqlens begin with 0"),
+    ("ragged_schedule.cuh", "last < first || last >", "last >", "cu_seqlens do not decrease"),
+    (
+        "ragged_schedule.cuh",
+        "last < first || last > args.capacity",
+        "last < first",
+        "cu_seqlens end with the rows",
+    ),
+    ("ragged_schedule.cuh", "b < entries && ld_global_nc", "ld_global_nc", "search: sequences end"),
+    ("ragged_schedule.cuh", "if (before < threads) break;", "break;", "search: more sequences than threads"),
+    ("ragged_schedule.cuh", "if (b < args.batch + 2) {", "{", "schedule: sequences end"),
+    (
+        "ragged_compress.cuh",
+        "(first + run < partitions ? first + run : partitions) - 1",
+        "first + run - 1",
+        "ragged: last run: partitions end",
+    ),
+    ("ragged_compress.cuh", "from(j) < length ? from(j) : -1", "from(j)", "-1 past the new length"),
+    (
+        "ragged_compress.cuh",
+        "entries - first < tile ? entries - first : tile",
+        "tile",
+        "ragged: last tile: entries end",
+    ),
+    (
+        "ragged_compress.cuh",
+        "|| first >= stay) return;",
+        ") return;",
+        "ragged: rows behind the last sequence",
     ),
 ]
 CAUGHT = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
@@ -150,7 +191,9 @@ sys.modules["cases"] = types.ModuleType("cases")
 exec(compile(text.replace(wide, "DTYPES = (torch.float32,)"), source, "exec"), sys.modules["cases"].__dict__)
 import simt, simt.build
 sys.modules["simt.build"].build_module = lambda **_: Path({module!r})
-import pytest, test_cuda_plan, test_traffic
+import pytest, test_cuda_plan, test_ragged_plan, test_ragged_traffic, test_traffic
+for of_module in (test_ragged_plan.CASES, test_ragged_traffic.CASES):
+    of_module.update({{name: dataclasses.replace(case, dtype=torch.float32) for name, case in of_module.items()}})
 test_cuda_plan.CASES.update(
     {{name: dataclasses.replace(case, dtype=torch.float32) for name, case in test_cuda_plan.CASES.items()}}
 )
@@ -159,10 +202,13 @@ test_traffic.SHAPES.update(
 )
 sys.exit(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *{arguments!r}]))
 """
+MUTATED = ("bind_lagkv_float32", "bind_ragged_float32")
 # Cheap and telling first.
 TESTS = [
     ["tests/test_cuda_plan.py", "-k", "depend or traps or scattered or keeping"],
+    ["tests/test_ragged_plan.py", "-k", "depend or any or more"],
     ["tests/test_ops_properties.py", "--backend", "simt"],
+    ["tests/test_ragged_properties.py", "--backend", "simt", "-k", "not traps"],
     ["tests/test_ops_traps.py", "--backend", "simt"],
     ["tests/test_traffic.py", "-k", "scratch or vectors or stages or in_place"],
     ["tests/test_large.py", "--backend", "simt", "-k", "partition or llama"],
@@ -185,33 +231,34 @@ def barriers() -> list[tuple[str, str, str, str]]:
     return found
 
 
-def commands() -> tuple[str, list[str], Path]:
-    """How the float32 bindings are compiled and the module is linked, as CMake does it; and the build folder."""
+def commands() -> tuple[dict[str, str], list[str], Path]:
+    """How CMake compiles the float32 bindings (by name), the objects of the module, and the build folder."""
     sys.path.insert(0, str(ROOT / "tests"))
     from simt.build import build_module
 
     module = build_module()
     folder = next(parent for parent in module.parents if (parent / "build.ninja").exists())
     database = json.loads((folder / "compile_commands.json").read_text(encoding="utf-8"))
-    entry = next(item for item in database if item["file"].endswith("bind_lagkv_float32.cpp"))
+    found = {Path(item["file"]).stem: item["command"] for item in database}
     objects = [str(path) for path in sorted(folder.glob("tests/simt/CMakeFiles/lagkv_simt.dir/*.o"))]
-    return entry["command"], objects, folder
+    return {name: found[name] for name in MUTATED}, objects, folder
 
 
-def build_mutant(folder: Path, command: str, objects: list[str], build: Path) -> Path | str:
+def build_mutant(folder: Path, compilers: dict[str, str], objects: list[str], build: Path) -> Path | str:
     """The mutated module, or why it does not compile."""
-    words = [word for word in shlex.split(command) if not word.endswith("ccache")]
-    target = folder / "bind_lagkv_float32.o"
-    output = words.index("-o")
-    words[output + 1] = str(target)
-    words = [word.replace(str(ROOT / "csrc"), str(folder / "csrc")) for word in words]
-    done = subprocess.run(words, cwd=build, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return done.stderr
+    targets = []
+    for name, command in compilers.items():
+        words = [word for word in shlex.split(command) if not word.endswith("ccache")]
+        targets.append(str(folder / f"{name}.o"))
+        words[words.index("-o") + 1] = targets[-1]
+        words = [word.replace(str(ROOT / "csrc"), str(folder / "csrc")) for word in words]
+        done = subprocess.run(words, cwd=build, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return done.stderr
     module = folder / next(build.glob("tests/simt/lagkv_simt*.so")).name
-    # The mutant's object comes first: of templates that several objects hold the linker takes the first.
-    others = [path for path in objects if "bind_lagkv_float32" not in path]
-    link = [words[0], "-shared", "-o", str(module), str(target), *others]
+    # The mutant's objects come first: of templates that several objects hold the linker takes the first.
+    others = [path for path in objects if not any(name in path for name in compilers)]
+    link = [words[0], "-shared", "-o", str(module), *targets, *others]
     subprocess.run(link, cwd=build, capture_output=True, text=True, check=True)
     return module
 
@@ -259,7 +306,7 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{file}: {what}" for file, _, _, what in mutants))
         return 0
-    command, objects, build = commands()
+    compilers, objects, build = commands()
     survivors = 0
     for file, old, new, what in mutants:
         folder = WORK / re.sub(r"\W+", "-", f"{file} {what}")
@@ -270,7 +317,7 @@ def main() -> int:
         if old not in text:
             raise SystemExit(f"mutate_kernels: {file} no longer holds {old!r} ({what})")
         path.write_text(text.replace(old, new), encoding="utf-8")
-        module = build_mutant(folder, command, objects, build)
+        module = build_mutant(folder, compilers, objects, build)
         caught = judge(folder, module) if isinstance(module, Path) else f"does not compile: {module[:200]}"
         survivors += not caught
         print(f"{'caught  ' if caught else 'SURVIVED'} {file}: {what} | {caught}", flush=True)

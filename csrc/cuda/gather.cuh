@@ -84,19 +84,19 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W
 /// goes up in passes: all sources of a pass are in registers before any of its rows is written (the barrier),
 /// and sources of later passes lie above everything that is written by then, for index[j] >= j and ascending.
 /// `at(position)`: where this thread's column of a row is. Traffic: moved rows once in, once out.
-template <class W, class At>
+template <class W, int kVectors, class At>
 __device__ __forceinline__ void move_rows(int64_t first, int64_t rows, const Share& share,
                                           const int32_t* index, const At& at) {
-  for (int64_t pass = first; pass < rows; pass += static_cast<int64_t>(share.rows_per_step) * kMoveVectors) {
-    W moved[kMoveVectors];
+  for (int64_t pass = first; pass < rows; pass += static_cast<int64_t>(share.rows_per_step) * kVectors) {
+    W moved[kVectors];
 #pragma unroll
-    for (int n = 0; n < kMoveVectors; ++n) {
+    for (int n = 0; n < kVectors; ++n) {
       const int64_t j = pass + n * share.rows_per_step + share.row;
       if (share.works && j < rows) moved[n] = ld_global(at(ld_global_nc(index + j)));
     }
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < kMoveVectors; ++n) {
+    for (int n = 0; n < kVectors; ++n) {
       const int64_t j = pass + n * share.rows_per_step + share.row;
       if (share.works && j < rows) st_global(at(j), moved[n]);
     }
@@ -109,14 +109,14 @@ struct MoveJob {
   bool is_key;
   int64_t column;
 
-  __device__ __forceinline__ MoveJob(const MovePlan& plan, int64_t job) {
-    const int64_t slices = plan.key_slices + plan.value_slices, slice = job % slices;
-    head = job / slices;
-    is_key = slice < plan.key_slices;
-    column = (is_key ? slice : slice - plan.key_slices) * plan.slice;
+  __device__ __forceinline__ MoveJob(const MoveSlices& slices, int64_t job) {
+    const int64_t slice = job % slices.count();
+    head = job / slices.count();
+    is_key = slice < slices.key_slices;
+    column = (is_key ? slice : slice - slices.key_slices) * slices.slice;
   }
-  __device__ __forceinline__ int columns(const MovePlan& plan, int64_t dim) const {
-    return static_cast<int>(dim - column < plan.slice ? dim - column : plan.slice);
+  __device__ __forceinline__ int columns(const MoveSlices& slices, int64_t dim) const {
+    return static_cast<int>(dim - column < slices.slice ? dim - column : slices.slice);
   }
 };
 
@@ -133,12 +133,12 @@ struct MoveLaunch {
 template <class W>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
   const MovePlan& plan = launch.plan;
-  const MoveJob job(plan, launch.first_job + blockIdx.x);
+  const MoveJob job(plan.slices, launch.first_job + blockIdx.x);
   const StridedRows<W>& x = job.is_key ? launch.key : launch.value;
-  const Share share(job.columns(plan, x.dim));
+  const Share share(job.columns(plan.slices, x.dim));
   W* base = x.row(job.head / launch.heads, job.head % launch.heads, 0) + job.column + share.column;
-  move_rows<W>(plan.first, plan.rows, share, launch.index + job.head * plan.rows,
-               [&](int64_t position) { return base + position * x.row_stride; });
+  move_rows<W, kMoveVectors>(plan.first, plan.rows, share, launch.index + job.head * plan.rows,
+                             [&](int64_t position) { return base + position * x.row_stride; });
 }
 
 }  // namespace lagkv::cuda

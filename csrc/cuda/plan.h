@@ -15,10 +15,11 @@ namespace lagkv::cuda {
 
 constexpr int kThreads = 256;  // of every kernel but move_rows
 constexpr int kMoveThreads = 512;
-constexpr int kMoveVectors = 8;       // accesses in flight per thread of move_rows
-constexpr int64_t kScalarDim = 256;   // widest row of the element-wise layout
-constexpr int64_t kCopyRows = 64;     // rows of key and value that one copying block takes
-constexpr int64_t kIndexTile = 1024;  // entries of the index that one block of the ragged kernels fills
+constexpr int kMoveVectors = 8;        // accesses in flight per thread of move_rows
+constexpr int kRaggedMoveVectors = 4;  // fewer where every access has a look-up of its own: registers
+constexpr int64_t kScalarDim = 256;    // widest row of the element-wise layout
+constexpr int64_t kCopyRows = 64;      // rows of key and value that one copying block takes
+constexpr int64_t kIndexTile = 1024;   // entries of the index that one block of the ragged kernels fills
 constexpr int64_t kMaxGrid = 2147483647;
 
 /// What a launch may use. The defaults are those that every architecture since sm_80 has.
@@ -37,12 +38,13 @@ struct RowShape {
 };
 
 /// Blocks of compress_kernel per multiprocessor that its registers must allow (__launch_bounds__). Most
-/// registers hold a lane's channels: lo and scale in arithmetic's type, minimum and maximum as stored.
-LAGKV_HOST_DEVICE constexpr int blocks_per_multiprocessor(RowShape shape, int element_size) {
+/// registers hold a lane's channels: lo and scale in arithmetic's type, minimum and maximum as stored. The
+/// ragged kernel needs a few more for where rows lie.
+LAGKV_HOST_DEVICE constexpr int blocks_per_multiprocessor(RowShape shape, int element_size, bool ragged) {
   if (shape.elements <= 1) return shape.elements == 1 && element_size == 8 ? 1 : 2;
   const int real = element_size == 8 ? 8 : 4;
   const int state = shape.elements * shape.chunks * 2 * (real + element_size);
-  return state <= (element_size == 8 ? 64 : 128) ? 3 : 2;
+  return state <= (element_size == 8 ? 64 : ragged ? 112 : 128) ? 3 : 2;
 }
 
 inline RowShape row_shape(int element_size, int64_t dim, bool aligned) {
@@ -70,7 +72,7 @@ bool rows_aligned(const StridedRows<T>& rows) {
 }
 
 LAGKV_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+LAGKV_HOST_DEVICE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 /// Statistics of one tensor's partition, padded so that scores can be read four at a time.
 LAGKV_HOST_DEVICE int64_t padded_lag(int64_t lag_size) { return (lag_size + 3) / 4 * 4; }
@@ -128,10 +130,11 @@ inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, i
 }
 
 /// Scoring blocks that one multiprocessor holds at a time: what registers and shared memory allow.
-inline int planned_blocks(RowShape shape, int element_size, int64_t shared_bytes, const Device& device) {
+inline int planned_blocks(RowShape shape, int element_size, int64_t shared_bytes, bool ragged,
+                          const Device& device) {
   constexpr int64_t kStatic = 3072;  // static shared memory and the driver's 1 KiB
   const int64_t fit = std::max<int64_t>(1, device.shared_per_multiprocessor / (shared_bytes + kStatic));
-  return static_cast<int>(std::min<int64_t>(fit, blocks_per_multiprocessor(shape, element_size)));
+  return static_cast<int>(std::min<int64_t>(fit, blocks_per_multiprocessor(shape, element_size, ragged)));
 }
 
 /// How long runs of partitions should be: every run reads one partition more than it scores, so long runs
@@ -174,8 +177,8 @@ inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_
   plan.partitions = keep < lag_size || scores_wanted ? compressed_count(length, start, lag_size) : 0;
   if (heads > 0 && plan.partitions > 0) {
     plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, false, device);
-    const int64_t slots =
-        device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, device);
+    const int64_t slots = device.multiprocessors *
+                          planned_blocks(shape, element_size, plan.storage.shared_bytes, false, device);
     plan.run = run_length(heads, plan.partitions, lag_size, keep, slots);
     plan.runs = ceil_div(plan.partitions, plan.run);
     plan.run_blocks = heads * plan.runs;
@@ -225,34 +228,41 @@ inline CompactPlan plan_compact(int64_t heads, int64_t count, int64_t dim) {
   return {tiles, blocks};
 }
 
-/// The launch of compress_'s second step: rows move down within their head. The column slices of a row are
-/// independent, so a block takes one slice of one head and walks it in ascending order; no block ever waits
-/// for another.
-struct MovePlan {
-  int64_t first, rows;                 // output rows [first, rows) move
-  int64_t key_columns, value_columns;  // accesses per row
-  int64_t slice;                       // accesses per row that a block takes
+/// The columns of a row in slices, in accesses. Rows move down within their head; slices are independent, so
+/// a block takes one slice of one head and walks it in ascending order: no block ever waits for another.
+struct MoveSlices {
+  int64_t slice;  // accesses per row that a block takes
   int64_t key_slices, value_slices;
+
+  LAGKV_HOST_DEVICE int64_t count() const { return key_slices + value_slices; }
+};
+
+/// Slices so narrow that `heads` heads make `blocks` blocks; the narrowest is a 32-byte sector.
+LAGKV_HOST_DEVICE MoveSlices move_slices(int access_bytes, int64_t key_columns, int64_t value_columns,
+                                         int64_t heads, int64_t blocks) {
+  const auto larger_of = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  const int64_t narrowest = larger_of(1, 32 / access_bytes);
+  const int64_t wanted = larger_of(1, blocks / larger_of(1, 2 * heads));
+  const int64_t columns = larger_of(1, larger_of(key_columns, value_columns));
+  int64_t slice = round_up(ceil_div(columns, wanted), narrowest);
+  if (slice > kMoveThreads) slice = kMoveThreads;  // a block also needs at least one row per pass
+  return {slice, ceil_div(key_columns, slice), ceil_div(value_columns, slice)};
+}
+
+/// Blocks that fill a machine with moves.
+inline int64_t move_blocks(const Device& device) { return 2 * device.multiprocessors; }
+
+/// The launch of compress_'s second step.
+struct MovePlan {
+  int64_t first, rows;  // output rows [first, rows) move
+  MoveSlices slices;
   int64_t blocks;
 };
 
 inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_columns, int64_t heads,
                           int64_t first, int64_t rows, const Device& device) {
-  MovePlan plan{};
-  plan.first = first;
-  plan.rows = rows;
-  plan.key_columns = key_columns;
-  plan.value_columns = value_columns;
-  // Narrowest slice: a 32-byte sector. Two blocks per multiprocessor fill the machine.
-  const int64_t narrowest = std::max<int64_t>(1, 32 / access_bytes);
-  const int64_t wanted = std::max<int64_t>(1, 2 * device.multiprocessors / std::max<int64_t>(1, 2 * heads));
-  const int64_t columns = std::max<int64_t>({1, key_columns, value_columns});
-  // A block also needs at least one row per pass.
-  plan.slice = std::min<int64_t>(round_up(ceil_div(columns, wanted), narrowest), kMoveThreads);
-  plan.key_slices = ceil_div(key_columns, plan.slice);
-  plan.value_slices = ceil_div(value_columns, plan.slice);
-  plan.blocks = first < rows ? heads * (plan.key_slices + plan.value_slices) : 0;
-  return plan;
+  const MoveSlices slices = move_slices(access_bytes, key_columns, value_columns, heads, move_blocks(device));
+  return {first, rows, slices, first < rows ? heads * slices.count() : 0};
 }
 
 /// The launch of the ragged kernels: from capacities alone, the lengths are the device's.
@@ -273,7 +283,7 @@ inline RaggedPlan plan_ragged(RowShape shape, int element_size, int64_t key_dim,
   plan.shape = shape;
   plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device);
   plan.slots =
-      device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, device);
+      device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device);
   plan.tile = packed ? kCopyRows : kIndexTile;
   // Packed rows have one tile more: what follows the last sequence.
   const int64_t partitions = keep < lag_size ? rows / lag_size : 0;

@@ -140,29 +140,35 @@ __device__ __forceinline__ void fill_tile(const RaggedLaunch<typename Layout::T>
 }
 
 template <class Layout, Score kScore>
-__global__ void __launch_bounds__(kThreads, Layout::kBlocks)
+__global__ void __launch_bounds__(kThreads, Layout::kRaggedBlocks)
     ragged_kernel(const RaggedLaunch<typename Layout::T> launch) {
   using Table = SequenceTable;
   LAGKV_SHARED(int64_t, fields, RunSlots::kFields);
   const RunSlots slots{fields};
   const auto& args = launch.args;
   const Table& table = launch.table;
+  // The job is read again where it is wanted: in registers it would be there for the whole run.
+  if (thread_of_block() == 0) slots.set(RunSlots::kJob, blockIdx.x);
 #pragma unroll 1
-  for (int64_t job = blockIdx.x;; job += gridDim.x) {
+  for (;;) {
+    __syncthreads();  // the job is there, and nobody reads the slots of the one before any more
+    const int64_t job = slots.get(RunSlots::kJob);
     const int64_t runs = ld_global_nc(table.at(Table::kFirstRun, args.batch)) * args.heads;
-    if (job < runs) {
-      const int64_t run = job / args.heads, head = job % args.heads;
-      // Its barrier also says that nobody reads the slots of the job before any more.
-      const int sequence = find_sequence(table, Table::kFirstRun, args.batch, run);
-      if (thread_of_block() == 0) fill_slots(launch, slots, sequence, head, run);
+    const bool scores = job < runs;
+    const int64_t entries = scores ? args.batch : args.batch + 1;
+    const Table::Column firsts = scores ? Table::kFirstRun : Table::kFirstTile;
+    const int64_t item = scores ? job : job - runs;
+    if (!scores && item >= ld_global_nc(table.at(firsts, entries)) * args.heads) break;
+    const int sequence = find_sequence<kThreads>(table, firsts, entries, item / args.heads);
+    if (thread_of_block() == 0) {
+      slots.set(RunSlots::kJob, job + gridDim.x);
+      if (scores) fill_slots(launch, slots, sequence, item % args.heads, item / args.heads);
+    }
+    if (scores) {
       __syncthreads();
       score_run<Layout, kScore>(launch, slots);
     } else {
-      const int64_t item = job - runs;
-      const int64_t entries = args.batch + 1;
-      if (item >= ld_global_nc(table.at(Table::kFirstTile, entries)) * args.heads) break;
-      const int64_t tile = item / args.heads, head = item % args.heads;
-      fill_tile<Layout>(launch, find_sequence(table, Table::kFirstTile, entries, tile), head, tile);
+      fill_tile<Layout>(launch, sequence, item % args.heads, item / args.heads);
     }
   }
 }

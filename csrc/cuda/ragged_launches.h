@@ -64,8 +64,6 @@ void launch_ragged_move(const RaggedParams<T>& args, const SequenceTable& table,
   const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));
   with_word(bytes, std::min(alignment_of(key), alignment_of(value)), [&](auto word) {
     using W = decltype(word);
-    const MovePlan plan = plan_move(sizeof(W), in_words<W>(key).dim, in_words<W>(value).dim,
-                                    args.batch * args.heads, 0, args.capacity, device);
     const RaggedMoveLaunch<W> launch{in_words<W>(args.key_out),
                                      in_words<W>(args.value_out),
                                      table,
@@ -74,9 +72,11 @@ void launch_ragged_move(const RaggedParams<T>& args, const SequenceTable& table,
                                      args.capacity,
                                      args.lag_size,
                                      args.keep,
-                                     plan,
-                                     0};
-    run_blocks(run, ragged_move_kernel<W>, plan.blocks, kMoveThreads, 0, launch, device);
+                                     move_blocks(device)};
+    // As many jobs as there can be, where they are few.
+    const int64_t jobs = args.batch * args.heads * (launch.key.dim + launch.value.dim);
+    const int64_t blocks = std::min({launch.blocks, jobs, device.max_grid});
+    if (blocks > 0) run(ragged_move_kernel<W>, blocks, kMoveThreads, 0, launch);
   });
 }
 

@@ -2,7 +2,7 @@
 // what. The host knows capacities alone.
 // pages_kernel, a block a sequence, finds out whether all blocks that hold its tokens are in the pool.
 // schedule_kernel, one block, reads and judges the sequences, chooses the length of runs, and says where each
-// sequence's runs and tiles begin among all of them; it also writes the new starts and lengths.
+// sequence's runs, tiles and moves begin among all of them; it also writes the new starts and lengths.
 //
 // A sequence whose numbers cannot be (spec section 3: a negative start or length, a length beyond the
 // capacity, a block outside the pool) keeps its rows, its start and its length, and its index is -1. Packed
@@ -28,7 +28,7 @@ struct LoadCoherent {
 /// What the kernels of one call know of its sequences, in scratch: [B + 2] numbers a column. Entry B: the
 /// packed rows behind all sequences.
 struct SequenceTable {
-  enum Column { kUsable, kStart, kLength, kCompressed, kFirstRun, kFirstTile, kColumns };
+  enum Column { kUsable, kStart, kLength, kCompressed, kFirstRun, kFirstTile, kFirstMove, kColumns };
   int32_t* numbers;
   int64_t batch;
 
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
   if (thread == 0) st_global(table.run(), static_cast<int32_t>(run));
   __syncthreads();
 
-  int64_t runs_before = 0, tiles_before = 0, rows_before = 0;
+  int64_t runs_before = 0, tiles_before = 0, moves_before = 0, rows_before = 0;
   for (int64_t base = 0; base < args.batch + 2; base += kThreads) {
     const int64_t b = base + thread;
     const bool exists = b < args.batch;
@@ -195,11 +195,14 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
       entries = args.capacity - compressed * args.keep;
     }
     const Scan all_runs = block_scan(ceil_div(compressed, run), slots);
+    const Scan all_moves = block_scan(compressed > 0 ? 1 : 0, slots);
     const Scan all_tiles = block_scan(ceil_div(entries, launch.plan.tile), slots);
     if (b < args.batch + 2) {
       st_global(table.at(SequenceTable::kFirstRun, b), static_cast<int32_t>(runs_before + all_runs.before));
       st_global(table.at(SequenceTable::kFirstTile, b),
                 static_cast<int32_t>(tiles_before + all_tiles.before));
+      st_global(table.at(SequenceTable::kFirstMove, b),
+                static_cast<int32_t>(moves_before + all_moves.before));
     }
     if (packed && b <= args.batch) {
       st_global(args.new_offsets + b, static_cast<int32_t>(rows_before + all_rows.before));
@@ -211,20 +214,22 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
     }
     runs_before += all_runs.total;
     tiles_before += all_tiles.total;
+    moves_before += all_moves.total;
     rows_before += all_rows.total;
   }
 }
 
 /// The sequence to which item `item` of a column of firsts belongs: the last one that begins at or before it.
-/// Every thread gets it, after a barrier.
+/// Every one of the block's `threads` threads gets it, after a barrier.
+template <int threads>
 __device__ __forceinline__ int find_sequence(const SequenceTable& table, SequenceTable::Column firsts,
                                              int64_t entries, int64_t item) {
   int found = 0;
-  for (int64_t base = 1; base <= entries; base += kThreads) {
+  for (int64_t base = 1; base <= entries; base += threads) {
     const int64_t b = base + thread_of_block();
     const int before = __syncthreads_count(b < entries && ld_global_nc(table.at(firsts, b)) <= item);
     found += before;
-    if (before < kThreads) break;
+    if (before < threads) break;
   }
   return found;
 }

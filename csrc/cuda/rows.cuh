@@ -19,7 +19,9 @@ struct Row {
   // Rows in flight: loads of this many rows are issued before the first is used, 64 bytes a lane where
   // chunks allow.
   static constexpr int kFlight = kElements == 1 ? 2 : kChunks == 4 ? 1 : 4 / kChunks;
-  static constexpr int kBlocks = blocks_per_multiprocessor({kElements, kLanes, kChunks}, sizeof(T));
+  static constexpr int kBlocks = blocks_per_multiprocessor({kElements, kLanes, kChunks}, sizeof(T), false);
+  static constexpr int kRaggedBlocks =
+      blocks_per_multiprocessor({kElements, kLanes, kChunks}, sizeof(T), true);
   using Access = Packed<T, kElements>;
   struct Values {
     Access chunk[kChunks];
@@ -68,7 +70,8 @@ struct WideRow {
   using T = T_;
   using Real = RealOf<T>;
   static constexpr bool kWide = true;
-  static constexpr int kBlocks = blocks_per_multiprocessor({0, 0, 0}, sizeof(T));
+  static constexpr int kBlocks = blocks_per_multiprocessor({0, 0, 0}, sizeof(T), false);
+  static constexpr int kRaggedBlocks = kBlocks;
   static constexpr RowShape shape() { return {0, 0, 0}; }
 };
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ StridedRows<T> side_of(int side, const StridedRows<T>
 /// registers it would be there for the whole run, where the streaming loop needs them.
 struct RunSlots {
   enum Field { kRows, kRowStride, kDim, kShareOfOne, kOut, kOutStride, kReference, kSideFields };
-  enum Common { kFirst = 2 * kSideFields, kLast, kStart, kIndex, kScores, kSequence, kHead, kFields };
+  enum Common { kFirst = 2 * kSideFields, kLast, kStart, kIndex, kScores, kSequence, kHead, kJob, kFields };
   int64_t* fields;  // [kFields] shared
 
   /// Key (side 0) or value (side 1).

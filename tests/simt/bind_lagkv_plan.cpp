@@ -62,14 +62,36 @@ SIMT_BINDINGS(lagkv_plan, module) {
          int64_t rows, const Device& device) {
         const MovePlan plan = plan_move(access_bytes, key_columns, value_columns, heads, first, rows, device);
         py::dict all;
-        all["slice"] = plan.slice;
-        all["key_slices"] = plan.key_slices;
-        all["value_slices"] = plan.value_slices;
+        all["slice"] = plan.slices.slice;
+        all["key_slices"] = plan.slices.key_slices;
+        all["value_slices"] = plan.slices.value_slices;
         all["blocks"] = plan.blocks;
         return all;
       },
       py::arg("access_bytes"), py::arg("key_columns"), py::arg("value_columns"), py::arg("heads"),
       py::arg("first"), py::arg("rows"), py::arg("device") = Device());
+
+  module.def(
+      "plan_ragged",
+      [](int element_size, int64_t key_dim, int64_t value_dim, int64_t batch, int64_t heads, int64_t rows,
+         int64_t lag_size, int64_t keep, bool packed, bool aligned, const Device& device) {
+        const RowShape shape = row_shape(element_size, std::max(key_dim, value_dim), aligned);
+        const RaggedPlan plan = plan_ragged(shape, element_size, key_dim, value_dim, batch, heads, rows,
+                                            lag_size, keep, packed, device);
+        py::dict all;
+        all["slots"] = plan.slots;
+        all["blocks"] = plan.blocks;
+        all["tile"] = plan.tile;
+        all["scratch_bytes"] = plan.scratch_bytes;
+        all["shared_bytes"] = plan.storage.shared_bytes;
+        all["rows"] = plan.storage.rows;
+        all["rows_in_scratch"] = plan.storage.rows_in_scratch;
+        all["statistics_in_scratch"] = plan.storage.statistics_in_scratch;
+        return all;
+      },
+      py::arg("element_size"), py::arg("key_dim"), py::arg("value_dim"), py::arg("batch"), py::arg("heads"),
+      py::arg("rows"), py::arg("lag_size"), py::arg("keep"), py::kw_only(), py::arg("packed") = false,
+      py::arg("aligned") = true, py::arg("device") = Device());
 
   module.attr("threads") = kThreads;
   module.attr("copy_rows") = kCopyRows;
