@@ -104,7 +104,7 @@ def assert_efficient(launch: dict, rows: int, numbers: float = 0.03) -> None:
 
 
 @pytest.mark.parametrize("score", ["std", "cosine"])
-@pytest.mark.parametrize("device", ["short runs"])
+@pytest.mark.parametrize("device", RUNS)
 @pytest.mark.parametrize("form", ["slots", "pages"])
 @pytest.mark.parametrize("name", CASES)
 def test_in_place(operators, name, form, device, score):  # noqa: F811
@@ -139,7 +139,7 @@ def test_in_place(operators, name, form, device, score):  # noqa: F811
 
 
 @pytest.mark.parametrize("score", ["std", "cosine"])
-@pytest.mark.parametrize("device", ["short runs"])
+@pytest.mark.parametrize("device", RUNS)
 @pytest.mark.parametrize("name", CASES)
 def test_packed(operators, name, device, score):  # noqa: F811
     case = CASES[name]

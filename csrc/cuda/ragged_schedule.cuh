@@ -98,7 +98,8 @@ __device__ __forceinline__ Scan block_scan(int64_t x, int64_t* slots) {
 }
 
 /// Runs as long as the machine is still filled, as run_length (plan.h) says for sequences of one length: warp
-/// w tries w + 1 rounds of blocks. `slots` [2 * kWarps] shared. The result does not change with it.
+/// w tries w + 1 rounds of blocks. Cost = rounds x rows that a job moves on average, or the longest job.
+/// `slots` [2 * kWarps] shared. No result of an operator changes with it.
 template <class T>
 __device__ __forceinline__ int64_t choose_run(const ScheduleLaunch<T>& launch, int64_t partitions,
                                               int64_t* slots) {
@@ -107,15 +108,26 @@ __device__ __forceinline__ int64_t choose_run(const ScheduleLaunch<T>& launch, i
   const int64_t slots_of_device = launch.plan.slots;
   const int64_t wanted = ceil_div(partitions * args.heads, (place.warp + 1) * slots_of_device);
   const int64_t run = wanted > 0 ? wanted : 1;
-  int64_t runs = 0;
+  int64_t runs = 0, longest = 0;
   for (int64_t b = place.lane; b < args.batch; b += 32) {
-    runs += ceil_div(ld_global(launch.table.at(SequenceTable::kCompressed, b)), run);
+    const int64_t compressed = ld_global(launch.table.at(SequenceTable::kCompressed, b));
+    const int64_t first = compressed < run ? compressed : run;
+    longest = longest < first ? first : longest;
+    runs += ceil_div(compressed, run);
   }
   runs = lanes_sum<32>(runs);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const int64_t other = __shfl_xor_sync(kFullWarp, longest, offset);
+    longest = longest < other ? other : longest;
+  }
   if (place.lane == 0) {
+    const int64_t jobs = runs * args.heads > 0 ? runs * args.heads : 1;
+    const int64_t rows = partitions * args.heads * (args.lag_size + args.keep) + jobs * args.lag_size;
+    const int64_t all = ceil_div(jobs, slots_of_device) * ceil_div(rows, jobs);
+    const int64_t one = longest * (args.lag_size + args.keep) + args.lag_size;
     st_shared(slots + place.warp, run);
-    st_shared(slots + kWarps + place.warp, ceil_div(runs * args.heads, slots_of_device) *
-                                               (run * (args.lag_size + args.keep) + args.lag_size));
+    st_shared(slots + kWarps + place.warp, all > one ? all : one);
   }
   __syncthreads();
   int best = 0;
