@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from cases import FINITE_KINDS, Layout, bits, cases, make_values
+from cases import DTYPES, FINITE_KINDS, Layout, bits, cases, make_values
 from compare import assert_bits, assert_scores, score_band
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,3 +170,17 @@ def test_reversed_rows_are_undone_by_compact(backend, case):
     index = index.expand(case.batch, case.heads, -1)
     assert_bits(backend.compact(backend.compact(key, index), index), rows(key, index.flip(-1)), "key")
     assert torch.equal(bits(backend.compact(key, index)), bits(key.contiguous()).flip(2))
+
+
+@given(
+    dim=st.sampled_from((1, 3, 8, 64, 80)),
+    lag_size=st.integers(2, 300),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_equal_rows_have_a_cosine_score_of_exactly_zero(backend, dim, lag_size, dtype, seed):
+    """Their statistics are equal, and a deviation of 0 is no matter of rounding."""
+    row = torch.randn(1, 1, 1, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = row.expand(1, 1, 3 * lag_size, dim).contiguous().to(backend.device)
+    score = backend.lag_score(x, x, 0, lag_size, score="cosine")
+    assert torch.equal(score, torch.zeros_like(score))
