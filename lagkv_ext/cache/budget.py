@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lagkv_ext.cache.settings import LayerSettings
+from lagkv_ext.cache.settings import LayerSettings
 
 Lengths = TypeVar("Lengths", int, Tensor)
 
@@ -57,18 +56,3 @@ def plan(settings: LayerSettings, rows: int, start: int) -> Plan:
 def starts_again(start: Lengths, lag_size: int, max_tokens: int) -> bool | Tensor:
     """Whether ``start``, after a compression, goes back to the sink size; for an int, or elementwise for a tensor."""
     return start + 2 * lag_size > max_tokens
-
-
-def check_budget(name: str, max_tokens: int, lag_size: int, keep: int, sink_size: int) -> None:
-    """ValueError unless a layer of ``max_tokens`` rows has room for the sink and two partitions, and drops some."""
-    least = sink_size + 2 * lag_size
-    if max_tokens < least:
-        raise ValueError(
-            f"{name} must be at least {least}: sink_size ({sink_size}) + two partitions of lag_size ({lag_size}) "
-            f"tokens, got {max_tokens}"
-        )
-    if keep == lag_size:
-        raise ValueError(
-            f"{name} ({max_tokens}) needs a keep below lag_size ({lag_size}), got {keep}: where every token of a "
-            "partition is kept, no number of compressions makes room"
-        )

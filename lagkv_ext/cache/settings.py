@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lagkv_ext import checks, ops
-from lagkv_ext.cache.budget import check_budget
 from lagkv_ext.cache.quantizer import FORMATS
 
 ORDERS = ("use_then_compress", "compress_then_use")
@@ -81,7 +80,7 @@ def layer_settings(
     _one_of("order", order, ORDERS)
     if max_tokens is not None:
         max_tokens = _integer("max_tokens", max_tokens)
-        check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
+        _check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
     if quantization is not None:
         _one_of("quantization", quantization, FORMATS)
     return LayerSettings(
@@ -133,7 +132,7 @@ def with_capacity(settings: LayerSettings, capacity: int, step_tokens: int) -> L
             f"({settings.lag_size}) tokens + step_tokens ({step_tokens}) - 1, got {capacity}"
         )
     max_tokens = capacity - step_tokens + 1
-    check_budget("capacity", max_tokens, settings.lag_size, settings.keep, settings.sink_size)
+    _check_budget("capacity", max_tokens, settings.lag_size, settings.keep, settings.sink_size)
     # No compression drops less, so one is enough for a step.
     most = settings.lag_size - settings.keep
     if step_tokens > most:
@@ -226,3 +225,18 @@ def _number(name: str, value: Any) -> float:
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_budget(name: str, max_tokens: int, lag_size: int, keep: int, sink_size: int) -> None:
+    """ValueError unless a layer of ``max_tokens`` rows has room for the sink and two partitions, and drops some."""
+    least = sink_size + 2 * lag_size
+    if max_tokens < least:
+        raise ValueError(
+            f"{name} must be at least {least}: sink_size ({sink_size}) + two partitions of lag_size ({lag_size}) "
+            f"tokens, got {max_tokens}"
+        )
+    if keep == lag_size:
+        raise ValueError(
+            f"{name} ({max_tokens}) needs a keep below lag_size ({lag_size}), got {keep}: where every token of a "
+            "partition is kept, no number of compressions makes room"
+        )
