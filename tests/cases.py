@@ -193,6 +193,8 @@ def _traps() -> dict[str, Case]:
     traps["nan-kept"] = of(base, heads=8, keep=16, key_kind="nan", value_kind="nan")
     traps["no-channels"] = of(base, key_dim=0, value_dim=0)
     traps["no-channels-of-value"] = of(base, value_dim=0)
+    for kind in ("holes", "zeros", "constant"):  # wider than the streaming layouts of the CUDA kernels
+        traps[f"wide-{kind}"] = of(base, key_dim=257, value_dim=300, key_kind=kind, value_kind=kind)
     traps["one-channel"] = of(base, key_dim=1, value_dim=2)
     traps["one-token"] = of(base, lag_size=1, keep=1, length=9)
     traps["keep-all"] = of(base, keep=16)

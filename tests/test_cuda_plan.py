@@ -10,7 +10,7 @@ import pytest
 import simt
 import torch
 from backends import Unavailable, make_simt
-from cases import Case
+from cases import DTYPES, Case
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import CASE_CHECKS
@@ -259,3 +259,19 @@ def test_output_length_is_the_planner_s(planner):
         made = planner.plan_compress(2, 8, 8, 1, length, start, lag_size, keep)
         copied = length - made["partitions"] * lag_size
         assert copied + made["partitions"] * keep == checks.output_length(length, start, lag_size, keep)
+
+
+@given(
+    dim=st.sampled_from((1, 3, 8, 64, 80, 257)),
+    lag_size=st.integers(2, 50),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_rows_along_one_channel_have_one_direction(executor, dim, lag_size, dtype, seed):
+    """Exactly, whatever their lengths: the division by the norm rounds as a division does (the CPU kernels multiply
+    by its inverse, within the tolerance)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.zeros(1, 1, 3 * lag_size, dim, dtype=dtype)
+    x[..., seed % dim] = (torch.rand(1, 1, 3 * lag_size, generator=generator) + 0.1).to(dtype)
+    score = executor.lag_score(x, x, 0, lag_size, score="cosine")
+    assert torch.equal(score, torch.zeros_like(score))

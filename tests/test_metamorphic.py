@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from cases import DTYPES, FINITE_KINDS, Layout, bits, cases, make_values
 from compare import assert_bits, assert_scores, score_band
@@ -173,7 +174,7 @@ def test_reversed_rows_are_undone_by_compact(backend, case):
 
 
 @given(
-    dim=st.sampled_from((1, 3, 8, 64, 80)),
+    dim=st.sampled_from((1, 3, 8, 64, 80, 257)),
     lag_size=st.integers(2, 300),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
@@ -184,3 +185,13 @@ def test_equal_rows_have_a_cosine_score_of_exactly_zero(backend, dim, lag_size, 
     x = row.expand(1, 1, 3 * lag_size, dim).contiguous().to(backend.device)
     score = backend.lag_score(x, x, 0, lag_size, score="cosine")
     assert torch.equal(score, torch.zeros_like(score))
+
+
+@pytest.mark.parametrize("dim", [3, 8, 64, 257])
+def test_a_norm_beyond_the_arithmetic_leaves_a_number(backend, dim):
+    """A row of finite channels whose squares overflow is divided to 0 (x / inf): its score is low, not NaN."""
+    key = make_values("normal", (1, 1, 4 * 16, dim), torch.float32, 0)
+    key[:, :, 5] = 1e30
+    key[:, :, 20] = -1e30
+    key = key.to(backend.device)
+    assert not backend.lag_score(key, key, 0, 16, score="cosine").isnan().any()

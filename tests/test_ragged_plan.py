@@ -9,7 +9,7 @@ import simt
 import torch
 from backends import Unavailable, make_simt
 from cases import bits
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ragged_cases import HND, RaggedCase
 from ragged_properties import CHECKS
@@ -208,14 +208,19 @@ def test_any_start_and_length(executor, starts, lengths):
                 assert torch.equal(p.view[b], old[b])
 
 
-@given(offsets=st.lists(ANY, min_size=4, max_size=4), starts=st.lists(ANY, min_size=3, max_size=3))
-def test_any_cu_seqlens(executor, offsets, starts):
+@given(
+    first=st.sampled_from([0, 0, 0, 1, -1, 60]),
+    offsets=st.lists(ANY, min_size=3, max_size=3),
+    starts=st.lists(ANY, min_size=3, max_size=3),
+)
+@example(first=3, offsets=[20, 40, 60], starts=[0, 0, 0])
+def test_any_cu_seqlens(executor, first, offsets, starts):
     rows = 60
     x = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(0))
-    cu_seqlens, start = (torch.tensor(n, dtype=torch.int32) for n in ([0, *offsets[1:]], starts))
+    cu_seqlens, start = (torch.tensor(n, dtype=torch.int32) for n in ([first, *offsets], starts))
     new_key, _, index, new_cu_seqlens, new_start = executor.compress_varlen(x, x + 1, cu_seqlens, start, 8, 3)
     ends = cu_seqlens.tolist()
-    if sorted(ends) != ends or ends[-1] > rows:
+    if first != 0 or sorted(ends) != ends or ends[-1] > rows:
         assert not new_cu_seqlens.any()
         assert (index == -1).all()
         assert torch.equal(new_start, start)
