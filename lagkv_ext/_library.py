@@ -13,6 +13,18 @@ from lagkv_ext.version import __version__
 
 _FOLDER = Path(__file__).resolve().parent
 _BUILD_INFO = _FOLDER / "_build_info.json"  # written by setup.py beside the libraries
+_OPERATORS = (
+    "compress",
+    "compress_",
+    "partition_bounds",
+    "lag_score",
+    "topk_index",
+    "compact",
+    "compress_ragged_",
+    "compress_varlen",
+    "compress_paged_",
+)
+_BUILD_AGAIN = "Run 'pip install .' (or 'make build' for a checkout) in the source folder."
 
 _cuda_status = "not loaded"
 
@@ -29,6 +41,12 @@ def load() -> None:
             f"{_FOLDER} would register them twice. Keep one copy of lagkv_ext on sys.path."
         )
     _load_library("_C")
+    # A checkout that was updated and not built again: say so here, not where the first new operator is used.
+    if missing := [name for name in _OPERATORS if not hasattr(torch.ops.lagkv, name)]:
+        raise ImportError(
+            f"{_FOLDER / '_C.abi3.so'} is older than the Python beside it: it has no {', '.join(missing)}. "
+            f"{_BUILD_AGAIN}"
+        )
     build = build_info()["cuda"]
     if torch.version.cuda is None:
         _cuda_status = "not loaded: this torch has no CUDA"
@@ -68,10 +86,7 @@ def info() -> dict[str, Any]:
 def _load_library(name: str) -> None:
     path = _FOLDER / f"{name}.abi3.so"
     if not path.exists() or not _BUILD_INFO.exists():
-        raise ImportError(
-            f"{path} is missing: lagkv_ext was not built here. "
-            "Run 'pip install .' (or 'make build' for a checkout) in the source folder."
-        )
+        raise ImportError(f"{path} is missing: lagkv_ext was not built here. {_BUILD_AGAIN}")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -18,32 +18,21 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lagkv_ext import checks, timing
 from lagkv_ext._library import info
 from lagkv_ext.ops import DEFAULT_KEEP_RATIO, resolve_keep
 from lagkv_ext.settings_file import read_settings
+from lagkv_ext.stages import COPY, Call, make_calls, needed_bytes
 from lagkv_ext.traffic import Problem
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATING}
-STAGES = ("bounds", "score", "select", "compact", "compress", "compress_", "copy")
-_OPERATOR = {"bounds": "partition_bounds", "score": "lag_score", "select": "topk_index"}
-_WHAT = {
-    "bounds": "partition_bounds of key and value",
-    "score": "lag_score (bounds included)",
-    "select": "topk_index",
-    "compact": "compact of key and value",
-    "compress": "everything, fused",
-    "compress_": "everything, fused, in place",
-    "copy": "key and value into existing buffers",
-}
 
 
 class ProfileError(ValueError):
@@ -116,12 +105,12 @@ class Profile:
             f"start {p.start}, lag_size {p.lag_size}, keep {p.keep}, score {p.score}: {p.partitions} partitions, "
             f"{p.tokens} -> {p.rows} rows, cache {p.cache_bytes / 1e6:.1f} MB",
             "",
-            f"{'stage':10}{'us':>11}{'quartiles':>23}{'MB':>9}{'GB/s':>8}{'of copy':>9}",
+            f"{'stage':17}{'us':>11}{'quartiles':>23}{'MB':>9}{'GB/s':>8}{'of copy':>9}",
         ]
         for x in self.stages:
             us = x.seconds.scaled(1e6)
             lines.append(
-                f"{x.name:10}{us.median:11.1f}{us.q1:12.1f} ..{us.q3:8.1f}{x.least_bytes / 1e6:9.2f}{x.gb_per_s:8.2f}"
+                f"{x.name:17}{us.median:11.1f}{us.q1:12.1f} ..{us.q3:8.1f}{x.least_bytes / 1e6:9.2f}{x.gb_per_s:8.2f}"
                 f"{100 * x.copy_share:8.0f}%  {x.what}"
             )
         lines.append(
@@ -145,6 +134,7 @@ def profile(
     threads: int | None = None,
     rounds: int = 21,
     cold: bool = True,
+    ragged: bool = False,
     seed: int = 0,
 ) -> Profile:
     """Time every stage of one problem, in turns (see `timing.measure`).
@@ -154,6 +144,7 @@ def profile(
         device: "cpu", "cuda", "cuda:1", ...
         threads: CPU threads; torch's current number by default. Restored afterwards.
         cold: empty the last-level cache before every run.
+        ragged: also the same sequences in slots, packed and in pages, by the ragged operators.
 
     Raises:
         ProfileError: a device or kernels that are not there, threads out of range, too little memory (said before any
@@ -161,23 +152,23 @@ def profile(
     """
     target = check_device(device)
     with _threads(threads):
-        _check_memory(problem, target)
-        calls, restore = _calls(problem, target, seed)
+        _check_memory(problem, target, ragged)
+        calls = make_calls(problem, target, seed, ragged=ragged)
         with torch.no_grad():
             measured = timing.measure(
-                [timing.Candidate(name, call, restore) for name, call in calls.items()],
+                [timing.Candidate(call.name, call.run, call.restore) for call in calls],
                 device=target,
                 rounds=rounds,
                 cold=cold,
             )
         copied = problem.least_bytes("copy")
         stages = []
-        for name in calls:
-            seconds, least = measured.seconds(name), problem.least_bytes(_OPERATOR.get(name, name))
-            share = least / copied * measured.ratio("copy", name).median
-            stages.append(Stage(name, _WHAT[name], seconds, least, share))
+        for call in calls:
+            least = problem.least_bytes(call.operator)
+            share = least / copied * measured.ratio(COPY, call.name).median
+            stages.append(Stage(call.name, call.what, measured.seconds(call.name), least, share))
         if target.type == "cuda":
-            kernels = _cuda_kernels(calls, restore)
+            kernels = _cuda_kernels(calls)
             no_kernels = "" if kernels else "the profiler saw no kernel (is CUPTI there?)"
         else:
             kernels = ()
@@ -196,47 +187,57 @@ def profile(
 
 
 def write_trace(
-    problem: Problem, path: Path, *, device: str = "cpu", threads: int | None = None, seed: int = 0
+    problem: Problem,
+    path: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    ragged: bool = False,
+    seed: int = 0,
 ) -> None:
     """A Chrome trace (chrome://tracing, Perfetto) of every stage, three times; gzipped where the name ends with .gz."""
     target = check_device(device)
     with _threads(threads), torch.no_grad():
-        _check_memory(problem, target)
-        calls, restore = _calls(problem, target, seed)
-        for call in calls.values():
-            call()
+        _check_memory(problem, target, ragged)
+        calls = make_calls(problem, target, seed, ragged=ragged)
+        for call in calls:
+            call.run()
         with _profiler(target, record_shapes=True) as profiler:
             for _ in range(3):
-                for name, call in calls.items():
-                    restore()
-                    with torch.profiler.record_function(f"lagkv profile: {name}"):
-                        call()
+                for call in calls:
+                    call.restore()
+                    with torch.profiler.record_function(f"lagkv profile: {call.name}"):
+                        call.run()
             _synchronize(target)
         profiler.export_chrome_trace(str(path))
 
 
-def run_once(problem: Problem, *, device: str = "cpu", threads: int | None = None, seed: int = 0) -> None:
+def run_once(
+    problem: Problem, *, device: str = "cpu", threads: int | None = None, ragged: bool = False, seed: int = 0
+) -> None:
     """Every stage once after a warm-up, between cudaProfilerStart and -Stop and with NVTX ranges: for ncu and nsys."""
     target = check_device(device)
     with _threads(threads), torch.no_grad():
-        calls, restore = _calls(problem, target, seed)
-        for call in calls.values():
-            call()
-        restore()
+        calls = make_calls(problem, target, seed, ragged=ragged)
+        for call in calls:
+            call.run()
+        for call in calls:
+            call.restore()
         _synchronize(target)
         on_cuda = target.type == "cuda"
         with torch.cuda.profiler.profile() if on_cuda else contextlib.nullcontext():
             with (
                 torch.autograd.profiler.emit_nvtx(record_shapes=True) if on_cuda else contextlib.nullcontext()
             ):
-                for call in calls.values():
-                    call()
+                for call in calls:
+                    call.run()
             _synchronize(target)
 
 
-def ncu_command(problem: Problem, device: str = "cuda") -> str:
+def ncu_command(problem: Problem, device: str = "cuda", *, ragged: bool = False) -> str:
     """The Nsight Compute command line that goes further: every metric of every lagkv kernel of this problem."""
     command = [sys.executable, "-m", "lagkv_ext.profile", "--once", "--device", device, *_arguments(problem)]
+    command += ["--ragged"] if ragged else []
     options = "ncu --set full --import-source on --profile-from-start off --kernel-name-base demangled"
     return f"{options} --kernel-name regex:lagkv::cuda --export lagkv-profile --force-overwrite {shlex.join(command)}"
 
@@ -281,57 +282,29 @@ def kernels_of_trace(trace: dict[str, Any], stage: str) -> list[Kernel]:
     return found
 
 
-def _cuda_kernels(calls: dict[str, Callable[[], Any]], restore: Callable[[], None]) -> tuple[Kernel, ...]:
+def _cuda_kernels(calls: Sequence[Call]) -> tuple[Kernel, ...]:
     kernels: list[Kernel] = []
     target = torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        for name, call in calls.items():
-            if name == "copy":
+        for call in calls:
+            if call.name == COPY:
                 continue
-            restore()
+            call.restore()
             _synchronize(target)
             with _profiler(target) as profiler:
-                call()
+                call.run()
                 _synchronize(target)
             profiler.export_chrome_trace(str(path))
-            kernels += kernels_of_trace(json.loads(path.read_text(encoding="utf-8")), name)
+            kernels += kernels_of_trace(json.loads(path.read_text(encoding="utf-8")), call.name)
     return tuple(kernels)
 
 
-def _calls(
-    p: Problem, device: torch.device, seed: int
-) -> tuple[dict[str, Callable[[], Any]], Callable[[], None]]:
-    """The stages by name, all on the same key and value, and what makes these as they were."""
-    lagkv = torch.ops.lagkv
-    pristine = p.make(device, seed)
-    key, value = (x.clone() for x in pristine)
-    copies = [torch.empty_like(x) for x in pristine]
-    scores = lagkv.lag_score(key, value, p.start, p.lag_size, **p.scoring)
-    index: Tensor = lagkv.compress(key, value, p.start, p.lag_size, p.keep, **p.scoring)[2]
-
-    def restore() -> None:
-        key.copy_(pristine[0])
-        value.copy_(pristine[1])
-
-    calls: dict[str, Callable[[], Any]] = {
-        "bounds": lambda: [lagkv.partition_bounds(x, p.start, p.lag_size) for x in (key, value)],
-        "score": lambda: lagkv.lag_score(key, value, p.start, p.lag_size, **p.scoring),
-        "select": lambda: lagkv.topk_index(scores, p.keep),
-        "compact": lambda: [lagkv.compact(x, index) for x in (key, value)],
-        "compress": lambda: lagkv.compress(key, value, p.start, p.lag_size, p.keep, **p.scoring),
-        "compress_": lambda: lagkv.compress_(key, value, p.start, p.lag_size, p.keep, **p.scoring),
-        "copy": lambda: [new.copy_(x) for new, x in zip(copies, (key, value), strict=True)],
-    }
-    return calls, restore
-
-
-def _check_memory(p: Problem, device: torch.device) -> None:
-    need, free = 3 * p.cache_bytes + 2 * p.output_bytes, timing.available_bytes(device)
+def _check_memory(p: Problem, device: torch.device, ragged: bool) -> None:
+    need, free = needed_bytes(p, ragged=ragged), timing.available_bytes(device)
     if need > 0.9 * free:
         raise ProfileError(
-            f"this problem needs {need / 1e9:.2f} GB on {device} (three caches and two results), "
-            f"{free / 1e9:.2f} GB are free"
+            f"this problem needs {need / 1e9:.2f} GB on {device} (caches and results), {free / 1e9:.2f} GB are free"
         )
 
 
@@ -411,7 +384,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv
             value_weight=options.value_weight,
             score=options.score,
         )
-        where = {"device": options.device, "threads": options.threads}
+        where = {"device": options.device, "threads": options.threads, "ragged": options.ragged}
         if options.once:
             run_once(problem, **where)
             return 0
@@ -425,7 +398,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m lagkv
             print(f"trace: {options.trace} (open in Perfetto or chrome://tracing)")
         on_cuda = options.device.startswith("cuda")
         note = "" if on_cuda else " (on a machine with a GPU)"
-        print(f"further{note}: {ncu_command(problem, options.device if on_cuda else 'cuda')}")
+        command = ncu_command(problem, options.device if on_cuda else "cuda", ragged=options.ragged)
+        print(f"further{note}: {command}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -476,6 +450,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="a lagkv.json, whose values hold where no option is given",
+    )
+    add(
+        "--ragged",
+        action="store_true",
+        help="also the same sequences in slots, packed and in pages of 16 rows",
     )
     add("--rounds", type=int, default=21, help="turns of every stage (default %(default)s)")
     add("--cache", choices=("cold", "warm"), default="cold", help="of the processor or GPU, before every run")

@@ -78,8 +78,9 @@ class Problem:
     def least_bytes(self, operator: str) -> int:
         """Bytes read plus bytes written: every input byte that is needed once, every output byte once.
 
-        ``operator``: one of the six of the spec, where ``partition_bounds`` and ``compact`` stand for two calls, on
-        key and on value; or "copy": all of key and value read and written, which is what a clone costs.
+        ``operator``: one of the nine of the spec, where ``partition_bounds`` and ``compact`` stand for two calls, on
+        key and on value, and the ragged ones have every slot or page full; or "copy": all of key and value read and
+        written, which is what a clone costs.
         """
         if operator == "copy":
             return 2 * self.cache_bytes
@@ -91,6 +92,11 @@ class Problem:
             # Rows before start stay where they are.
             moved = self._rows(self.tokens - self.start) + self._rows(self.rows - self.start)
             return moved + self._index(self.rows)
+        if operator == "compress_varlen":
+            return self._rows(self.tokens) + self._rows(self.rows) + self._index(self.tokens)
+        if operator in ("compress_ragged_", "compress_paged_"):  # the index is as long as the capacity
+            moved = self.least_bytes("compress_") - self._index(self.rows)
+            return moved + self._index(self.tokens)
         if operator == "partition_bounds":
             bounds = self.batch * self.heads * self.partitions * 2 * (self.key_dim + self.value_dim)
             return self._rows(self.partitions * self.lag_size) + bounds * self._real

@@ -378,6 +378,9 @@ def test_least_bytes_by_hand():
     assert p.least_bytes("copy") == 2 * 33 * row
     assert p.least_bytes("compress") == (33 + 21) * row + 2 * 21 * 4
     assert p.least_bytes("compress_") == (29 + 17) * row + 2 * 21 * 4
+    assert p.least_bytes("compress_varlen") == (33 + 21) * row + 2 * 33 * 4
+    assert p.least_bytes("compress_ragged_") == (29 + 17) * row + 2 * 33 * 4
+    assert p.least_bytes("compress_paged_") == p.least_bytes("compress_ragged_")
     assert p.least_bytes("partition_bounds") == 24 * row + 3 * 2 * row
     assert p.least_bytes("lag_score") == 24 * row + 2 * 2 * 8 * 4
     assert p.least_bytes("topk_index") == 2 * 2 * 8 * 4 + 2 * 2 * 2 * 4

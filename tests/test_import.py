@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -57,6 +58,23 @@ def test_a_second_copy_is_refused_by_name():
     )
     assert done.returncode == 1
     assert "ImportError: the lagkv operators are already registered in this process" in done.stderr
+
+
+def test_a_library_older_than_its_python_is_said(tmp_path):
+    """The Python of a later version, which knows one more operator, beside today's library."""
+    copy = tmp_path / "lagkv_ext"
+    shutil.copytree(ROOT / "lagkv_ext", copy, ignore=shutil.ignore_patterns("__pycache__", "_cuda.*", "data"))
+    source = copy / "_library.py"
+    text = source.read_text(encoding="utf-8")
+    assert '    "compress_paged_",\n' in text
+    source.write_text(text.replace('"compress_paged_",', '"compress_paged_", "sort_",'), encoding="utf-8")
+    done = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import lagkv_ext")
+    assert done.returncode == 1
+    assert (
+        f"ImportError: {copy / '_C.abi3.so'} is older than the Python beside it: it has no sort_."
+        in done.stderr
+    )
+    assert "make build" in done.stderr
 
 
 def test_info_reports_what_runs():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import gzip
 import json
 import shlex
@@ -9,9 +11,11 @@ import shlex
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
+from torch.utils._pytree import tree_leaves
 
 import lagkv_ext
 from lagkv_ext import profile as profiling
+from lagkv_ext.stages import make_calls, needed_bytes
 from lagkv_ext.traffic import Problem
 
 SMALL = Problem(heads=2, tokens=16 + 4 * 32 + 5, key_dim=16, value_dim=8, lag_size=32, keep=8)
@@ -30,6 +34,8 @@ ARGUMENTS = [
     "8",
 ]
 ARGUMENTS += ["--dtype", "float32", "--rounds", "2", "--cache", "warm"]
+STAGES = ("bounds", "score", "select", "compact", "compress", "compress_", "copy")
+RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_")
 OPERATORS = ("compress", "compress_", "partition_bounds", "lag_score", "topk_index", "compact")
 
 
@@ -71,7 +77,7 @@ def test_a_trace_file_holds_every_operator_three_times(tmp_path):
 
 def test_every_stage_is_measured_and_told():
     result = profiling.profile(SMALL, rounds=2, cold=False, threads=1)
-    assert [stage.name for stage in result.stages] == list(profiling.STAGES)
+    assert [stage.name for stage in result.stages] == list(STAGES)
     told = result.to_dict()
     assert json.loads(json.dumps(told)) == told
     assert told["problem"]["rows"] == SMALL.rows
@@ -80,9 +86,51 @@ def test_every_stage_is_measured_and_told():
     assert result.stages[-1].copy_share == pytest.approx(1)
     text = str(result)
     assert "4 partitions, 149 -> 77 rows" in text
-    assert all(f"\n{name} " in text for name in profiling.STAGES)
+    assert all(f"\n{name} " in text for name in STAGES)
     assert "launch plan, registers, occupancy: only on CUDA" in text
     assert result.facts["threads"] == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_ragged_stages_keep_what_compress_keeps(batch):
+    """Every stage does the same work on the same rows: same kept positions, run after run."""
+    problem = dataclasses.replace(SMALL, batch=batch)
+    calls = {call.name: call for call in make_calls(problem, torch.device("cpu"), 0, ragged=True)}
+    assert tuple(calls) == (*STAGES[:-1], *RAGGED, "copy")
+    expected = calls["compress"].run()[2]
+    for name in ("compress_", *RAGGED):
+        for _ in range(2):
+            calls[name].restore()
+            result = calls[name].run()
+            index = result[2] if isinstance(result, (tuple, list)) else result
+            if name == "compress_varlen":  # [H, T]
+                index = index[:, : batch * problem.rows].unflatten(1, (batch, problem.rows)).transpose(0, 1)
+            assert torch.equal(index[..., : problem.rows], expected), name
+
+
+def test_ragged_stages_are_measured_and_told():
+    result = profiling.profile(SMALL, rounds=2, cold=False, threads=1, ragged=True)
+    assert [stage.name for stage in result.stages] == [*STAGES[:-1], *RAGGED, "copy"]
+    assert all(f"\n{name} " in str(result) for name in RAGGED)
+
+
+def test_the_memory_that_is_asked_for_is_what_the_calls_take():
+    """What the calls hold, and the largest result."""
+
+    def storages() -> dict[int, int]:
+        found = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+    problem = dataclasses.replace(SMALL, tokens=16 + 40 * 32, key_dim=64, value_dim=64)
+    for ragged in (False, True):
+        gc.collect()
+        before = storages()
+        calls = make_calls(problem, torch.device("cpu"), 0, ragged=ragged)
+        held = sum(size for address, size in storages().items() if address not in before)
+        results = [tree_leaves(call.run()) for call in calls if call.name != "copy"]
+        largest = max(sum(x.nbytes for x in tensors) for tensors in results)
+        assert held + largest <= 1.1 * needed_bytes(problem, ragged=ragged) <= 1.5 * (held + largest)
+        del calls, results
 
 
 def test_the_number_of_threads_is_restored():
@@ -97,7 +145,7 @@ def test_the_command_writes_its_files_and_the_nsight_command_makes_the_same_prob
     assert profiling.main([*ARGUMENTS, *written]) == 0
     shown = capsys.readouterr().out
     assert "lagkv::compress" in labels(files["trace.json"])
-    assert len(json.loads(files["result.json"].read_text())["stages"]) == len(profiling.STAGES)
+    assert len(json.loads(files["result.json"].read_text())["stages"]) == len(STAGES)
     command = shlex.split(shown.strip().splitlines()[-1].split(": ", 1)[1])
     assert command[0] == "ncu"
     rest = command[command.index("lagkv_ext.profile") + 1 :]
@@ -125,6 +173,15 @@ def test_once_runs_every_stage_and_times_none(capsys):
     assert capsys.readouterr().out == ""
     counts = {event.key: event.count for event in profiler.key_averages()}
     assert counts["lagkv::compress_"] == 2  # the warm-up and the one
+    assert "lagkv::compress_paged_" not in counts
+
+
+def test_ragged_stages_go_into_the_trace_and_into_the_nsight_command(tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    assert profiling.main([*ARGUMENTS, "--ragged", "--trace", str(trace)]) == 0
+    assert [labels(trace).count(f"lagkv::{name}") for name in RAGGED] == [3, 3, 3]
+    command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].split(": ", 1)[1])
+    assert command[-1] == "--ragged"
 
 
 # -- CUDA, as torch.profiler writes it
