@@ -1,0 +1,24 @@
+"""What a server says about its rollout at one moment: for logs, health pages and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REASONS = ("compressed", "disabled", "tripped", "share", "short_prompt", "error")
+
+
+@dataclass(frozen=True)
+class RolloutStatus:
+    """`Rollout.status`. ``decisions``, ``checks`` and ``reload_errors`` count what this process did since its
+    `Rollout` was made: they only grow, and add up over processes. The other fields are those of the version in force.
+    """
+
+    version: int
+    enabled: bool
+    share: float  #: of all requests, in [0, 1]; what the file says, also where nothing is compressed
+    tripped: bool
+    decisions: dict[str, int]  #: requests by reason; every name in `REASONS` is there
+    checks: int  #: quality checks that came to a result
+    agreement: float | None  #: mean over the breaker's window of this version, in [0, 1]; None before the first check
+    kl: float | None  #: mean over the same window, nats per token; None before the first check
+    reload_errors: int  #: contents of the file that could not be used, each counted once
