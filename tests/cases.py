@@ -193,8 +193,16 @@ def _traps() -> dict[str, Case]:
     traps["nan-kept"] = of(base, heads=8, keep=16, key_kind="nan", value_kind="nan")
     traps["no-channels"] = of(base, key_dim=0, value_dim=0)
     traps["no-channels-of-value"] = of(base, value_dim=0)
-    for kind in ("holes", "zeros", "constant"):  # wider than the streaming layouts of the CUDA kernels
+    for kind in (
+        "holes",
+        "zeros",
+        "constant",
+        "denormal",
+        "constant_denormal",
+    ):  # wider than the streaming layouts of the CUDA kernels
         traps[f"wide-{kind}"] = of(base, key_dim=257, value_dim=300, key_kind=kind, value_kind=kind)
+    traps["wide-aligned"] = of(base, key_dim=260, value_dim=320, length=3 + 3 * 16)
+    traps["wide-one-token"] = of(base, lag_size=1, keep=1, length=5, key_dim=257, value_dim=260)
     traps["one-channel"] = of(base, key_dim=1, value_dim=2)
     traps["one-token"] = of(base, lag_size=1, keep=1, length=9)
     traps["keep-all"] = of(base, keep=16)

@@ -13,7 +13,7 @@ from backends import Unavailable, make_simt
 from cases import DTYPES, Case
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import CASE_CHECKS
+from properties import CASE_CHECKS, check_lag_score
 
 from lagkv_ext import checks, reference
 
@@ -218,7 +218,7 @@ def test_keeping_all_scores_nothing(executor):
     assert not [launch for launch in operators.last().launches() if launch["barriers"]]
 
 
-@pytest.mark.parametrize("dims", [(0, 8), (8, 0), (0, 0)])
+@pytest.mark.parametrize("dims", [(0, 8), (8, 0), (0, 0), (0, 300), (300, 0)])
 @pytest.mark.parametrize("score", ["std", "cosine"])
 def test_rows_of_no_elements(executor, dims, score):
     """A tensor of no elements has no memory; the other one is compressed all the same."""
@@ -231,6 +231,25 @@ def test_rows_of_no_elements(executor, dims, score):
     index = operators.compress_(key, value, 2, 8, 3, score=score)
     assert torch.equal(index, wanted[2])
     assert torch.equal(value[:, :, : index.shape[2]], wanted[1])
+
+
+def test_wide_rows_of_a_long_partition(executor):
+    """More tokens than a panel of 256, whose sums are added up one after the other."""
+    case = Case(1, 1, 2 * 300, 257, 257, 0, 300, 7, torch.float32, score="cosine")
+    check_lag_score(executor, case)
+
+
+@pytest.mark.parametrize("count", [12_000, 60_000])
+def test_topk_of_a_long_row(executor, count):
+    """Beyond what shared memory holds."""
+    score = torch.randn(1, count, generator=torch.Generator().manual_seed(count))
+    assert torch.equal(executor.topk_index(score, 100), reference.topk_index(score, 100))
+
+
+@pytest.mark.parametrize("dim", [1024, 4000])
+def test_bounds_of_a_long_row(executor, dim):
+    x = torch.randn(1, 1, 6, dim, generator=torch.Generator().manual_seed(dim))
+    assert torch.equal(executor.partition_bounds(x, 0, 3), reference.partition_bounds(x, 0, 3))
 
 
 @pytest.mark.parametrize("bad", [-1, 10, -(2**31), 2**31 - 1])

@@ -195,3 +195,14 @@ def test_a_norm_beyond_the_arithmetic_leaves_a_number(backend, dim):
     key[:, :, 20] = -1e30
     key = key.to(backend.device)
     assert not backend.lag_score(key, key, 0, 16, score="cosine").isnan().any()
+
+
+@pytest.mark.parametrize("dim", [3, 8, 64, 257])
+def test_bounds_far_below_the_values_leave_numbers(backend, dim):
+    """The sum of squares of y is beyond the arithmetic, its deviation is not: a score is a number."""
+    key = make_values("normal", (1, 1, 3 * 16, dim), torch.float32, 0)
+    key[:, :, 16:] *= 1e-25
+    score = backend.lag_score(key.to(backend.device), key.to(backend.device), 0, 16)
+    band = score_band(key, key, 0, 16, 1.0, "std")
+    assert not band.exact.isnan().any()
+    assert_scores(score, band)

@@ -214,6 +214,7 @@ def test_any_start_and_length(executor, starts, lengths):
     starts=st.lists(ANY, min_size=3, max_size=3),
 )
 @example(first=3, offsets=[20, 40, 60], starts=[0, 0, 0])
+@example(first=0, offsets=[20, 40, 60], starts=[0, -3, 0])
 def test_any_cu_seqlens(executor, first, offsets, starts):
     rows = 60
     x = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(0))
@@ -261,3 +262,21 @@ def test_any_block_table(executor, blocks):
         for head in range(2):
             kept = index[b, head, : length[b]].long()
             assert torch.equal(mine[: length[b], head], rows[kept, head])
+
+
+def test_pages_of_no_rows(executor):
+    key = torch.empty(3, 0, 2, 8)
+    table, start, length = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1]], [0], [0]))
+    assert executor.compress_paged_(key, key.clone(), table, start, length, 4, 1).shape == (1, 2, 0)
+    assert (start, length) == (0, 0)
+
+
+def test_pages_that_two_sequences_have_twice(executor):
+    """Allowed as long as neither moves a row in them, as with a prefix that both have."""
+    pool = torch.randn(2, 4, 2, 8, generator=torch.Generator().manual_seed(0))
+    key, value = pool.clone(), pool + 1
+    table = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
+    start, length = torch.tensor([0, 0], dtype=torch.int32), torch.tensor([5, 5], dtype=torch.int32)
+    index = executor.compress_paged_(key, value, table, start, length, 4, 1)
+    assert torch.equal(key, pool)
+    assert torch.equal(index[:, :, :5], torch.arange(5, dtype=torch.int32).expand(2, 2, 5))

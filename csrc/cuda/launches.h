@@ -87,7 +87,7 @@ void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Device& device,
   const RowShape shape = row_shape(sizeof(T), args.x.dim, rows_aligned(args.x));
   const BoundsLaunch<T> launch{args,
                                plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads, args.length,
-                                           args.start, args.lag_size, device),
+                                           args.start, args.lag_size),
                                0};
   if (launch.plan.blocks == 0) return;
   with_layout<T>(shape, [&](auto tag) {

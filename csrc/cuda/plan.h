@@ -199,7 +199,7 @@ struct BoundsPlan {
 };
 
 inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int64_t heads, int64_t length,
-                              int64_t start, int64_t lag_size, const Device& device) {
+                              int64_t start, int64_t lag_size) {
   BoundsPlan plan{};
   plan.shape = shape;
   plan.partitions = partition_count(length, start, lag_size);

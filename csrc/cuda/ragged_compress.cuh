@@ -54,8 +54,7 @@ __device__ __forceinline__ void fill_slots(const RaggedLaunch<T>& launch, const 
   const int64_t first = (run_of_all - ld_global_nc(table.at(Table::kFirstRun, sequence))) * run;
   for (int side = 0; side < 2; ++side) {
     const auto x = side_of(side, args.key, args.value);
-    auto out = side_of(side, args.key_out, args.value_out);
-    out.offsets = args.key_out.offsets;
+    const auto out = side_of(side, args.key_out, args.value_out);
     // Rows and outputs are for copies alone, which packed rows make: there rows lie row_stride apart.
     const T* rows = nullptr;
     T* kept = nullptr;
@@ -132,8 +131,7 @@ __device__ __forceinline__ void fill_tile(const RaggedLaunch<typename Layout::T>
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     const auto x = side_of(side, args.key, args.value);
-    auto out = side_of(side, args.key_out, args.value_out);
-    out.offsets = args.key_out.offsets;
+    const auto out = side_of(side, args.key_out, args.value_out);
     copy_rows<Layout>(out.row(sequence, head, 0, LoadNc{}), out.row_stride,
                       x.row(sequence, head, 0, LoadNc{}), x.row_stride, x.dim, count, to, from);
   }

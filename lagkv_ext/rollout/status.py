@@ -19,6 +19,8 @@ class RolloutStatus:
     tripped: bool
     decisions: dict[str, int]  #: requests by reason; every name in `REASONS` is there
     checks: int  #: quality checks that came to a result
-    agreement: float | None  #: mean over the breaker's window of this version, in [0, 1]; None before the first check
+    agreement: (
+        float | None
+    )  #: mean over the breaker's window of this version, in [0, 1]; None before the first check
     kl: float | None  #: mean over the same window, nats per token; None before the first check
     reload_errors: int  #: contents of the file that could not be used, each counted once

@@ -3,6 +3,7 @@
 // the operators their signatures.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 
 #include "cuda/launches.h"
@@ -36,15 +37,24 @@ auto rows_in(Session& session, const char* name, const TensorArg& tensor) {
   return view_of(session.in<T>(name, tensor), tensor).template rows<const T>();
 }
 
-/// What the launch code calls for every kernel.
+/// What the launch code calls for every kernel. The launcher on a device asks for no more shared memory than
+/// every launch gets (no cudaFuncSetAttribute), of which static shared memory is a part.
 struct Run {
   Session& session;
   const char* name;
+  const Device& device;
 
   template <class Params>
   void operator()(void (*kernel)(Params), int64_t grid, int threads, int64_t shared_bytes,
                   const std::remove_const_t<Params>& params) const {
     session.launch(name, kernel, dim3(static_cast<unsigned>(grid)), dim3(threads), shared_bytes, params);
+    const auto& done = session.launches().back();
+    const uint64_t shared = done.dynamic_shared_bytes + done.static_shared_bytes;
+    if (shared > static_cast<uint64_t>(device.shared_per_block)) {
+      throw std::runtime_error("simt: " + std::string(name) + " has " + std::to_string(shared) +
+                               " bytes of shared memory, a block of this device " +
+                               std::to_string(device.shared_per_block));
+    }
   }
 };
 
@@ -76,7 +86,7 @@ template <class T>
 void launch(Session& session, const lagkv::CompressParams<T>& args, RealOf<T>* score, const Device& device) {
   lagkv::cuda::launch_compress<T>(
       args, score, device, [&](int64_t bytes) { return session.scratch<unsigned char>("scratch", bytes); },
-      Run{session, "compress_kernel"});
+      Run{session, "compress_kernel", device});
 }
 
 template <class T>
@@ -106,7 +116,7 @@ void bind(py::module_& parent, const char* dtype) {
     const int64_t rows = index.shape[2];
     if (rows == key.shape[2]) return;
     lagkv::cuda::launch_move(key_rows, value_rows, args.index, args.batch, args.heads, args.start, rows,
-                             device, Run{session, "move_kernel"});
+                             device, Run{session, "move_kernel", device});
   });
   module.def("lag_score", [](Session& session, const TensorArg& key, const TensorArg& value,
                              const TensorArg& score, const Sizes& sizes, const Device& device) {
@@ -123,7 +133,7 @@ void bind(py::module_& parent, const char* dtype) {
                                                  x.shape[2],
                                                  start,
                                                  lag_size};
-    lagkv::cuda::launch_bounds<T>(args, device, Run{session, "bounds_kernel"});
+    lagkv::cuda::launch_bounds<T>(args, device, Run{session, "bounds_kernel", device});
   });
   // False where the leading dimensions do not merge to kTopkDims: then the caller merges them by a copy.
   module.def("topk_index", [](Session& session, const TensorArg& score, const TensorArg& index, int64_t keep,
@@ -134,7 +144,7 @@ void bind(py::module_& parent, const char* dtype) {
     const lagkv::TopkParams<T> args{
         session.in<T>("score", score), 0,   session.out<int32_t>("index", index), index.numel() / keep,
         score.shape[leading],          keep};
-    lagkv::cuda::launch_topk<T>(args, rows, device, Run{session, "topk_kernel"});
+    lagkv::cuda::launch_topk<T>(args, rows, device, Run{session, "topk_kernel", device});
     return true;
   });
   module.def("compact", [](Session& session, const TensorArg& x, const TensorArg& index, const TensorArg& out,
@@ -148,7 +158,7 @@ void bind(py::module_& parent, const char* dtype) {
                                        x.shape[1],
                                        x.shape[2],
                                        index.shape[2]};
-    lagkv::cuda::launch_compact(args, device, Run{session, "compact_kernel"});
+    lagkv::cuda::launch_compact(args, device, Run{session, "compact_kernel", device});
   });
 }
 

@@ -40,9 +40,9 @@ void run_ragged(Session& session, const lagkv::RaggedParams<T>& args, bool in_pl
   };
   const auto table =
       lagkv::cuda::make_table(args.batch, [&](int64_t bytes) -> void* { return scratch(bytes); });
-  lagkv::cuda::launch_ragged<T>(args, table, device, scratch, Run{session, "ragged_kernel"});
+  lagkv::cuda::launch_ragged<T>(args, table, device, scratch, Run{session, "ragged_kernel", device});
   if (in_place) {
-    lagkv::cuda::launch_ragged_move(args, table, device, Run{session, "ragged_move_kernel"});
+    lagkv::cuda::launch_ragged_move(args, table, device, Run{session, "ragged_move_kernel", device});
   }
 }
 
