@@ -331,6 +331,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             for i, layer in self._lagkv_layers().items():
                 self.layers[i] = LagKVLayer(layer.settings)
                 self.layers[i].record_past = layer.record_past
+                self.layers[i].timer = layer.timer
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from lagkv_ext.cache.cache import LagKVCache
 from lagkv_ext.cache.report import CacheReport
+from lagkv_ext.cache.timer import CompressionTimer
 
 
 class _SelfAttentionCache(LagKVCache):
@@ -49,3 +50,11 @@ class LagKVEncoderDecoderCache(EncoderDecoderCache):
 
     def kept_hash(self) -> str:
         return self._compressed.kept_hash()
+
+    @property
+    def timer(self) -> CompressionTimer | None:
+        return self._compressed.timer
+
+    @timer.setter
+    def timer(self, timer: CompressionTimer | None) -> None:
+        self._compressed.timer = timer

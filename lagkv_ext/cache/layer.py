@@ -153,8 +153,9 @@ class LagKVLayer(RowLayer):
 
     def storages(self) -> list[Tensor]:
         """The tensors that this layer keeps alive."""
-        tensors = [] if self._buffer is None else self._buffer.storages
-        return tensors if self._track.chosen is None else [*tensors, self._track.chosen]
+        buffer, chosen = self._buffer, self._track.chosen  # read once, see uncompressed_bytes
+        tensors = [] if buffer is None else buffer.storages
+        return tensors if chosen is None else [*tensors, chosen]
 
     def settle(self) -> None:
         if not self._due:
@@ -163,9 +164,11 @@ class LagKVLayer(RowLayer):
         passes, self._due = self._due, ()
         with plain_tensors():
             for done in passes:
-                index = torch.ops.lagkv.compress_(
-                    self._buffer.key, self._buffer.value, done.start, **self.settings.operator_arguments
-                )
+                key, value = self._buffer.key, self._buffer.value
+                with self._timed(key):
+                    index = torch.ops.lagkv.compress_(
+                        key, value, done.start, **self.settings.operator_arguments
+                    )
                 self._buffer.rows -= self._dropped(done.count)
                 self._track.record(index, done)
 

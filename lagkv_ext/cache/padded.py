@@ -51,7 +51,7 @@ class PaddedLayer(RowLayer):
         """Goes on where ``layer``, which had no padding, stands."""
         layer.settle()
         padded = cls(layer.settings, padding)
-        padded.record_past = layer.record_past
+        padded.record_past, padded.timer = layer.record_past, layer.timer
         if layer.is_initialized:
             padded.is_initialized, padded._buffer = True, layer._buffer
             padded.dtype, padded.device = layer.dtype, layer.device
@@ -202,7 +202,8 @@ class PaddedLayer(RowLayer):
 
     def storages(self) -> list[Tensor]:
         """The tensors that this layer keeps alive."""
-        tensors = [] if self._buffer is None else self._buffer.storages
+        buffer = self._buffer  # read once, see uncompressed_bytes
+        tensors = [] if buffer is None else buffer.storages
         return [*tensors, *(track.chosen for track in self._tracks if track.chosen is not None)]
 
     def settle(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from lagkv_ext.cache.settings import LayerSettings
+from lagkv_ext.cache.timer import CompressionTimer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class LagKVStates(Protocol):
 
     settings: LayerSettings
     is_initialized: bool
+    timer: CompressionTimer | None
 
     @property
     def compressions(self) -> int: ...
@@ -135,6 +137,16 @@ class ReportsLayers:
                 for i, layer in enumerate(self.layers)
             )
         )
+
+    @property
+    def timer(self) -> CompressionTimer | None:
+        """What takes the time of compressions, set by whoever watches this cache (`lagkv_ext.monitor`)."""
+        return next(iter(self._lagkv_layers().values())).timer
+
+    @timer.setter
+    def timer(self, timer: CompressionTimer | None) -> None:
+        for layer in self._lagkv_layers().values():
+            layer.timer = timer
 
     def kept_positions(self, layer: int) -> Tensor:
         """int32 ``[B, H, rows]``: position of every row that a full-attention layer holds, ascending per head."""
@@ -184,7 +196,7 @@ def _other_report(index: int, layer: Any) -> LayerReport:
 def _tensors(state: Mapping) -> list[Tensor]:
     """The tensors in a layer's attributes, and in dictionaries among them; numbers kept as tensors do not count."""
     found = []
-    for x in state.values():
+    for x in list(state.values()):  # a list, because another thread may add attributes meanwhile
         if isinstance(x, Tensor) and x.dim():
             found.append(x)
         elif isinstance(x, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lagkv_ext.cache.buffer import RowBuffer, check_new_states
 from lagkv_ext.cache.settings import LayerSettings
+from lagkv_ext.cache.timer import CompressionTimer
 
 
 class RowLayer(CacheLayerMixin):
@@ -20,6 +22,7 @@ class RowLayer(CacheLayerMixin):
     is_croppable = (
         True  # without a trace while the past is recorded, as for the sliding-window layers of transformers
     )
+    timer: CompressionTimer | None = None  #: of whoever watches the cache; outlives `reset`
 
     def __init__(self, settings: LayerSettings):
         # Not the base class's __init__: it assigns keys and values, which are properties here.
@@ -105,7 +108,8 @@ class RowLayer(CacheLayerMixin):
 
     def uncompressed_bytes(self) -> int:
         """Bytes of the keys and values of every token seen."""
-        return 0 if self._buffer is None else self.seen * self._buffer.bytes_per_row
+        buffer = self._buffer  # read once: a monitor asks from another thread while steps replace it
+        return 0 if buffer is None else self.seen * buffer.bytes_per_row
 
     # -- steps in common
 
@@ -123,7 +127,12 @@ class RowLayer(CacheLayerMixin):
     def _compress(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         # The operator takes any strides but those of a last dimension that is not contiguous.
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-        return torch.ops.lagkv.compress(key, value, start, **self.settings.operator_arguments)
+        with self._timed(key):
+            return torch.ops.lagkv.compress(key, value, start, **self.settings.operator_arguments)
+
+    def _timed(self, states: Tensor) -> contextlib.AbstractContextManager:
+        """Around every call of an operator that compresses."""
+        return contextlib.nullcontext() if self.timer is None else self.timer.timing(states.device)
 
     def _dropped(self, count: int) -> int:
         return count * (self.settings.lag_size - self.settings.keep)

@@ -12,6 +12,7 @@ from lagkv_ext.cache.padded import PaddedLayer
 from lagkv_ext.cache.padding import Padding
 from lagkv_ext.cache.settings import LayerSettings
 from lagkv_ext.cache.slots import SlotLayer
+from lagkv_ext.cache.timer import CompressionTimer
 from lagkv_ext.cache.track import Track
 
 
@@ -29,6 +30,9 @@ class LagKVStaticLayer(SlotLayer):
 
     is_sliding = False
     padding: Padding | None = None
+    timer: CompressionTimer | None = (
+        None  #: times prompts; compressions of steps are part of captured regions
+    )
 
     def __init__(self, settings: LayerSettings, capacity: int, step_tokens: int):
         super().__init__(capacity, step_tokens)
@@ -166,6 +170,7 @@ class LagKVStaticLayer(SlotLayer):
 
     def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         growing = self._as_growing()
+        growing.timer = self.timer
         new = key.shape[2]
         key, value = growing.update(key, value)
         kept_key, kept_value, positions = growing.keys, growing.values, growing.kept_positions()

@@ -1,0 +1,297 @@
+"""``CacheMonitor``: what compression does to the requests of a server, in Prometheus metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from lagkv_ext.cache import CacheReport, LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
+from lagkv_ext.cache.timer import CompressionTimer
+from lagkv_ext.monitor.families import OUTCOMES, READS, CacheFamilies
+from lagkv_ext.monitor.registry import REGISTRY, child, join
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+_CACHES = (LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache)
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Live:
+    """What the requests in flight hold, all together."""
+
+    seen: int = 0
+    kept: float = 0.0
+    held: int = 0
+    uncompressed: int = 0
+
+    def add(self, report: CacheReport) -> None:
+        self.seen += report.tokens_seen
+        self.kept += report.tokens_kept
+        self.held += report.bytes_held
+        self.uncompressed += report.bytes_uncompressed
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A request as the monitor knows it. Nothing here keeps the cache or the request alive."""
+
+    cache: weakref.ref
+    timer: CompressionTimer
+    before: CacheReport | None
+    begun: float
+    last: CacheReport | None = None  #: what the scrape before found
+
+
+class CacheMonitor:
+    """Reports the caches of one model on a Prometheus registry.
+
+    ::
+
+        monitor = CacheMonitor(labels={"model": "llama-3.1-8b"})  # once, when the server starts
+        with monitor.request(cache):  # around each request
+            model.generate(**inputs, past_key_values=cache)
+
+    While a request is in flight, every scrape reads its cache where it stands, from the thread of the scrape: that
+    takes nothing from the generating thread but its turn of the interpreter, never raises, and never keeps a cache
+    alive. When it ends, counters and histograms take what it added. What each metric means is in docs/operations.md.
+
+    A `LagKVStaticCache` whose lengths lie on a device is not read at scrapes, which would wait for the device and break
+    a CUDA graph that is being captured: it counts as "skipped" there, and in full when its request ends.
+
+    Cost: nothing per token; per request two reports of the cache (one where it was empty before), per compression two
+    readings of a clock. Measured by ``python -m benchmarks.monitor``.
+
+    Several monitors may report on one registry, as one for each model of a server, with the same label names and
+    different values. In servers of several processes see "Watching it" in docs/operations.md.
+
+    Args:
+        registry: where the metrics are exported; prometheus_client's own by default.
+        labels: names and values that every metric gets, as ``{"model": "llama-3.1-8b"}``; none by default.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; labels that the registry's other monitors do not have, or that one of
+            them already reports under.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY, labels: Mapping[str, str] | None = None):
+        self._lock = threading.Lock()
+        self._flights: dict[int, _Flight] = {}
+        self._number = 0
+        # Of requests that were dropped without an end. Filled by the garbage collector, which may run anywhere, even
+        # while this thread holds a lock: so nothing but an append happens there.
+        self._lost: deque[int] = deque()
+        self._late: list[
+            CompressionTimer
+        ] = []  # of ended requests, with events that the device had not passed
+        metrics, values = join(CacheFamilies, registry, labels)
+        # Made now, so that every series is there, at 0, before the first request.
+        self._requests = {x: child(metrics.requests, *values, x) for x in OUTCOMES}
+        self._reads = {x: child(metrics.reads, *values, x) for x in READS}
+        self._bytes = {x: child(metrics.bytes, *values, x) for x in ("held", "uncompressed")}
+        (
+            self._in_flight,
+            self._duration,
+            self._kept,
+            self._seen,
+            self._dropped,
+            self._compressions,
+            self._seconds,
+        ) = (
+            child(x, *values)
+            for x in (
+                metrics.in_flight,
+                metrics.duration,
+                metrics.kept,
+                metrics.seen,
+                metrics.dropped,
+                metrics.compressions,
+                metrics.seconds,
+            )
+        )
+        metrics.admit(values, self)
+
+    def request(self, cache: LagKVCache | LagKVStaticCache | LagKVEncoderDecoderCache) -> MonitoredRequest:
+        """A request begins, in which ``cache`` is used. Keep what is returned: as a context manager, or until you call
+        its `MonitoredRequest.finish`.
+
+        A cache may be used for one request after another: each counts what it added.
+
+        Raises:
+            TypeError: not one of this package's caches.
+            ValueError: the cache is in a request that has not ended.
+        """
+        if not isinstance(cache, _CACHES):
+            names = ", ".join(x.__name__ for x in _CACHES)
+            raise TypeError(f"cache must be one of {names}, got {type(cache).__name__}")
+        self._forget_lost()
+        timer = CompressionTimer()
+        with self._lock:
+            if cache.timer is not None:
+                raise ValueError("cache must not be in a request that has not ended, got one that is")
+            cache.timer = timer
+        begun = time.perf_counter()
+        flight = _Flight(weakref.ref(cache), timer, self._report(cache), begun)
+        with self._lock:
+            self._number += 1
+            number = self._number
+            self._flights[number] = flight
+        self._in_flight.inc()
+        return MonitoredRequest(self, number)
+
+    # -- at a scrape
+
+    def read_live(self) -> Live:
+        """What the caches in flight hold now. Called by scrapes, from any thread; raises nothing."""
+        self._forget_lost()
+        with self._lock:
+            flights = list(self._flights.values())
+        live = Live()
+        for flight in flights:
+            cache = flight.cache()
+            if cache is None:
+                continue  # said when the request ends
+            if _lengths_on_device(cache):
+                self._reads["skipped"].inc()
+                continue
+            report = self._report(cache)
+            if report is not None:
+                flight.last = _whole(report, flight.last)
+                live.add(flight.last)
+        return live
+
+    # -- when a request ends
+
+    def finish(self, number: int, outcome: str) -> None:
+        """For `MonitoredRequest`."""
+        flight = self._end(number, outcome)
+        if outcome == "completed":
+            self._duration.observe(time.perf_counter() - flight.begun)
+        cache = flight.cache()
+        if cache is None:
+            self._reads["failed"].inc()
+            _log.warning("a cache was deleted before its request ended: what it held is not counted")
+            return
+        after = self._report(cache)
+        if flight.before is not None and after is not None:
+            self._count(flight.before, after)
+
+    def _count(self, before: CacheReport, after: CacheReport) -> None:
+        added = [now - then for now, then in zip(_growing(after), _growing(before), strict=True)]
+        if min(added) < -0.5:  # it was reset since: as Prometheus does with a counter that starts again
+            added = list(_growing(after))
+        for metric, value in zip((self._seen, self._dropped, self._compressions), added, strict=True):
+            metric.inc(max(value, 0))  # averages have rounding errors
+        self._bytes["held"].inc(after.bytes_held)
+        self._bytes["uncompressed"].inc(after.bytes_uncompressed)
+        if after.tokens_seen:
+            self._kept.observe(after.tokens_kept / after.tokens_seen)
+
+    def _end(self, number: int, outcome: str) -> _Flight:
+        with self._lock:
+            flight = self._flights.pop(number)
+            self._late.append(flight.timer)
+            seconds = sum(timer.take() for timer in self._late)
+            self._late = [timer for timer in self._late if timer.waits]
+        self._seconds.inc(seconds)
+        self._in_flight.dec()
+        self._requests[outcome].inc()
+        cache = flight.cache()
+        if cache is not None:
+            cache.timer = None
+        return flight
+
+    def _forget_lost(self) -> None:
+        while self._lost:
+            try:
+                number = self._lost.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._end(number, "abandoned")
+
+    def lose(self, number: int) -> None:
+        """For `MonitoredRequest`: nobody can end this request any more."""
+        self._lost.append(number)
+
+    def _report(self, cache: LagKVCache | LagKVStaticCache | LagKVEncoderDecoderCache) -> CacheReport | None:
+        try:
+            report = cache.report()
+        except Exception:  # a server must not lose a request, nor a scrape, to its monitoring
+            self._reads["failed"].inc()
+            _log.warning("a cache could not be read for its metrics", exc_info=True)
+            return None
+        self._reads["read"].inc()
+        return report
+
+
+class MonitoredRequest:
+    """What `CacheMonitor.request` returns. Leaving the ``with`` block ends the request: completed, "failed" where an
+    `Exception` leaves it, "cancelled" where something else does (`asyncio.CancelledError`, `KeyboardInterrupt`).
+    A request that is dropped without an end counts as "abandoned"."""
+
+    def __init__(self, monitor: CacheMonitor, number: int):
+        self._monitor = monitor
+        self._number: int | None = number
+
+    def finish(self, outcome: str = "completed") -> None:
+        """End it, in the thread that used the cache: "completed", "failed" or "cancelled".
+
+        Raises:
+            ValueError: another outcome.
+            RuntimeError: it has ended already.
+        """
+        if outcome not in OUTCOMES[:-1]:
+            raise ValueError(f"outcome must be {' or '.join(map(repr, OUTCOMES[:-1]))}, got {outcome!r}")
+        number, self._number = self._number, None
+        if number is None:
+            raise RuntimeError("finish: this request has ended already")
+        self._monitor.finish(number, outcome)
+
+    def __enter__(self) -> MonitoredRequest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._number is not None:
+            failed = kind is not None and issubclass(kind, Exception)
+            self.finish("failed" if failed else "completed" if kind is None else "cancelled")
+
+    def __del__(self) -> None:
+        number = getattr(self, "_number", None)
+        if number is not None:
+            self._monitor.lose(number)
+
+
+def _growing(report: CacheReport) -> tuple[float, float, float]:
+    """What only grows while a cache is used: tokens seen, tokens dropped, compressions."""
+    return report.tokens_seen, report.tokens_seen - report.tokens_kept, report.compressions
+
+
+def _lengths_on_device(cache: LagKVCache | LagKVStaticCache | LagKVEncoderDecoderCache) -> bool:
+    if not isinstance(cache, LagKVStaticCache):
+        return False
+    devices = (getattr(layer, "device", None) for layer in cache.layers)
+    return any(device is not None and torch.device(device).type != "cpu" for device in devices)
+
+
+def _whole(report: CacheReport, last: CacheReport | None) -> CacheReport:
+    """Without the gap of a layer that was just being moved to new storage: as the scrape before found it."""
+    if last is None or len(last.layers) != len(report.layers):
+        return report
+    return CacheReport(
+        tuple(
+            then if now.tokens_seen and not now.bytes_uncompressed else now
+            for now, then in zip(report.layers, last.layers, strict=True)
+        )
+    )
