@@ -178,6 +178,10 @@ if typer is not None:
 
     app.command("evaluate")(_evaluate)
 
+    from lagkv_ext.monitor.command import app as _monitor
+
+    app.add_typer(_monitor, name="monitor")
+
 
 if __name__ == "__main__":
     main()
