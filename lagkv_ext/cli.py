@@ -182,6 +182,10 @@ if typer is not None:
 
     app.add_typer(_monitor, name="monitor")
 
+    from lagkv_ext.rollout.command import app as _rollout
+
+    app.add_typer(_rollout, name="rollout")
+
 
 if __name__ == "__main__":
     main()

@@ -39,18 +39,24 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"the settings file {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"the settings file {path} is no JSON: {error}") from error
+    return checked_settings(data, f"the settings file {path}")
+
+
+def checked_settings(data: Any, source: str) -> dict[str, Any]:
+    """Keyword arguments of `LagKVCache` from parsed JSON; ``source`` says in messages where that was read.
+
+    Raises ValueError: no object, or an unknown name.
+    """
     if not isinstance(data, dict):
-        raise ValueError(f"the settings file {path} must hold a JSON object, got {type(data).__name__}")
+        raise ValueError(f"{source} must hold a JSON object, got {type(data).__name__}")
     if unknown := [name for name in data if name not in NAMES]:
-        raise ValueError(
-            f"the settings file {path} has the unknown name {unknown[0]!r}; known: {', '.join(NAMES)}"
-        )
+        raise ValueError(f"{source} has the unknown name {unknown[0]!r}; known: {', '.join(NAMES)}")
     if (ratios := data.get("layer_keep_ratio")) is not None:
         if not isinstance(ratios, dict) or not all(k.removeprefix("-").isdecimal() for k in ratios):
             raise ValueError(
-                f"layer_keep_ratio in {path} must be an object of layer numbers and ratios, got {ratios!r}"
+                f"{source}: layer_keep_ratio must be an object of layer numbers and ratios, got {ratios!r}"
             )
-        data["layer_keep_ratio"] = {int(k): v for k, v in ratios.items()}
+        data = {**data, "layer_keep_ratio": {int(k): v for k, v in ratios.items()}}
     return data
 
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from lagkv_ext import LagKVCache, keep_count, output_length, read_settings, reference
 from lagkv_ext.evaluate import cost, methods, metrics, recommend
-from lagkv_ext.evaluate.prefill import OBSERVED, forward, read
+from lagkv_ext.evaluate.prefill import OBSERVED, read
 from lagkv_ext.evaluate.statistics import Difference, Interval, difference, mean_interval
 from lagkv_ext.evaluate.types import FULL, EvaluationError, Setting
+from lagkv_ext.fidelity import forward
 
 TEXT = st.text(alphabet="ab c,.東京は", max_size=12)
 

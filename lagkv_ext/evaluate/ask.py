@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lagkv_ext.evaluate import metrics
-from lagkv_ext.evaluate.prefill import fork_cache, forward
+from lagkv_ext.evaluate.prefill import fork_cache
 from lagkv_ext.evaluate.types import EvaluationError, Question
+from lagkv_ext.fidelity import departure, forward
 
 _MARK = "<<question>>"
 # Asked with one forward pass, whose batch can hold several caches.
@@ -175,11 +176,11 @@ class Asker:
         log = F.log_softmax(logits.float(), dim=-1)
         full = reference.setdefault("log", log)
         said = log.argmax(dim=-1)
-        agree = said == full.argmax(dim=-1)
+        agree, kl = departure(full, log)
         return {
             "score": agree.double().mean().item(),
             "tokens": len(wanted),
-            "kl": F.kl_div(log, full, log_target=True, reduction="batchmean").item(),
+            "kl": kl.mean().item(),
             "nll": F.nll_loss(log, wanted).item(),
             "right": (said == wanted).double().mean().item(),
         }

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lagkv_ext import compact
 from lagkv_ext.evaluate.types import EvaluationError
+from lagkv_ext.fidelity import forward
 
 # Queries whose attention is remembered by itself: SnapKV's observation window.
 OBSERVED = 32
@@ -115,20 +116,6 @@ def read(model: Any, ids: Tensor, layers: list[int], *, attention: bool = False)
             "observed, which the methods h2o and snapkv need; leave them out with --methods"
         )
     return prefill
-
-
-def forward(model: Any, ids: Tensor, cache: Any, *, position: int, logits_to_keep: Any) -> Tensor:
-    """Logits ``[B, kept, vocabulary]`` of new tokens ``ids [B, n]`` at ``position``: their place in the text,
-    whatever the cache still holds.
-    """
-    positions = torch.arange(position, position + ids.shape[1], device=ids.device).expand(ids.shape)
-    return model(
-        input_ids=ids,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=logits_to_keep,
-    ).logits
 
 
 _RECORDING = "lagkv_evaluate_recording"

@@ -18,9 +18,10 @@ import torch
 from lagkv_ext.evaluate import methods
 from lagkv_ext.evaluate.ask import ONE_PASS, Asker, Encoded
 from lagkv_ext.evaluate.cost import shape_of
-from lagkv_ext.evaluate.prefill import Prefill, can_batch, forward, read
+from lagkv_ext.evaluate.prefill import Prefill, can_batch, read
 from lagkv_ext.evaluate.storage import Results
 from lagkv_ext.evaluate.types import FULL, EvaluationError, Question, Sample, Setting, Skipped
+from lagkv_ext.fidelity import forward
 from lagkv_ext.models import full_attention_layers
 
 _LARGEST_BATCH = 16
