@@ -128,7 +128,7 @@ def test_it_starts_only_with_a_good_file(tmp_path):
     # Ratios that no model refuses but this one: it has three layers.
     store.path.write_text(policy(settings={"layer_keep_ratio": {5: 0.5}}).text)
     with pytest.raises(
-        RolloutError, match="settings: layer_keep_ratio must hold .* between -3 and 2, got 5"
+        RolloutError, match=r"settings: layer_keep_ratio must hold .* between -3 and 2, got 5"
     ):
         server(store)
     with pytest.raises(RolloutError, match="reload_s must be a number from 0, got -1"):
