@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from cache_models import SMALL, tiny_config
 from prometheus_client import CollectorRegistry
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.rollout import RolloutStatus
 
 Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -34,3 +37,28 @@ def values(registry: CollectorRegistry) -> Values:
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
     return values(registry)[name, tuple(sorted(labels.items()))]
+
+
+@dataclasses.dataclass
+class Rolled:
+    """A rollout as the metrics see it: whatever has a ``status()`` of these fields."""
+
+    found: RolloutStatus = dataclasses.field(
+        default_factory=lambda: RolloutStatus(
+            version=7,
+            enabled=True,
+            share=0.25,
+            tripped=False,
+            decisions={
+                "compressed": 5,
+                **dict.fromkeys(("disabled", "share", "short_prompt", "tripped", "error"), 1),
+            },
+            checks=3,
+            agreement=0.99,
+            kl=0.01,
+            reload_errors=0,
+        )
+    )
+
+    def status(self) -> RolloutStatus:
+        return self.found

@@ -37,7 +37,7 @@ class Live:
 
     def add(self, report: CacheReport) -> None:
         self.seen += report.tokens_seen
-        self.kept += report.tokens_kept
+        self.kept += min(report.tokens_kept, report.tokens_seen)  # a step may come between the two readings
         self.held += report.bytes_held
         self.uncompressed += report.bytes_uncompressed
 
