@@ -21,6 +21,7 @@ class Rule(NamedTuple):
     dtype: str = "float32"  #: of the kernels that are compiled with it
 
 
+# ruff: noqa: E501
 RULES = [
     # -- bounds, ties, NaN, zeros
     Rule("rows.cuh", "exists && seat.channel(chunk) < dim", "seat.channel(chunk) < dim", "load: rows end"),

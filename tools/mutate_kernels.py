@@ -1,9 +1,9 @@
 """Removes barriers, bounds checks and rules from the CUDA kernels, one at a time, and asks the tests to notice.
 
-``python tools/mutate_kernels.py [--only WORD] [--part I/N] [--jobs N] [--list]``: every barrier of the kernels and every
-entry of `kernel_rules` is a mutant. Its kernels of one type (float32 mostly) are compiled into the executor, and the
-planner, traffic and property tests run on them until one fails. Prints what caught each mutant; ends with status 1 where
-one survives.
+``python tools/mutate_kernels.py [--only WORD] [--part I/N] [--jobs N] [--list]``: every barrier of the kernels and
+every entry of `kernel_rules` is a mutant. Its kernels of one type (float32 mostly) are compiled into the executor, and
+the planner, traffic and property tests run on them until one fails. Prints what caught each mutant; ends with status 1
+where one survives.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ import simt, simt.build
 sys.modules["simt.build"].build_module = lambda **_: Path({module!r})
 import conftest  # its Hypothesis profile must be there when the tests below are decorated: without deadlines
 import pytest, cases, test_cuda_plan, test_ragged_plan, test_ragged_traffic, test_traffic
-for of_module in (test_cuda_plan.CASES, test_ragged_plan.CASES, test_ragged_traffic.CASES, test_traffic.SHAPES, cases.TRAPS):
+plans = test_cuda_plan.CASES, test_ragged_plan.CASES
+for of_module in (*plans, test_ragged_traffic.CASES, test_traffic.SHAPES, cases.TRAPS):
     of_module.update({{name: dataclasses.replace(case, dtype=torch.{dtype}) for name, case in of_module.items()}})
 sys.exit(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *{arguments!r}]))
 """
@@ -52,10 +53,10 @@ TESTS = [
     (
         "lagkv",
         "tests/test_cuda_plan.py",
-        "depend or traps or scattered or keeping or direction or covers or limit or moves or no_elements "
-        "or aligned or long_row",
+        "depend or traps or scattered or keeping or direction or covers or limit or moves or no_elements or long_",
     ),
-    ("ragged", "tests/test_ragged_plan.py", "depend or any or more or limits or pages or twice"),
+    ("lagkv", "tests/test_cuda_alignment.py", ""),
+    ("ragged", "tests/test_ragged_plan.py", "depend or any or more or limits or pages"),
     ("lagkv", "tests/test_ops_traps.py", ""),
     ("lagkv", "tests/test_ops_properties.py", ""),
     ("ragged", "tests/test_ragged_properties.py", "not traps"),
