@@ -47,9 +47,13 @@ def replay(
 
     from lagkv_ext import LagKVCache
 
-    compressed = LagKVCache(model.config, **settings)
-    caches = (DynamicCache(config=model.config), compressed)
-    position, tokens = prompt.shape[1], said.shape[1]
+    full, compressed = DynamicCache(config=model.config), LagKVCache(model.config, **settings)
+    return compare(model, prompt, said, full, compressed, prefill_chunk_size or prompt.shape[1])
+
+
+def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any, chunk: int) -> Check:
+    """`replay` with two empty caches, which are used up: ``prompt [1, N]`` in chunks, and ``said [1, T]``."""
+    caches, position, tokens = (full, compressed), prompt.shape[1], said.shape[1]
     agreed, kl = 0, 0.0
 
     def judge(logits: list[Tensor]) -> None:
@@ -59,7 +63,7 @@ def replay(
         kl += float(apart.double().sum())
 
     with torch.inference_mode():
-        judge([_read(model, prompt, cache, prefill_chunk_size or position) for cache in caches])
+        judge([_read(model, prompt, cache, chunk) for cache in caches])
         done = 0
         while done < tokens - 1:  # what follows the last token was never said
             step = min(_next_step(compressed), _MOST, tokens - 1 - done)
