@@ -23,8 +23,10 @@ pytest.importorskip("prometheus_client", reason="monitoring needs prometheus-cli
 pytest.importorskip("yaml", reason="the alert rules are YAML")
 
 import yaml
+from cache_models import tiny_config
 from monitor_cases import Rolled, cache, fill, values
 from prometheus_client import CollectorRegistry, start_http_server
+from transformers import DynamicCache
 
 from lagkv_ext.monitor import CacheMonitor, RolloutCollector
 
@@ -40,13 +42,14 @@ VARIABLES = {x["name"]: x for x in DASHBOARD["templating"]["list"]}
 
 
 def exported(labels):
-    """A registry with everything on it, and a request behind it and one in flight."""
+    """A registry with everything on it, requests behind it, and one in flight."""
     registry = CollectorRegistry()
     monitor = CacheMonitor(registry, labels)
     RolloutCollector(Rolled(), registry, labels)
-    held, in_flight = cache(), cache()
-    with monitor.request(held):
+    held, in_flight, full = cache(), cache(), DynamicCache(config=tiny_config("llama"))
+    with monitor.request(held), monitor.request(full):
         fill(held, 60)
+        fill(full, 60)
     fill(in_flight, 50)
     return registry, monitor, (in_flight, monitor.request(in_flight))
 
@@ -84,14 +87,14 @@ def test_expressions_name_what_is_exported(where, expression, samples):
 
 
 def test_every_metric_is_documented_with_its_type(families):
-    rows = re.findall(r"^\| `(lagkv_\w+)(?:\{(\w+)\})?` \| (\w+) \|", DOCS, re.MULTILINE)
+    rows = re.findall(r"^\| `(lagkv_\w+)(?:\{([\w, ]+)\})?` \| (\w+) \|", DOCS, re.MULTILINE)
     documented = {name: (kind, label) for name, label, kind in rows}
     assert len(documented) == len(rows)
     found = {}
     for family in families:
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = {label for x in family.samples for label in x.labels} - {"model", "le"}
-        found[name] = (family.type, next(iter(labels), ""))
+        found[name] = (family.type, ", ".join(sorted(labels)))
     assert documented == found
 
 

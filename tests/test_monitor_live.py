@@ -85,9 +85,15 @@ def test_scrapes_while_two_threads_generate(kind, make):
         while any(thread.is_alive() for thread in threads):
             found = values(registry)
             scrapes += 1
-            live = {state: found["lagkv_cache_tokens", (("state", state),)] for state in ("seen", "kept")}
+            live = {
+                state: found["lagkv_cache_tokens", (("cache", "lagkv"), ("state", state))]
+                for state in ("seen", "kept")
+            }
             assert 0 <= live["kept"] <= live["seen"] <= 2 * report.tokens_seen
-            sizes = [found["lagkv_cache_bytes", (("state", x),)] for x in ("held", "uncompressed")]
+            sizes = [
+                found["lagkv_cache_bytes", (("cache", "lagkv"), ("state", x))]
+                for x in ("held", "uncompressed")
+            ]
             assert min(sizes) >= 0
             assert found["lagkv_cache_reads_total", (("outcome", "failed"),)] == 0
     finally:
@@ -99,10 +105,13 @@ def test_scrapes_while_two_threads_generate(kind, make):
     for text, its_report in done:
         assert torch.equal(text, expected)
         assert its_report == report
-    assert value(registry, "lagkv_requests_total", outcome="completed") == 4
-    assert value(registry, "lagkv_tokens_seen_total") == 4 * report.tokens_seen
+    assert value(registry, "lagkv_requests_total", cache="lagkv", outcome="completed") == 4
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv") == 4 * report.tokens_seen
     assert value(registry, "lagkv_compressions_total") == 4 * report.compressions
-    assert value(registry, "lagkv_request_cache_bytes_total", state="held") == 4 * report.bytes_held
+    assert (
+        value(registry, "lagkv_request_cache_bytes_total", cache="lagkv", state="held")
+        == 4 * report.bytes_held
+    )
 
 
 def test_a_layer_that_is_being_moved_counts_as_before():
@@ -113,14 +122,15 @@ def test_a_layer_that_is_being_moved_counts_as_before():
     with monitor.request(held):
         fill(held, 50)
         before = {
-            state: value(registry, "lagkv_cache_bytes", state=state) for state in ("held", "uncompressed")
+            state: value(registry, "lagkv_cache_bytes", cache="lagkv", state=state)
+            for state in ("held", "uncompressed")
         }
         buffer, held.layers[1]._buffer = held.layers[1]._buffer, None
         for state, size in before.items():
-            assert value(registry, "lagkv_cache_bytes", state=state) == size
+            assert value(registry, "lagkv_cache_bytes", cache="lagkv", state=state) == size
         held.layers[1]._buffer = buffer
         fill(held, 1)
-        uncompressed = value(registry, "lagkv_cache_bytes", state="uncompressed")
+        uncompressed = value(registry, "lagkv_cache_bytes", cache="lagkv", state="uncompressed")
         assert uncompressed == held.report().bytes_uncompressed > before["uncompressed"]
 
 
@@ -163,13 +173,13 @@ def test_counters_add_up_over_processes(tmp_path):
     assert all(os.waitpid(x, 0)[1] == 0 for x in workers)
     registry = prometheus_client.CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
-    at = ("model", "x")
+    at, of = ("model", "x"), ("cache", "lagkv")
     def show():
         found = values(registry)
-        print(found["lagkv_tokens_seen_total", (at,)])
-        print(found["lagkv_requests_total", (at, ("outcome", "completed"))])
+        print(found["lagkv_tokens_seen_total", (of, at)])
+        print(found["lagkv_requests_total", (of, at, ("outcome", "completed"))])
         print(found["lagkv_request_kept_ratio_count", (at,)])
-        print(found.get(("lagkv_requests_in_flight", (at,))))
+        print(found.get(("lagkv_requests_in_flight", (of, at))))
         print("lagkv_cache_bytes" in {name for name, _ in found})
     show()
     for worker in workers:

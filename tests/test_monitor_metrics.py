@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from monitor_cases import cache, fill, value, values
 from padded_models import padded, texts
 from prometheus_client import CollectorRegistry
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from lagkv_ext import LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
+from lagkv_ext.cache.report import report_of
 from lagkv_ext.monitor import CacheMonitor
 
-CACHES = 2
+CACHES = 3  # the last one is not compressed
 ACTIONS = st.one_of(
     st.tuples(st.just("begin"), st.integers(0, CACHES - 1)),
     st.tuples(st.just("fill"), st.integers(0, CACHES - 1), st.integers(1, 60)),
@@ -47,30 +48,31 @@ def test_counters_are_sums_of_reports(actions, kind):
     """Requests begin, go on and end in any order on caches that are used again and reset between requests."""
     registry = CollectorRegistry()
     monitor = CacheMonitor(registry, {"model": kind})
-    caches = [cache(kind) for _ in range(CACHES)]
+    caches = [*(cache(kind) for _ in range(CACHES - 1)), DynamicCache(config=tiny_config(kind))]
     requests, before = {}, {}
     expected: Counter = Counter()
     for action, *arguments in actions:
         i = arguments[0] if arguments else 0
+        of = "full" if i == CACHES - 1 else "lagkv"
         if action == "begin" and i not in requests:
-            before[i], requests[i] = caches[i].report(), monitor.request(caches[i])
+            before[i], requests[i] = report_of(caches[i]), monitor.request(caches[i])
         elif action == "fill":
             fill(caches[i], arguments[1])
         elif action == "reset" and i not in requests:
             caches[i].reset()
         elif action == "finish" and i in requests:
             requests.pop(i).finish(arguments[1])
-            then, now = before[i], caches[i].report()
-            expected[arguments[1]] += 1
-            expected["seen"] += now.tokens_seen - then.tokens_seen
+            then, now = before[i], report_of(caches[i])
+            expected[of, arguments[1]] += 1
+            expected[of, "seen"] += now.tokens_seen - then.tokens_seen
+            expected[of, "held"] += now.bytes_held
+            expected[of, "uncompressed"] += now.bytes_uncompressed
             expected["dropped"] += now.tokens_seen - now.tokens_kept - (then.tokens_seen - then.tokens_kept)
             expected["compressions"] += now.compressions - then.compressions
-            expected["held"] += now.bytes_held
-            expected["uncompressed"] += now.bytes_uncompressed
-            expected["with tokens"] += now.tokens_seen > 0
+            expected["kept"] += of == "lagkv" and now.tokens_seen > 0
         elif action == "lose" and i in requests:
             del requests[i]
-            expected["abandoned"] += 1
+            expected[of, "abandoned"] += 1
         elif action == "scrape":
             check(registry, kind, caches, requests, expected)
     check(registry, kind, caches, requests, expected)
@@ -83,21 +85,23 @@ def check(registry, kind, caches, requests, expected):
     def one(name, **labels):
         return found[name, tuple(sorted({**at, **labels}.items()))]
 
-    live = [caches[i].report() for i in requests]
-    for outcome in ("completed", "failed", "cancelled", "abandoned"):
-        assert one("lagkv_requests_total", outcome=outcome) == expected[outcome]
-    assert one("lagkv_requests_in_flight") == len(live)
-    assert one("lagkv_request_duration_seconds_count") == expected["completed"]
-    assert one("lagkv_request_kept_ratio_count") == expected["with tokens"]
-    assert one("lagkv_tokens_seen_total") == expected["seen"]
+    for of in ("lagkv", "full"):
+        live = [report_of(caches[i]) for i in requests if (i == CACHES - 1) == (of == "full")]
+        for outcome in ("completed", "failed", "cancelled", "abandoned"):
+            assert one("lagkv_requests_total", cache=of, outcome=outcome) == expected[of, outcome]
+        assert one("lagkv_requests_in_flight", cache=of) == len(live)
+        assert one("lagkv_request_duration_seconds_count", cache=of) == expected[of, "completed"]
+        assert one("lagkv_tokens_seen_total", cache=of) == expected[of, "seen"]
+        assert one("lagkv_cache_tokens", cache=of, state="seen") == sum(x.tokens_seen for x in live)
+        kept = sum(x.tokens_kept for x in live)
+        assert one("lagkv_cache_tokens", cache=of, state="kept") == pytest.approx(kept)
+        for state, name in (("held", "bytes_held"), ("uncompressed", "bytes_uncompressed")):
+            assert one("lagkv_cache_bytes", cache=of, state=state) == sum(getattr(x, name) for x in live)
+            assert one("lagkv_request_cache_bytes_total", cache=of, state=state) == expected[of, state]
+    assert one("lagkv_request_kept_ratio_count") == expected["kept"]
     assert one("lagkv_tokens_dropped_total") == pytest.approx(expected["dropped"])
     assert one("lagkv_compressions_total") == expected["compressions"]
     assert (one("lagkv_compression_seconds_total") > 0) >= (expected["compressions"] > 0)
-    assert one("lagkv_cache_tokens", state="seen") == sum(x.tokens_seen for x in live)
-    assert one("lagkv_cache_tokens", state="kept") == pytest.approx(sum(x.tokens_kept for x in live))
-    for state, name in (("held", "bytes_held"), ("uncompressed", "bytes_uncompressed")):
-        assert one("lagkv_cache_bytes", state=state) == sum(getattr(x, name) for x in live)
-        assert one("lagkv_request_cache_bytes_total", state=state) == expected[state]
     assert one("lagkv_cache_reads_total", outcome="failed") == 0
 
 
@@ -135,13 +139,85 @@ def test_every_cache(make):
     with monitor.request(held):
         run()
         report = held.report()
-        assert value(registry, "lagkv_cache_tokens", state="seen") == report.tokens_seen
-        assert value(registry, "lagkv_cache_bytes", state="held") == report.bytes_held
-    assert value(registry, "lagkv_tokens_seen_total") == report.tokens_seen > 0
+        assert value(registry, "lagkv_cache_tokens", cache="lagkv", state="seen") == report.tokens_seen
+        assert value(registry, "lagkv_cache_bytes", cache="lagkv", state="held") == report.bytes_held
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv") == report.tokens_seen > 0
     assert value(registry, "lagkv_compressions_total") == report.compressions > 0
     assert value(registry, "lagkv_compression_seconds_total") > 0
     assert value(registry, "lagkv_cache_reads_total", outcome="failed") == 0
     assert held.timer is None
+
+
+def full_translation():
+    model = encoder_decoder("BART")
+    held = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    return held, lambda: generate(model, prompt(20), held, new=30, min_new_tokens=30, num_beams=1)
+
+
+def full_static():
+    model = tiny_model("gemma3")
+    held = StaticCache(model.config, max_cache_len=100)
+    return held, lambda: generate(model, prompt(60), held, disable_compile=True)
+
+
+def full():
+    model = tiny_model("llama")
+    held = DynamicCache()  # layers come as they are needed
+    return held, lambda: generate(model, prompt(60), held)
+
+
+@pytest.mark.parametrize("make", [full, full_static, full_translation], ids=lambda x: x.__name__)
+def test_caches_that_nothing_compresses_count_beside(make):
+    registry = CollectorRegistry()
+    monitor = CacheMonitor(registry)
+    held, run = make()
+    with monitor.request(held):
+        run()
+        part = getattr(held, "self_attention_cache", held)
+        seen = int(part.get_seq_length())
+        size = sum(x.nbytes for layer in part.layers for x in (layer.keys, layer.values))
+        for state in ("seen", "kept"):
+            assert value(registry, "lagkv_cache_tokens", cache="full", state=state) == seen > 0
+        for state in ("held", "uncompressed"):
+            assert value(registry, "lagkv_cache_bytes", cache="full", state=state) == size > 0
+    assert value(registry, "lagkv_tokens_seen_total", cache="full") == seen
+    assert value(registry, "lagkv_request_cache_bytes_total", cache="full", state="held") == size
+    assert value(registry, "lagkv_cache_reads_total", outcome="failed") == 0
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv") == 0
+    assert value(registry, "lagkv_request_kept_ratio_count") == 0
+
+
+def test_lengths_on_a_device_are_left_alone_by_scrapes():
+    """On "meta", where reading a length raises: a scrape says that it skipped the cache, and nothing failed there."""
+    registry = CollectorRegistry()
+    monitor = CacheMonitor(registry)
+    held = LagKVStaticCache(
+        tiny_config("llama"),
+        capacity=32,
+        keep=2,
+        max_batch_size=1,
+        device="meta",
+        dtype=torch.float32,
+        **SMALL,
+    )
+    request = monitor.request(held)
+    failed = value(registry, "lagkv_cache_reads_total", outcome="failed")  # when it began, which must read
+    assert value(registry, "lagkv_cache_reads_total", outcome="skipped") == 2
+    assert value(registry, "lagkv_cache_reads_total", outcome="failed") == failed == 1
+    request.finish()
+
+
+def test_a_request_in_a_cycle_of_garbage_is_abandoned():
+    """Found by the garbage collector, wherever that runs."""
+    registry = CollectorRegistry()
+    monitor = CacheMonitor(registry)
+    held = cache()
+    cycle = [monitor.request(held)]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert value(registry, "lagkv_requests_total", cache="lagkv", outcome="abandoned") == 1
+    monitor.request(held).finish()  # and the cache is free
 
 
 def test_outcomes_of_the_block():
@@ -153,7 +229,8 @@ def test_outcomes_of_the_block():
     with monitor.request(cache()) as request:
         request.finish()  # earlier than the block
     found = {
-        x: value(registry, "lagkv_requests_total", outcome=x) for x in ("failed", "cancelled", "completed")
+        x: value(registry, "lagkv_requests_total", cache="lagkv", outcome=x)
+        for x in ("failed", "cancelled", "completed")
     }
     assert found == {"failed": 1, "cancelled": 1, "completed": 1}
 
@@ -166,16 +243,16 @@ def test_no_cache_is_kept_alive():
     alive = weakref.ref(held)
     request = monitor.request(held)
     fill(held, 50)
-    assert value(registry, "lagkv_cache_tokens", state="seen") == 50
+    assert value(registry, "lagkv_cache_tokens", cache="lagkv", state="seen") == 50
     gc.disable()
     try:
         del held
         assert alive() is None
     finally:
         gc.enable()
-    assert value(registry, "lagkv_cache_tokens", state="seen") == 0
+    assert value(registry, "lagkv_cache_tokens", cache="lagkv", state="seen") == 0
     request.finish()
-    assert value(registry, "lagkv_requests_in_flight") == 0
+    assert value(registry, "lagkv_requests_in_flight", cache="lagkv") == 0
     assert (
         value(registry, "lagkv_cache_reads_total", outcome="failed") == 1
     )  # its totals are lost, and it is said
@@ -188,11 +265,11 @@ def test_a_cache_that_cannot_be_read_is_counted_and_harms_nothing(caplog):
     with monitor.request(broken), monitor.request(whole):
         fill(whole, 40)
         del broken.layers[1]._track
-        assert value(registry, "lagkv_cache_tokens", state="seen") == 40
+        assert value(registry, "lagkv_cache_tokens", cache="lagkv", state="seen") == 40
         assert value(registry, "lagkv_cache_reads_total", outcome="failed") == 2  # by both scrapes
         assert "a cache could not be read" in caplog.text
-    assert value(registry, "lagkv_requests_total", outcome="completed") == 2
-    assert value(registry, "lagkv_tokens_seen_total") == 40
+    assert value(registry, "lagkv_requests_total", cache="lagkv", outcome="completed") == 2
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv") == 40
 
 
 def test_the_timer_follows_the_cache_and_leaves_with_the_request():
@@ -259,10 +336,14 @@ def test_time_on_a_device_is_read_without_waiting():
 
 def test_requests_that_cannot_be():
     monitor = CacheMonitor(CollectorRegistry())
-    with pytest.raises(TypeError, match=r"cache must be one of LagKVCache, .*, got DynamicCache"):
-        monitor.request(DynamicCache())
-    held = cache()
+    with pytest.raises(TypeError, match="cache must be a cache of transformers, got list"):
+        monitor.request([])
+    other, held = DynamicCache(), cache()
+    with monitor.request(other), pytest.raises(ValueError, match="cache must not be in a request"):
+        monitor.request(other)
     request = monitor.request(held)
+    with pytest.raises(ValueError, match="cache must not be in a request"):
+        CacheMonitor(CollectorRegistry()).request(held)
     with pytest.raises(ValueError, match="cache must not be in a request that has not ended"):
         monitor.request(held)
     with pytest.raises(
@@ -311,8 +392,8 @@ def test_several_models_on_one_registry():
     with first.request(held[0]), second.request(held[1]):
         fill(held[0], 30)
         fill(held[1], 20)
-    assert value(registry, "lagkv_tokens_seen_total", model="a", zone="x") == 30
-    assert value(registry, "lagkv_tokens_seen_total", model="b", zone="x") == 20
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv", model="a", zone="x") == 30
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv", model="b", zone="x") == 20
 
 
 def test_without_prometheus_client_it_is_said_by_name():

@@ -89,7 +89,7 @@ def test_beside_a_monitor_on_one_registry():
     CacheMonitor(registry, {"model": "m"})
     RolloutCollector(Rolled(), registry, {"model": "m"})
     assert value(registry, "lagkv_rollout_enabled", model="m") == 1
-    assert value(registry, "lagkv_requests_in_flight", model="m") == 0
+    assert value(registry, "lagkv_requests_in_flight", cache="full", model="m") == 0
 
 
 def test_what_cannot_be():

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from lagkv_ext.cache.settings import LayerSettings
 from lagkv_ext.cache.timer import CompressionTimer
@@ -44,9 +44,9 @@ class CacheReport:
 
     @property
     def tokens_kept(self) -> float:
-        """Rows held by a full-attention layer, on average."""
+        """Rows held by a full-attention layer, on average; where there is none, the tokens seen."""
         layers = [layer for layer in self.layers if layer.kind in ("lagkv", "full")]
-        return sum(layer.tokens_kept for layer in layers) / len(layers)
+        return sum(layer.tokens_kept for layer in layers) / len(layers) if layers else self.tokens_seen
 
     @property
     def bytes_held(self) -> int:
@@ -165,6 +165,17 @@ class ReportsLayers:
                 digest.update(f"{i} {positions.shape};".encode())
                 digest.update(positions.tobytes())
         return digest.hexdigest()
+
+
+def report_of(cache: Cache) -> CacheReport:
+    """What any cache of transformers holds: of those that LagKV compresses their own report, of others one in which
+    every layer holds what it holds uncompressed."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if isinstance(cache, ReportsLayers):
+        return cache.report()
+    layers = [_other_report(i, layer) for i, layer in enumerate(list(cache.layers))]
+    return CacheReport(tuple(dataclasses.replace(x, tokens_kept=x.tokens_seen, kind="full") for x in layers))
 
 
 def _lagkv_report(index: int, layer: LagKVStates) -> LayerReport:

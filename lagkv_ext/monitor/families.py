@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from lagkv_ext.monitor.registry import Families
 
+KINDS = ("lagkv", "full")  #: of caches: those that LagKV compresses, and all others
 OUTCOMES = ("completed", "failed", "cancelled", "abandoned")
 READS = ("read", "skipped", "failed")
 _KEPT = (0.05, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -23,42 +24,43 @@ class CacheFamilies(Families):
 
     def __init__(self, names: tuple[str, ...]):
         super().__init__(names)
+        by_kind = (*names, "cache")
         self.requests = Counter(
-            "lagkv_requests", "Requests that ended, by outcome.", (*names, "outcome"), registry=None
+            "lagkv_requests", "Requests that ended, by outcome.", (*by_kind, "outcome"), registry=None
         )
         # "livesum": in a server of several processes the sum over those alive.
         self.in_flight = Gauge(
             "lagkv_requests_in_flight",
             "Requests that have begun and not ended.",
-            names,
+            by_kind,
             registry=None,
             multiprocess_mode="livesum",
         )
         self.duration = Histogram(
             "lagkv_request_duration_seconds",
             "Wall time of completed requests.",
-            names,
+            by_kind,
             registry=None,
             buckets=_SECONDS,
         )
+        self.seen = Counter("lagkv_tokens_seen", "Tokens given to caches.", by_kind, registry=None)
+        self.bytes = Counter(
+            "lagkv_request_cache_bytes",
+            "Bytes at the end of requests: really held, and those of the keys and values of all tokens seen.",
+            (*by_kind, "state"),
+            registry=None,
+        )
         self.kept = Histogram(
             "lagkv_request_kept_ratio",
-            "Share of the tokens seen that a full-attention layer still held when a request ended.",
+            "Share of the tokens seen that a full-attention layer of a LagKV cache held when a request ended.",
             names,
             registry=None,
             buckets=_KEPT,
         )
-        self.seen = Counter("lagkv_tokens_seen", "Tokens given to caches.", names, registry=None)
         self.dropped = Counter(
             "lagkv_tokens_dropped",
             "Tokens dropped by compression, on average over the full-attention layers.",
             names,
-            registry=None,
-        )
-        self.bytes = Counter(
-            "lagkv_request_cache_bytes",
-            "Bytes at the end of requests: really held, and those of the keys and values of all tokens seen.",
-            (*names, "state"),
             registry=None,
         )
         self.compressions = Counter(
@@ -69,7 +71,7 @@ class CacheFamilies(Families):
         )
         self.reads = Counter(
             "lagkv_cache_reads",
-            "Readings of caches at scrapes and at the ends of requests, by outcome.",
+            "Readings of caches at scrapes and when requests begin and end, by outcome.",
             (*names, "outcome"),
             registry=None,
         )
@@ -78,18 +80,18 @@ class CacheFamilies(Families):
         tokens = GaugeMetricFamily(
             "lagkv_cache_tokens",
             "Tokens of the requests in flight: seen, and kept on average over the full-attention layers.",
-            labels=[*self.label_names, "state"],
+            labels=[*self.label_names, "cache", "state"],
         )
         size = GaugeMetricFamily(
             "lagkv_cache_bytes",
             "Bytes of the caches in flight: really held, and those of the keys and values of all tokens seen.",
-            labels=[*self.label_names, "state"],
+            labels=[*self.label_names, "cache", "state"],
         )
         for values, monitor in members:
-            live = monitor.read_live()
-            tokens.add_metric([*values, "seen"], live.seen)
-            tokens.add_metric([*values, "kept"], live.kept)
-            size.add_metric([*values, "held"], live.held)
-            size.add_metric([*values, "uncompressed"], live.uncompressed)
+            for kind, live in monitor.read_live().items():
+                tokens.add_metric([*values, kind, "seen"], live.seen)
+                tokens.add_metric([*values, kind, "kept"], live.kept)
+                size.add_metric([*values, kind, "held"], live.held)
+                size.add_metric([*values, kind, "uncompressed"], live.uncompressed)
         yield tokens
         yield size

@@ -13,16 +13,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from lagkv_ext.cache import CacheReport, LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
+from lagkv_ext.cache.report import report_of
 from lagkv_ext.cache.timer import CompressionTimer
-from lagkv_ext.monitor.families import OUTCOMES, READS, CacheFamilies
+from lagkv_ext.monitor.families import KINDS, OUTCOMES, READS, CacheFamilies
 from lagkv_ext.monitor.registry import REGISTRY, child, join
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-_CACHES = (LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache)
+_COMPRESSED = (LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache)
 _log = logging.getLogger(__name__)
 
 
@@ -47,10 +49,21 @@ class _Flight:
     """A request as the monitor knows it. Nothing here keeps the cache or the request alive."""
 
     cache: weakref.ref
+    kind: str
     timer: CompressionTimer
-    before: CacheReport | None
-    begun: float
+    before: CacheReport | None = None
+    begun: float = 0.0
     last: CacheReport | None = None  #: what the scrape before found
+
+
+class _OfKind:
+    """The series of the requests with one kind of cache."""
+
+    def __init__(self, metrics: CacheFamilies, values: tuple[str, ...]):
+        self.requests = {x: child(metrics.requests, *values, x) for x in OUTCOMES}
+        self.bytes = {x: child(metrics.bytes, *values, x) for x in ("held", "uncompressed")}
+        shared = metrics.in_flight, metrics.duration, metrics.seen
+        self.in_flight, self.duration, self.seen = (child(x, *values) for x in shared)
 
 
 class CacheMonitor:
@@ -66,7 +79,7 @@ class CacheMonitor:
     takes nothing from the generating thread but its turn of the interpreter, never raises, and never keeps a cache
     alive. When it ends, counters and histograms take what it added. What each metric means is in docs/operations.md.
 
-    A `LagKVStaticCache` whose lengths lie on a device is not read at scrapes, which would wait for the device and break
+    A static cache whose lengths lie on a device is not read at scrapes, which would wait for the device and break
     a CUDA graph that is being captured: it counts as "skipped" there, and in full when its request ends.
 
     Cost: nothing per token; per request two reports of the cache (one where it was empty before), per compression two
@@ -91,83 +104,63 @@ class CacheMonitor:
         # Of requests that were dropped without an end. Filled by the garbage collector, which may run anywhere, even
         # while this thread holds a lock: so nothing but an append happens there.
         self._lost: deque[int] = deque()
-        self._late: list[
-            CompressionTimer
-        ] = []  # of ended requests, with events that the device had not passed
+        # Of ended requests, with events that the device had not passed.
+        self._late: list[CompressionTimer] = []
         metrics, values = join(CacheFamilies, registry, labels)
         # Made now, so that every series is there, at 0, before the first request.
-        self._requests = {x: child(metrics.requests, *values, x) for x in OUTCOMES}
+        self._of_kind = {kind: _OfKind(metrics, (*values, kind)) for kind in KINDS}
         self._reads = {x: child(metrics.reads, *values, x) for x in READS}
-        self._bytes = {x: child(metrics.bytes, *values, x) for x in ("held", "uncompressed")}
-        (
-            self._in_flight,
-            self._duration,
-            self._kept,
-            self._seen,
-            self._dropped,
-            self._compressions,
-            self._seconds,
-        ) = (
-            child(x, *values)
-            for x in (
-                metrics.in_flight,
-                metrics.duration,
-                metrics.kept,
-                metrics.seen,
-                metrics.dropped,
-                metrics.compressions,
-                metrics.seconds,
-            )
+        compressing = metrics.kept, metrics.dropped, metrics.compressions, metrics.seconds
+        self._kept, self._dropped, self._compressions, self._seconds = (
+            child(x, *values) for x in compressing
         )
         metrics.admit(values, self)
 
-    def request(self, cache: LagKVCache | LagKVStaticCache | LagKVEncoderDecoderCache) -> MonitoredRequest:
+    def request(self, cache: Cache) -> MonitoredRequest:
         """A request begins, in which ``cache`` is used. Keep what is returned: as a context manager, or until you call
         its `MonitoredRequest.finish`.
 
-        A cache may be used for one request after another: each counts what it added.
+        Any cache of transformers: in metrics with the label "cache" those that LagKV compresses are "lagkv", all
+        others "full". A cache may be used for one request after another: each counts what it added.
 
         Raises:
-            TypeError: not one of this package's caches.
+            TypeError: no cache of transformers.
             ValueError: the cache is in a request that has not ended.
         """
-        if not isinstance(cache, _CACHES):
-            names = ", ".join(x.__name__ for x in _CACHES)
-            raise TypeError(f"cache must be one of {names}, got {type(cache).__name__}")
+        if not isinstance(cache, Cache):
+            raise TypeError(f"cache must be a cache of transformers, got {type(cache).__name__}")
         self._forget_lost()
-        timer = CompressionTimer()
+        kind, timer = "full", CompressionTimer()
         with self._lock:
-            if cache.timer is not None:
+            watched = any(x.cache() is cache for x in self._flights.values())
+            if watched or (isinstance(cache, _COMPRESSED) and cache.timer is not None):
                 raise ValueError("cache must not be in a request that has not ended, got one that is")
-            cache.timer = timer
-        begun = time.perf_counter()
-        flight = _Flight(weakref.ref(cache), timer, self._report(cache), begun)
-        with self._lock:
+            if isinstance(cache, _COMPRESSED):
+                kind, cache.timer = "lagkv", timer
             self._number += 1
             number = self._number
-            self._flights[number] = flight
-        self._in_flight.inc()
+            flight = self._flights[number] = _Flight(weakref.ref(cache), kind, timer)
+        flight.before = self._report(cache)
+        self._of_kind[kind].in_flight.inc()
+        flight.begun = time.perf_counter()
         return MonitoredRequest(self, number)
 
     # -- at a scrape
 
-    def read_live(self) -> Live:
-        """What the caches in flight hold now. Called by scrapes, from any thread; raises nothing."""
+    def read_live(self) -> dict[str, Live]:
+        """What the caches in flight hold now, by kind. Called by scrapes, from any thread; raises nothing."""
         self._forget_lost()
         with self._lock:
             flights = list(self._flights.values())
-        live = Live()
+        live = {kind: Live() for kind in KINDS}
         for flight in flights:
             cache = flight.cache()
             if cache is None:
                 continue  # said when the request ends
-            if _lengths_on_device(cache):
-                self._reads["skipped"].inc()
-                continue
-            report = self._report(cache)
+            report = self._report(cache, at_scrape=True)
             if report is not None:
                 flight.last = _whole(report, flight.last)
-                live.add(flight.last)
+                live[flight.kind].add(flight.last)
         return live
 
     # -- when a request ends
@@ -176,7 +169,7 @@ class CacheMonitor:
         """For `MonitoredRequest`."""
         flight = self._end(number, outcome)
         if outcome == "completed":
-            self._duration.observe(time.perf_counter() - flight.begun)
+            self._of_kind[flight.kind].duration.observe(time.perf_counter() - flight.begun)
         cache = flight.cache()
         if cache is None:
             self._reads["failed"].inc()
@@ -184,18 +177,22 @@ class CacheMonitor:
             return
         after = self._report(cache)
         if flight.before is not None and after is not None:
-            self._count(flight.before, after)
+            self._count(flight.kind, flight.before, after)
 
-    def _count(self, before: CacheReport, after: CacheReport) -> None:
+    def _count(self, kind: str, before: CacheReport, after: CacheReport) -> None:
         added = [now - then for now, then in zip(_growing(after), _growing(before), strict=True)]
         if min(added) < -0.5:  # it was reset since: as Prometheus does with a counter that starts again
             added = list(_growing(after))
-        for metric, value in zip((self._seen, self._dropped, self._compressions), added, strict=True):
-            metric.inc(max(value, 0))  # averages have rounding errors
-        self._bytes["held"].inc(after.bytes_held)
-        self._bytes["uncompressed"].inc(after.bytes_uncompressed)
-        if after.tokens_seen:
-            self._kept.observe(after.tokens_kept / after.tokens_seen)
+        seen, dropped, compressions = (max(x, 0) for x in added)  # averages have rounding errors
+        series = self._of_kind[kind]
+        series.seen.inc(seen)
+        series.bytes["held"].inc(after.bytes_held)
+        series.bytes["uncompressed"].inc(after.bytes_uncompressed)
+        if kind == "lagkv":
+            self._dropped.inc(dropped)
+            self._compressions.inc(compressions)
+            if after.tokens_seen:
+                self._kept.observe(after.tokens_kept / after.tokens_seen)
 
     def _end(self, number: int, outcome: str) -> _Flight:
         with self._lock:
@@ -204,10 +201,10 @@ class CacheMonitor:
             seconds = sum(timer.take() for timer in self._late)
             self._late = [timer for timer in self._late if timer.waits]
         self._seconds.inc(seconds)
-        self._in_flight.dec()
-        self._requests[outcome].inc()
+        self._of_kind[flight.kind].in_flight.dec()
+        self._of_kind[flight.kind].requests[outcome].inc()
         cache = flight.cache()
-        if cache is not None:
+        if isinstance(cache, _COMPRESSED):
             cache.timer = None
         return flight
 
@@ -223,9 +220,12 @@ class CacheMonitor:
         """For `MonitoredRequest`: nobody can end this request any more."""
         self._lost.append(number)
 
-    def _report(self, cache: LagKVCache | LagKVStaticCache | LagKVEncoderDecoderCache) -> CacheReport | None:
+    def _report(self, cache: Cache, at_scrape: bool = False) -> CacheReport | None:
         try:
-            report = cache.report()
+            if at_scrape and _lengths_on_device(cache):
+                self._reads["skipped"].inc()
+                return None
+            report = report_of(cache)
         except Exception:  # a server must not lose a request, nor a scrape, to its monitoring
             self._reads["failed"].inc()
             _log.warning("a cache could not be read for its metrics", exc_info=True)
@@ -278,10 +278,11 @@ def _growing(report: CacheReport) -> tuple[float, float, float]:
     return report.tokens_seen, report.tokens_seen - report.tokens_kept, report.compressions
 
 
-def _lengths_on_device(cache: LagKVCache | LagKVStaticCache | LagKVEncoderDecoderCache) -> bool:
-    if not isinstance(cache, LagKVStaticCache):
-        return False
-    devices = (getattr(layer, "device", None) for layer in cache.layers)
+def _lengths_on_device(cache: Cache) -> bool:
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    static = (x for x in list(cache.layers) if isinstance(x, CacheLayerMixin) and x.is_compileable)
+    devices = (getattr(layer, "device", None) for layer in static)
     return any(device is not None and torch.device(device).type != "cpu" for device in devices)
 
 

@@ -17,7 +17,7 @@ __all__ = ["REGISTRY", "RESERVED", "Families", "child", "join"]
 
 _LABEL = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*\Z")
 #: Labels that metrics have by themselves.
-RESERVED = ("le", "outcome", "reason", "state")
+RESERVED = ("cache", "le", "outcome", "reason", "state")
 
 
 class Families:
