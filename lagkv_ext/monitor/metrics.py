@@ -83,7 +83,8 @@ class CacheMonitor:
     a CUDA graph that is being captured: it counts as "skipped" there, and in full when its request ends.
 
     Cost: nothing per token; per request two reports of the cache (one where it was empty before), per compression two
-    readings of a clock. Measured by ``python -m benchmarks.monitor``.
+    readings of a clock. A cache of 32 layers on a busy 2-core CPU: 0.2 to 0.3 ms a request, 2 microseconds a
+    compression, 6 ms a scrape with 32 such caches in flight (``python -m benchmarks.monitor``).
 
     Several monitors may report on one registry, as one for each model of a server, with the same label names and
     different values. In servers of several processes see "Watching it" in docs/operations.md.
