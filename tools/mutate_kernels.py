@@ -2,8 +2,8 @@
 
 ``python tools/mutate_kernels.py [--only WORD] [--part I/N] [--jobs N] [--list]``: every barrier of the kernels and
 every entry of `kernel_rules` is a mutant. Its kernels of one type (float32 mostly) are compiled into the executor, and
-the planner, traffic and property tests run on them until one fails. Prints what caught each mutant; ends with status 1
-where one survives.
+the planner, traffic and property tests run on them until one fails, after a run with nothing removed, in which none may.
+Prints what caught each mutant; ends with status 1 where one survives.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ WORK = ROOT / "build" / "mutants"
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|= __syncthreads_or\((\w+)\);")
 CAUGHT = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 TIMEOUT_S = 900
+CONTROL = Rule("rows.cuh", "#pragma once", "#pragma once", "nothing")
 # Runs in a process of its own: the executor's module of the mutant, one type alone.
 RUNNER = """
 import dataclasses, sys
@@ -46,26 +47,47 @@ import pytest, cases, test_cuda_plan, test_ragged_plan, test_ragged_traffic, tes
 plans = test_cuda_plan.CASES, test_ragged_plan.CASES
 for of_module in (*plans, test_ragged_traffic.CASES, test_traffic.SHAPES, cases.TRAPS):
     of_module.update({{name: dataclasses.replace(case, dtype=torch.{dtype}) for name, case in of_module.items()}})
-sys.exit(pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *{arguments!r}]))
+for arguments in {selections!r}:
+    status = pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *arguments])
+    if status != 0:
+        sys.exit(status)
 """
-# Cheap and telling first; by the bindings whose kernels they run.
-TESTS = [
-    (
-        "lagkv",
-        "tests/test_cuda_plan.py",
-        "depend or traps or scattered or keeping or direction or covers or limit or moves or no_elements or long_",
-    ),
-    ("lagkv", "tests/test_cuda_alignment.py", ""),
-    ("ragged", "tests/test_ragged_plan.py", "depend or any or more or limits or pages"),
-    ("lagkv", "tests/test_ops_traps.py", ""),
-    ("lagkv", "tests/test_ops_properties.py", ""),
-    ("ragged", "tests/test_ragged_properties.py", "not traps"),
-    ("lagkv", "tests/test_metamorphic.py", "exactly_zero or beyond_the"),
-    ("lagkv", "tests/test_traffic.py", "scratch or vectors or stages or in_place"),
-    ("ragged", "tests/test_ragged_traffic.py", "in_place"),
-    ("ragged", "tests/test_ragged_errors.py", "wrong_values or shared"),
-    ("lagkv", "tests/test_large.py", "partition or llama"),
-]
+# By the bindings whose kernels they run; cheap and telling first, after those that look at the file itself.
+TESTS = {
+    "lagkv": [
+        ("tests/test_cuda_plan.py", "depend and long"),
+        ("tests/test_cuda_plan.py", "not (depend and long)"),
+        ("tests/test_ops_traps.py", ""),
+        ("tests/test_cuda_alignment.py", ""),
+        ("tests/test_ops_properties.py", ""),
+        ("tests/test_metamorphic.py", "exactly_zero or beyond_the or bounds_far"),
+        ("tests/test_traffic.py", "scratch or vectors or stages or in_place"),
+        ("tests/test_large.py", "partition or llama"),
+    ],
+    "ragged": [
+        ("tests/test_ragged_plan.py", "depend and long"),
+        ("tests/test_ragged_plan.py", "not (depend and long)"),
+        ("tests/test_ragged_properties.py", "not traps"),
+        ("tests/test_ragged_traffic.py", "in_place"),
+        ("tests/test_ragged_errors.py", "wrong_values or shared"),
+    ],
+}
+FIRST = {
+    "lagkv": {
+        "block.cuh": ("tests/test_cuda_plan.py", "depend and many-scores and long"),
+        "select.cuh": ("tests/test_cuda_plan.py", "depend and many-scores and long"),
+        "wide_rows.cuh": ("tests/test_cuda_plan.py", "(depend and wide and long) or long_"),
+        "topk.cuh": ("tests/test_ops_properties.py", "topk_index"),
+        "numeric.cuh": ("tests/test_ops_properties.py", "topk_index"),
+        "gather.cuh": ("tests/test_ops_properties.py", "compact or in_place"),
+        "launches.h": ("tests/test_cuda_alignment.py", ""),
+        "plan.h": ("tests/test_cuda_plan.py", "covers or limit or moves"),
+    },
+    "ragged": {
+        "ragged_schedule.cuh": ("tests/test_ragged_plan.py", "any or pages or more"),
+        "../ragged.h": ("tests/test_ragged_plan.py", "any or pages"),
+    },
+}
 BY_BACKEND = (
     "test_ops_traps",
     "test_ops_properties",
@@ -121,18 +143,13 @@ class Executor:
             self._included[name] = {(self.build / x).resolve() for x in names}
         return path.resolve() in self._included[name]
 
-    def affected(self, rule: Rule) -> list[str]:
+    def affected(self, rule: Rule, family: str) -> list[str]:
         """The bindings to compile anew."""
-        names = [
-            f"bind_lagkv_{rule.dtype}",
-            f"bind_ragged_{rule.dtype}",
-            "bind_lagkv_plan",
-            "bind_ragged_plan",
-        ]
-        return [x for x in names if x in self.commands and self.includes(x, KERNELS / rule.file)]
+        names = [f"bind_{family}_{rule.dtype}", "bind_lagkv_plan"]
+        return [x for x in names if self.includes(x, KERNELS / rule.file)]
 
-    def mutate(self, rule: Rule, folder: Path) -> Path | str:
-        """The module with the rule missing, or why it does not compile."""
+    def mutate(self, rule: Rule, names: list[str], folder: Path) -> Path:
+        """The module with the rule missing in these bindings."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("*.o"))
         path = folder / "csrc" / "cuda" / rule.file
@@ -140,22 +157,19 @@ class Executor:
         if rule.find not in text:
             raise SystemExit(f"mutate_kernels: {rule.file} no longer holds {rule.find!r} ({rule.what})")
         path.write_text(text.replace(rule.find, rule.replace), encoding="utf-8")
-        names, targets = self.affected(rule), []
+        targets = []
+        # Included folders are named from the build folder or wholly.
+        own = rf"(?:{re.escape(str(ROOT / 'csrc'))}|{re.escape(os.path.relpath(ROOT / 'csrc', self.build))})(?=$|/)"
         for name in names:
             words = list(self.commands[name])
             targets.append(str(folder / f"{name}.o"))
             words[words.index("-o") + 1] = targets[-1]
-            # Included folders are named from the build folder or wholly.
-            own = os.path.relpath(ROOT / "csrc", self.build)
-            words = [
-                re.sub(
-                    rf"(?:{re.escape(str(ROOT / 'csrc'))}|{re.escape(own)})(?=$|/)", str(folder / "csrc"), x
-                )
-                for x in words
-            ]
+            words = [re.sub(own, str(folder / "csrc"), x) for x in words]
             done = subprocess.run(words, cwd=self.build, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                return done.stderr
+                raise SystemExit(
+                    f"mutate_kernels: {rule.file}: {rule.what}: does not compile:\n{done.stderr}"
+                )
         module = folder / self.module.name
         # The mutant's objects come first: of templates that several objects hold the linker takes the first.
         others = [str(path) for path in self.objects if not any(f"{name}.cpp" in path.name for name in names)]
@@ -163,54 +177,54 @@ class Executor:
         subprocess.run(link, cwd=self.build, capture_output=True, text=True, check=True)
         return module
 
-    def judge(self, rule: Rule, folder: Path, module: Path) -> str:
+    def judge(self, rule: Rule, family: str, folder: Path, module: Path) -> str:
         """The first test that fails on the mutant and how, or an empty text."""
-        families = {name.split("_")[1] for name in self.affected(rule)}
-        for family, tests, words in TESTS:
-            if family not in families:
-                continue
-            arguments = [tests, *(["-k", words] if words else [])]
-            if Path(tests).stem in BY_BACKEND:
-                arguments += ["--backend", "simt"]
-            program = RUNNER.format(
-                root=str(ROOT),
-                tests=str(ROOT / "tests"),
-                module=str(module),
-                arguments=arguments,
-                dtype=rule.dtype,
+        selections = []
+        first = FIRST[family].get(rule.file)
+        for tests, words in [*([first] if first else []), *TESTS[family]]:
+            backend = ["--backend", "simt"] if Path(tests).stem in BY_BACKEND else []
+            selections.append([tests, *(["-k", words] if words else []), *backend])
+        program = RUNNER.format(
+            root=str(ROOT),
+            tests=str(ROOT / "tests"),
+            module=str(module),
+            selections=selections,
+            dtype=rule.dtype,
+        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=TIMEOUT_S,
+                env={**os.environ, "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"},
             )
-            try:
-                done = subprocess.run(
-                    [sys.executable, "-c", program],
-                    cwd=ROOT,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                    timeout=TIMEOUT_S,
-                    env={**os.environ, "HYPOTHESIS_PROFILE": "ci", "OMP_NUM_THREADS": "1"},
-                )
-            except subprocess.TimeoutExpired:
-                return f"{tests} hangs"
-            (folder / "tests.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-            if done.returncode not in (0, 1):
-                if done.returncode > 1:  # pytest's own: an error of collection, or no test
-                    raise SystemExit(f"mutate_kernels: the tests did not run:\n{done.stdout}{done.stderr}")
-                return f"{tests} ended with signal {-done.returncode}"
-            if done.returncode == 1:
-                test = CAUGHT.search(done.stdout)
-                if test is None:
-                    raise SystemExit(f"mutate_kernels: the tests did not run:\n{done.stdout}{done.stderr}")
-                fault = re.search(r"(?:Fault|Error): ([^;\n]*)", done.stdout)
-                return f"{test[1]}: {fault[1][:110] if fault else 'assertion'}"
-        return ""
+        except subprocess.TimeoutExpired:
+            return f"no end within {TIMEOUT_S} s"
+        (folder / "tests.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        if done.returncode < 0:
+            return f"the tests ended with signal {-done.returncode}"
+        if done.returncode == 0:
+            return ""
+        test = CAUGHT.search(done.stdout)
+        if done.returncode != 1 or test is None:  # an error of collection, or no test
+            raise SystemExit(f"mutate_kernels: the tests did not run:\n{done.stdout}{done.stderr}")
+        fault = re.search(r"(?:Fault|Error): ([^;\n]*)", done.stdout)
+        return f"{test[1]}: {fault[1][:110] if fault else 'assertion'}"
 
     def verdict(self, rule: Rule) -> str:
         """What caught it; empty where nothing did."""
         folder = WORK / re.sub(r"\W+", "-", f"{rule.file} {rule.what} {rule.dtype}")
-        module = self.mutate(rule, folder)
-        if isinstance(module, str):
-            raise SystemExit(f"mutate_kernels: {rule.file}: {rule.what}: does not compile:\n{module}")
-        caught = self.judge(rule, folder, module)
+        caught = ""
+        for family in TESTS:
+            names = self.affected(rule, family)
+            if not names or (family == "ragged" and names == ["bind_lagkv_plan"]):
+                continue
+            module = self.mutate(rule, names, folder)
+            if caught := self.judge(rule, family, folder, module):
+                break
         for path in folder.glob("*.[os]*"):
             path.unlink()
         return caught
@@ -232,6 +246,8 @@ def main() -> int:
         print("\n".join(f"{m.file}: {m.what}" for m in mutants))
         return 0
     executor = Executor()
+    if caught := executor.verdict(CONTROL):
+        raise SystemExit(f"mutate_kernels: with nothing removed {caught}")
     survivors = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for m, caught in zip(mutants, pool.map(executor.verdict, mutants), strict=True):
