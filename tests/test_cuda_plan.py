@@ -135,6 +135,14 @@ def test_shared_memory_keeps_to_the_limit(planner, size, dims, lag_size, limit, 
     assert made["scratch_bytes"] <= made["run_blocks"] * real * (3 * (lag_size + 4) + 6 * (max(dims) + 8))
 
 
+@pytest.mark.parametrize("dims", [(128, 128), (300, 300)])
+def test_every_lag_size_keeps_to_the_limit(planner, dims):
+    """The kernels have static shared memory, too: the limit is met from 2,048 bytes below it on, for every size."""
+    for lag_size in range(1, 9000):
+        made = planner.plan_compress(4, *dims, 2, 3 * lag_size, 0, lag_size, 1, scores_wanted=True)
+        assert made["shared_bytes"] + 2048 <= 48 << 10, lag_size
+
+
 def test_usual_lag_sizes_need_no_scratch(planner):
     for size, dim, lag_size in itertools.product(
         [2, 4], [64, 80, 96, 128, 192, 256], [64, 128, 256, 512, 1024, 2048]

@@ -205,4 +205,5 @@ def test_bounds_far_below_the_values_leave_numbers(backend, dim):
     score = backend.lag_score(key.to(backend.device), key.to(backend.device), 0, 16)
     band = score_band(key, key, 0, 16, 1.0, "std")
     assert not band.exact.isnan().any()
+    assert not score.isnan().any()
     assert_scores(score, band)

@@ -697,7 +697,6 @@ RULES = [
         "blocks / larger_of(1, 2 * heads)",
         "move: a slice at least",
     ),
-    Rule("plan.h", "larger_of(1, 2 * heads)", "2 * heads", "move: no heads"),
     Rule(
         "plan.h",
         "larger_of(1, larger_of(key_columns, value_columns))",

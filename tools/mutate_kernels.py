@@ -2,8 +2,8 @@
 
 ``python tools/mutate_kernels.py [--only WORD] [--part I/N] [--jobs N] [--list]``: every barrier of the kernels and
 every entry of `kernel_rules` is a mutant. Its kernels of one type (float32 mostly) are compiled into the executor, and
-the planner, traffic and property tests run on them until one fails, after a run with nothing removed, in which none may.
-Prints what caught each mutant; ends with status 1 where one survives.
+the planner, traffic and property tests run on them until one fails, after a run with nothing removed, in which none
+may. Prints what caught each mutant; ends with status 1 where one survives.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ TESTS = {
     "ragged": [
         ("tests/test_ragged_plan.py", "depend and long"),
         ("tests/test_ragged_plan.py", "not (depend and long)"),
+        ("tests/test_cuda_alignment.py", ""),
         ("tests/test_ragged_properties.py", "not traps"),
         ("tests/test_ragged_traffic.py", "in_place"),
         ("tests/test_ragged_errors.py", "wrong_values or shared"),
