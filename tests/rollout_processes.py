@@ -14,18 +14,32 @@ from typing import Any
 from lagkv_ext.rollout import Check, Store, Trip
 from lagkv_ext.rollout.evidence import Evidence
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lagkv_ext.rollout"])  # torch is imported once, not in every process
+
 
 def at_once(path: Path, *work: tuple[Callable[..., Any], Any]) -> list[Any]:
     """Results of ``function(path, argument)``, each in a process of its own, all begun together."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lagkv_ext.rollout"])  # torch is imported once, not in every process
     go = path.with_name("go")
-    with ProcessPoolExecutor(len(work), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(work), mp_context=CONTEXT) as pool:
         futures = [pool.submit(_when, go, function, path, argument) for function, argument in work]
         go.touch()
         done = [future.result(timeout=120) for future in futures]
     go.unlink()
     return done
+
+
+def kill_while(path: Path, function: Callable[..., Any], argument: Any, *, after: float) -> None:
+    """Begin ``function(path, argument)`` in a process, and kill it (SIGKILL) some seconds after its first write."""
+    process = CONTEXT.Process(target=function, args=(path, argument))
+    before = path.stat().st_ino
+    process.start()
+    while path.stat().st_ino == before and process.is_alive():
+        time.sleep(0.0001)
+    time.sleep(after)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
 
 
 def _when(go: Path, function: Callable[..., Any], path: Path, argument: Any) -> Any:

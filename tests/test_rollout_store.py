@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from rollout_cases import CHECKS, POLICIES, policy, stored
-from rollout_processes import add_checks, at_once, count_up, read_until, trip
+from rollout_processes import add_checks, at_once, count_up, kill_while, read_until, trip
 
 from lagkv_ext.rollout import RolloutError, Store, Trip
 from lagkv_ext.rollout.evidence import Evidence
@@ -145,6 +145,25 @@ def test_a_trip_record_that_cannot_be_read_is_doubt_and_goes_with_the_next_versi
 
 
 # -- several processes
+
+
+def test_a_writer_that_is_killed_at_any_point_loses_nothing(tmp_path):
+    """What was in force is in the history after the next write, the numbers grow, and nobody waits for the dead."""
+    store = stored(tmp_path, policy(min_prompt_tokens=0))
+    in_force = {1: 0}
+    for delay in range(12):
+        kill_while(store.path, count_up, 10**6, after=delay / 1000)
+        found = store.current()
+        assert found.version >= max(in_force)
+        in_force[found.version] = found.min_prompt_tokens
+        _, new = store.write(
+            lambda old: dataclasses.replace(old, min_prompt_tokens=old.min_prompt_tokens + 1)
+        )
+        in_force[new.version] = new.min_prompt_tokens
+        counts = {n: store.version(n).min_prompt_tokens for n in store.versions()}
+        assert in_force.items() <= counts.items()
+        # Each version was made from the one before it, so nothing is in the history that never was in force.
+        assert list(counts.values()) == list(range(len(counts)))
 
 
 def test_processes_that_write_at_once_lose_nothing_and_readers_see_whole_files(tmp_path):

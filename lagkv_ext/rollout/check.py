@@ -76,6 +76,7 @@ def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any
         kl / tokens if math.isfinite(kl) else math.inf,
         tokens,
         position,
+        _is_compressed(compressed),
     )
 
 
@@ -85,6 +86,13 @@ def _read(model: Any, prompt: Tensor, cache: Any, chunk: int) -> Tensor:
         ids = prompt[:, begin : begin + chunk]
         logits = forward(model, ids, cache, position=begin, logits_to_keep=1)
     return logits
+
+
+def _is_compressed(cache: Any) -> bool:
+    from lagkv_ext.cache.quantized import QuantizedLagKVLayer
+
+    quantized = (x.quantized_rows for x in cache.layers if isinstance(x, QuantizedLagKVLayer))
+    return cache.report().compressions > 0 or any(quantized)
 
 
 def _next_step(cache: Any) -> int:

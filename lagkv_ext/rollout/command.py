@@ -249,7 +249,7 @@ def _changes(old: Policy | None, new: Policy) -> list[str]:
         return [f"{name} {json.dumps(value)}" for name, value in b.items()]
     return [
         f"{name} {json.dumps(a[name]) if name in a else 'unset'} -> {json.dumps(b[name]) if name in b else 'unset'}"
-        for name in dict.fromkeys([*a, *b])
+        for name in sorted(dict.fromkeys([*a, *b]), key=lambda x: list(new.content).index(x.split(".")[0]))
         if a.get(name) != b.get(name) or (name in a) != (name in b)
     ]
 

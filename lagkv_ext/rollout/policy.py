@@ -95,15 +95,17 @@ def parse(text: str, source: str, config: Any = None) -> Policy:
         data["settings"] = checked_settings(data["settings"], f"{source}: settings")
         policy = Policy(**{**data, "guard": Guard(**guard)})
         checked(policy)
-        if config is not None:
-            from lagkv_ext import LagKVCache
-
-            LagKVCache(config, **policy.settings)
     except RolloutError as error:
         raise RolloutError(f"{source}: {error}") from None
-    except (TypeError, ValueError) as error:
-        told = str(error)
-        raise RolloutError(told if told.startswith(source) else f"{source}: settings: {told}") from error
+    except ValueError as error:
+        raise RolloutError(str(error)) from None
+    if config is not None:
+        from lagkv_ext import LagKVCache
+
+        try:
+            LagKVCache(config, **policy.settings)
+        except Exception as error:  # whatever it is, these settings make no cache
+            raise RolloutError(f"{source}: settings: {error}") from error
     return policy
 
 
@@ -130,7 +132,7 @@ def check_values(settings: Mapping[str, Any], source: str) -> None:
         base = layer_settings(**{**given, **{k: v for k, v in settings.items() if k not in others}})
         for layer, ratio in (settings.get("layer_keep_ratio") or {}).items():
             keep_count(f"layer_keep_ratio[{layer}]", ratio, base.lag_size)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise RolloutError(f"{source}: settings: {error}") from error
 
 
@@ -203,7 +205,8 @@ def integer(name: str, value: Any, least: int) -> None:
 
 def number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     """RolloutError unless ``value`` is a finite number (no bool) in ``[low, high]``, or over ``low``."""
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    # No math.isfinite, which cannot take every int.
+    good = not isinstance(value, bool) and isinstance(value, (int, float)) and -math.inf < value < math.inf
     if not good or not low <= value <= high or (above and value == low):
         bounds = f"{'over' if above else 'from'} {low}" + (f" to {high}" if math.isfinite(high) else "")
         raise RolloutError(f"{name} must be a number {bounds}, got {value!r}")

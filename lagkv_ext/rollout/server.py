@@ -148,6 +148,9 @@ class Rollout:
         Call it outside of the request, from a worker thread or a queue, for decisions with ``wants_check``.
         ``version``: of the decision; None: the version in force.
 
+        A request too short for anything to be dropped says nothing about compression, and would hide those that do: its
+        check is returned, and does not count.
+
         Returns None, and does nothing, for a version that is not in force any more, is disabled, or has tripped; also
         where the check failed, which is logged, and counts in `check_errors` and towards ``guard.max_errors``. Never
         raises.
@@ -169,6 +172,8 @@ class Rollout:
                 self._check_errors += 1
             self._failed(force)
             return None
+        if not result.compressed:
+            return result
         with self._looking:
             self._checks += 1
             if force.policy.version == self._force.policy.version:
@@ -271,7 +276,8 @@ class Rollout:
         return self._check_errors
 
     def status(self) -> RolloutStatus:
-        """How things are at this moment, as this process knows them; looks at no file."""
+        """How things are. Looks at the file where that is due, so that a server without requests knows too."""
+        self._look_if_due()
         with self._looking, self._counting:
             return RolloutStatus(
                 version=self._force.policy.version,

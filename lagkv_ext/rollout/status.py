@@ -18,7 +18,7 @@ class RolloutStatus:
     share: float  #: of all requests, in [0, 1]; what the file says, also where nothing is compressed
     tripped: bool
     decisions: dict[str, int]  #: requests by reason; every name in `REASONS` is there
-    checks: int  #: quality checks that came to a result
+    checks: int  #: quality checks of requests that really were compressed
     agreement: (
         float | None
     )  #: mean over the breaker's window of this version, in [0, 1]; None before the first check

@@ -25,6 +25,7 @@ from pathlib import Path
 from lagkv_ext.rollout.policy import Policy, RolloutError, integer, read, read_object
 
 DOUBT = 2**62  # above every version
+_NUMBERED = re.compile(r"(\d{6,})\.")
 _VERSION = re.compile(r"(\d{6,})\.json")
 
 
@@ -129,25 +130,40 @@ class Store:
             tripped = old is not None and trip is not None and trip.version >= old.version
             if old is not None and wanted.content == old.content and not tripped and not lost:
                 return old, old
-            kept = self.versions()
-            checked = [int(x.stem) for x in self.checks.glob("[0-9]*.jsonl") if x.stem.isdecimal()]
-            known = [
-                *kept,
-                *checked,
-                *(x.version for x in (old, trip) if x is not None and x.version < DOUBT),
-            ]
-            last = max(known, default=0)
-            new = dataclasses.replace(wanted, version=last + 1)
-            if dry_run:
-                return old, new
-            self.history.mkdir(exist_ok=True)
-            if old is not None and old.version not in kept:
-                place(self._kept(old.version), old.text, first=True)  # it was not made by a command
-            # History first: a version that servers can see is always there to go back to.
-            place(self._kept(new.version), new.text, first=True)
-            place(self.path, new.text)
-            self.tripped.unlink(missing_ok=True)  # of an older version, whose record stays in the history
+            new = dataclasses.replace(wanted, version=self._last(old, trip) + 1)
+            if not dry_run:
+                self._publish(old, new, trip)
             return old, new
+
+    def _last(self, old: Policy | None, trip: Trip | None) -> int:
+        """The highest number that any file speaks of."""
+        numbers = [x.version for x in (old, trip) if x is not None and x.version < DOUBT]
+        for folder in (self.history, self.checks):
+            names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
+            numbers += [int(found[1]) for name in names if (found := _NUMBERED.match(name))]
+        return max(numbers, default=0)
+
+    def _publish(self, old: Policy | None, new: Policy, trip: Trip | None) -> None:
+        """In an order in which the death of this process at any point loses no version that was in force, and leaves
+        none in the history that never was."""
+        self.history.mkdir(exist_ok=True)
+        if old is not None:  # made by hand, or its writer died
+            with contextlib.suppress(FileExistsError):
+                place(self._kept(old.version), old.text, first=True)
+            self._pending(old.version).unlink(missing_ok=True)
+        if trip is not None and trip.version < DOUBT:  # the server that tripped may not have had the right to
+            self._keep_trip(trip)
+        place(self._pending(new.version), new.text, first=True)
+        place(self.path, new.text)
+        os.rename(self._pending(new.version), self._kept(new.version))
+        self.tripped.unlink(missing_ok=True)  # of an older version, whose record is in the history
+
+    def _pending(self, number: int) -> Path:
+        return self.history / f"{number:06}.pending"
+
+    def _keep_trip(self, trip: Trip) -> None:
+        with contextlib.suppress(FileExistsError):
+            place(self.history / f"{trip.version:06}.tripped.json", _text(trip), first=True)
 
     def _kept(self, number: int) -> Path:
         return self.history / f"{number:06}.json"
@@ -167,11 +183,10 @@ class Store:
                 standing = self.trip()
                 if standing is not None and standing.version >= trip.version:
                     return standing
-            text = json.dumps(dataclasses.asdict(trip), indent=2) + "\n"
-            self.history.mkdir(exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                place(self.history / f"{trip.version:06}.tripped.json", text, first=True)
-            place(self.tripped, text)
+            place(self.tripped, _text(trip))
+            with contextlib.suppress(OSError):  # else the next command does it
+                self.history.mkdir(exist_ok=True)
+                self._keep_trip(trip)
             return trip
 
     def trip_or_doubt(self) -> Trip | None:
@@ -183,7 +198,7 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(self._beside(".lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -213,6 +228,10 @@ def place(path: Path, text: str, *, first: bool = False) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _text(trip: Trip) -> str:
+    return json.dumps(dataclasses.asdict(trip), indent=2) + "\n"
 
 
 def _read_trip(path: Path) -> Trip | None:
