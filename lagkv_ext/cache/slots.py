@@ -46,7 +46,7 @@ class SlotLayer(CacheLayerMixin):
             )
             self.seen = self.keys.new_zeros((), dtype=torch.int64)
             self.allocate_lengths()
-        for tensor in self.storages():
+        for tensor in self._tensors():
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -122,8 +122,10 @@ class SlotLayer(CacheLayerMixin):
     # -- what the cache asks beyond that
 
     def storages(self) -> list[Tensor]:
-        """All that it holds; the addresses never change."""
-        if not hasattr(self, "seen"):
-            return []
+        """All that it holds; the addresses never change. Nothing while it is being allocated: a monitor's thread asks
+        at any time."""
+        return self._tensors() if self.is_initialized else []
+
+    def _tensors(self) -> list[Tensor]:
         by_sequence, others = self.state()
         return [self.keys, self.values, self.seen, *by_sequence, *others]
