@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lagkv_ext
 
@@ -64,3 +65,78 @@ def test_peak_memory_would_show_a_copy():
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["grown"] > 0.45 * measured["cache"]
+
+
+GROWTH = """
+import json, re, sys
+import torch
+import lagkv_ext
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+
+torch.set_num_threads(1)
+ops = torch.ops.lagkv
+key, value = (torch.randn(1, 1, 8, 8) for _ in range(2))  # [B, H, N, D], and what else the operators want of it
+pages = [x.transpose(1, 2).contiguous() for x in (key, value)]
+packed = [x[0] for x in pages]
+score, index = torch.randn(1, 1, 8), torch.zeros(1, 1, 2, dtype=torch.int32)
+start, length, table = (torch.full(shape, x, dtype=torch.int32) for shape, x in [((1,), 0), ((1,), 4), ((1, 1), 0)])
+rows = torch.tensor([0, 8], dtype=torch.int32)
+calls = {
+    "compress": lambda: ops.compress(key, value, 0, 2, 1),
+    "compress_": lambda: ops.compress_(key, value, 0, 2, 1, score="cosine"),
+    "partition_bounds": lambda: ops.partition_bounds(key, 0, 2),
+    "lag_score": lambda: ops.lag_score(key, value, 0, 2),
+    "topk_index": lambda: ops.topk_index(score, 2),
+    "compact": lambda: ops.compact(key, index),
+    "compress_ragged_": lambda: ops.compress_ragged_(key, value, start, length, 2, 1),
+    "compress_varlen": lambda: ops.compress_varlen(*packed, rows, start, 2, 1),
+    "compress_paged_": lambda: ops.compress_paged_(*pages, table, start, length, 2, 1),
+    "_cpu_isa": lambda: ops._cpu_isa(),
+}
+bad = {
+    "score": lambda: ops.compress(key, value, 0, 2, 1, score="x" * 64),
+    "keep": lambda: ops.compress(key, value, 0, 2, 3, score="cosine"),
+}
+
+def refused(call):
+    try:
+        call()
+    except RuntimeError:
+        return
+    raise AssertionError("not refused")
+
+calls |= {f"refused {name}": lambda call=call: refused(call) for name, call in bad.items()}
+kept = []
+calls["a call that keeps 48 bytes"] = lambda: kept.append(bytes(15))
+grown = {}
+for name, call in calls.items():
+    least = None
+    for _ in range(4):  # the first may fill pools
+        before = resident()
+        for _ in range(10_000):
+            call()
+        least = min(x for x in (least, (resident() - before) / 10_000) if x is not None)
+    grown[name] = least
+print(json.dumps(grown))
+"""
+
+
+def test_no_call_leaves_memory_behind():
+    """Decoding calls an operator with every token, for months. What nothing holds any more must be gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout.splitlines()[-1])
+    assert (
+        24 < grown.pop("a call that keeps 48 bytes") < 80
+    )  # so little is seen; some of it finds room that was free
+    every = {
+        name.removeprefix("lagkv::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lagkv::")
+    }
+    assert every <= set(grown)
+    assert {name: left for name, left in grown.items() if left > 8} == {}

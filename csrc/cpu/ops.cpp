@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "staged.h"
 #include "tensors.h"
+#include "text_argument.h"
 
 namespace lagkv::cpu {
 namespace {
@@ -35,8 +36,9 @@ CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const 
 
 std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& value, int64_t start,
                                             int64_t lag_size, int64_t keep, double value_weight,
-                                            const std::string& score) {
-  const Score kind = check_compress("compress", key, value, start, lag_size, keep, value_weight, score);
+                                            StringHandle score) {
+  const Score kind =
+      check_compress("compress", key, value, start, lag_size, keep, value_weight, take_text(score));
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t batch = key.size(0), heads = key.size(1),
                 length = output_length(key.size(2), start, lag_size, keep);
@@ -53,8 +55,9 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& val
 }
 
 Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, int64_t keep,
-                 double value_weight, const std::string& score) {
-  const Score kind = check_compress_("compress_", key, value, start, lag_size, keep, value_weight, score);
+                 double value_weight, StringHandle score) {
+  const Score kind =
+      check_compress_("compress_", key, value, start, lag_size, keep, value_weight, take_text(score));
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t length = output_length(key.size(2), start, lag_size, keep);
   const Tensor index = new_tensor({key.size(0), key.size(1), length}, ScalarType::Int);
@@ -83,8 +86,9 @@ Tensor partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
 }
 
 Tensor lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, double value_weight,
-                 const std::string& score) {
-  const Score kind = check_lag_score("lag_score", key, value, start, lag_size, value_weight, score);
+                 StringHandle score) {
+  const Score kind =
+      check_lag_score("lag_score", key, value, start, lag_size, value_weight, take_text(score));
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t batch = key.size(0), heads = key.size(1), length = key.size(2);
   const Tensor out =

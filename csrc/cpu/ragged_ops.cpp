@@ -1,7 +1,6 @@
 // The CPU implementations of the ragged operators: checks of arguments and values, then one driver.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 
 #include "compress.h"
@@ -9,6 +8,7 @@
 #include "ragged_tensors.h"
 #include "ragged_values.h"
 #include "tensors.h"
+#include "text_argument.h"
 
 namespace lagkv::cpu {
 namespace {
@@ -26,8 +26,9 @@ void compress_in_place(const RaggedParams<T>& params, const KernelSet& kernels) 
 }
 
 Tensor compress_ragged_(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& length,
-                        int64_t lag_size, int64_t keep, double value_weight, const std::string& score) {
-  const Score kind = check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score);
+                        int64_t lag_size, int64_t keep, double value_weight, StringHandle score) {
+  const Score kind =
+      check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, take_text(score));
   const KernelSet& kernels = *instruction_set().kernels;
   const Tensor index = new_tensor({key.size(0), key.size(1), key.size(2)}, ScalarType::Int);
   by_dtype(key, [&](auto type) {
@@ -43,9 +44,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_varlen(const Tensor&
                                                                    const Tensor& cu_seqlens,
                                                                    const Tensor& start, int64_t lag_size,
                                                                    int64_t keep, double value_weight,
-                                                                   const std::string& score) {
+                                                                   StringHandle score) {
   const Score kind =
-      check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score);
+      check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, take_text(score));
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t rows = key.size(0), heads = key.size(1), batch = start.size(0);
   const Tensor new_key = new_tensor({rows, heads, key.size(2)}, key.scalar_type());
@@ -72,9 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_varlen(const Tensor&
 
 Tensor compress_paged_(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                        const Tensor& start, const Tensor& length, int64_t lag_size, int64_t keep,
-                       double value_weight, const std::string& score) {
+                       double value_weight, StringHandle score) {
   const Score kind = check_compress_paged_(key_cache, value_cache, block_table, start, length, lag_size, keep,
-                                           value_weight, score);
+                                           value_weight, take_text(score));
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t capacity = block_table.size(1) * key_cache.size(1);
   const Tensor index = new_tensor({block_table.size(0), key_cache.size(2), capacity}, ScalarType::Int);

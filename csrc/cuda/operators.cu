@@ -1,6 +1,5 @@
 // The six operators on CUDA tensors, and their registration. Each goes the same way: checks, outputs,
 // launcher (device guard, current stream), dtype, launches.
-#include <string>
 #include <tuple>
 
 #include "launches.h"
@@ -29,8 +28,9 @@ CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const 
 
 std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& value, int64_t start,
                                             int64_t lag_size, int64_t keep, double value_weight,
-                                            std::string score) {
-  const Score kind = check_compress("compress", key, value, start, lag_size, keep, value_weight, score);
+                                            StringHandle score) {
+  const Score kind =
+      check_compress("compress", key, value, start, lag_size, keep, value_weight, take_text(score));
   const int64_t batch = key.size(0), heads = key.size(1),
                 rows = output_length(key.size(2), start, lag_size, keep);
   const Tensor new_key = empty_on(key, {batch, heads, rows, key.size(3)}, key.scalar_type());
@@ -49,8 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& val
 }
 
 Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, int64_t keep,
-                 double value_weight, std::string score) {
-  const Score kind = check_compress_("compress_", key, value, start, lag_size, keep, value_weight, score);
+                 double value_weight, StringHandle score) {
+  const Score kind =
+      check_compress_("compress_", key, value, start, lag_size, keep, value_weight, take_text(score));
   const int64_t batch = key.size(0), heads = key.size(1),
                 rows = output_length(key.size(2), start, lag_size, keep);
   const Tensor index = empty_on(key, {batch, heads, rows}, ScalarType::Int);
@@ -68,8 +69,9 @@ Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t 
 }
 
 Tensor lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, double value_weight,
-                 std::string score) {
-  const Score kind = check_lag_score("lag_score", key, value, start, lag_size, value_weight, score);
+                 StringHandle score) {
+  const Score kind =
+      check_lag_score("lag_score", key, value, start, lag_size, value_weight, take_text(score));
   const int64_t count = compressed_count(key.size(2), start, lag_size);
   const Tensor result = empty_on(key, {key.size(0), key.size(1), count, lag_size}, arithmetic_type(key));
   if (result.numel() == 0) return result;

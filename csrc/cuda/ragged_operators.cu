@@ -2,7 +2,6 @@
 // that the host can see, outputs, launcher (device guard, current stream), dtype, launches. Starts, lengths
 // and block tables are read on the device alone (ragged_schedule.cuh says what becomes of bad ones), so
 // nothing waits for it and a captured graph follows them.
-#include <string>
 #include <tuple>
 
 #include "../checks_ragged.h"
@@ -31,8 +30,9 @@ void run(const Tensor& key, int64_t batch, bool in_place, const Params& params) 
 }
 
 Tensor compress_ragged_(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& length,
-                        int64_t lag_size, int64_t keep, double value_weight, std::string score) {
-  const Score kind = check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score);
+                        int64_t lag_size, int64_t keep, double value_weight, StringHandle score) {
+  const Score kind =
+      check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, take_text(score));
   const Tensor index = empty_on(key, {key.size(0), key.size(1), key.size(2)}, ScalarType::Int);
   run(key, key.size(0), true, [&](auto zero) {
     return slot_params<decltype(zero)>(key, value, start, length, index, lag_size, keep, value_weight, kind);
@@ -44,9 +44,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_varlen(const Tensor&
                                                                    const Tensor& cu_seqlens,
                                                                    const Tensor& start, int64_t lag_size,
                                                                    int64_t keep, double value_weight,
-                                                                   std::string score) {
+                                                                   StringHandle score) {
   const Score kind =
-      check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score);
+      check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, take_text(score));
   const int64_t rows = key.size(0), heads = key.size(1), batch = start.size(0);
   const Tensor new_key = empty_on(key, {rows, heads, key.size(2)}, key.scalar_type());
   const Tensor new_value = empty_on(key, {rows, heads, value.size(2)}, key.scalar_type());
@@ -62,9 +62,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_varlen(const Tensor&
 
 Tensor compress_paged_(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                        const Tensor& start, const Tensor& length, int64_t lag_size, int64_t keep,
-                       double value_weight, std::string score) {
+                       double value_weight, StringHandle score) {
   const Score kind = check_compress_paged_(key_cache, value_cache, block_table, start, length, lag_size, keep,
-                                           value_weight, score);
+                                           value_weight, take_text(score));
   const int64_t batch = block_table.size(0), capacity = block_table.size(1) * key_cache.size(1);
   const Tensor index = empty_on(key_cache, {batch, key_cache.size(2), capacity}, ScalarType::Int);
   run(key_cache, batch, true, [&](auto zero) {

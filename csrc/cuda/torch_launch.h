@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../text_argument.h"
 #include "plan.h"
 #include "view.h"
 
