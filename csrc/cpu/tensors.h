@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "torch_error.h"
 #include "types.h"
 
 namespace lagkv::cpu {

@@ -14,6 +14,7 @@
 
 #include "../checks.h"
 #include "../text_argument.h"
+#include "../torch_error.h"
 #include "plan.h"
 #include "view.h"
 
