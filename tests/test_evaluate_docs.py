@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("numpy", reason="the evaluation needs numpy")
+
 from lagkv_ext.evaluate import markdown, methods
 from lagkv_ext.evaluate.types import Setting
 

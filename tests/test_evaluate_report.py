@@ -8,8 +8,13 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
-import evaluate_models
 import pytest
+
+pytest.importorskip("transformers", reason="the evaluation needs transformers")
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+pytest.importorskip("jinja2", reason="the report needs jinja2")
+
+import evaluate_models
 import torch
 
 from lagkv_ext.evaluate import recommend
@@ -17,9 +22,6 @@ from lagkv_ext.evaluate.run import Plan, evaluate, report_again
 from lagkv_ext.evaluate.runner import Runner
 from lagkv_ext.evaluate.summary import summarise
 from lagkv_ext.evaluate.types import EvaluationError, Setting
-
-pytest.importorskip("matplotlib", reason="the report needs matplotlib")
-pytest.importorskip("jinja2", reason="the report needs jinja2")
 
 PLAN = Plan(
     tasks=("passkey", "fidelity"),

@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 
-import evaluate_models
 import pytest
+
+pytest.importorskip("transformers", reason="the cache needs transformers")
+pytest.importorskip("typer", reason="the command needs typer")
+
+import evaluate_models
 import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
