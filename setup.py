@@ -65,6 +65,11 @@ def nvcc_release() -> str:
     return found.group(1)
 
 
+def soname(name: str) -> list[str]:
+    """So that a C++ program linked with the library looks for its name, and not for the folder it was built in."""
+    return [f"-Wl,-soname,{name}.abi3.so"]
+
+
 def extensions(no_cuda: str) -> list:
     built = [
         CppExtension(
@@ -73,6 +78,7 @@ def extensions(no_cuda: str) -> list:
             include_dirs=[str(ROOT / "csrc")],
             depends=sources("csrc", "**/*.h"),
             extra_compile_args={"cxx": CXX_FLAGS},
+            extra_link_args=soname("_C"),
             py_limited_api=True,
         )
     ]
@@ -85,6 +91,7 @@ def extensions(no_cuda: str) -> list:
                 include_dirs=[str(ROOT / "csrc")],
                 depends=sources("csrc", "**/*.h") + sources("csrc", "**/*.cuh"),
                 extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+                extra_link_args=soname("_cuda"),
                 py_limited_api=True,
             )
         )

@@ -7,6 +7,7 @@ for them. ``LagKVCache`` needs transformers and is imported at its first use.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lagkv_ext._library import info
@@ -36,6 +37,7 @@ __all__ = [
     "LagKVStaticCache",
     "PackedCompressed",
     "__version__",
+    "cmake_prefix_path",
     "compact",
     "compress",
     "compress_",
@@ -51,6 +53,9 @@ __all__ = [
     "read_settings",
     "topk_index",
 ]
+
+#: For CMake: ``find_package(lagkv_ext)`` finds the target ``lagkv::lagkv`` (C++) where this is in CMAKE_PREFIX_PATH.
+cmake_prefix_path = str(Path(__file__).parent / "cmake")
 
 _LAZY = dict.fromkeys(("LagKVCache", "LagKVEncoderDecoderCache", "LagKVStaticCache"), "lagkv_ext.cache")
 
