@@ -99,17 +99,21 @@ class RaggedCase:
         ends = [sum(lengths[:b]) for b in range(self.batch + 1)]
         return torch.tensor(ends, dtype=torch.int32, device=device)
 
-    def slots(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Placed, Placed]:
+    def slots(
+        self, pairs: list[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+    ) -> tuple[Placed, Placed]:
         """``[B, H, capacity, D]`` with canaries past every length."""
         placed = []
         for side, (dim, layout) in enumerate(self._sides()):
             x = self._canaries(self.batch, self.heads, self.most + self.spare, dim)
             for b, (_, length) in enumerate(self.sequences):
                 bits(x)[b, :, :length] = bits(pairs[b][side].cpu())[0]
-            placed.append(place(x, layout, self._device(pairs)))
+            placed.append(place(x, layout, device))
         return placed[0], placed[1]
 
-    def packed(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Placed, Placed]:
+    def packed(
+        self, pairs: list[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+    ) -> tuple[Placed, Placed]:
         """``[T, 1, H, D]`` with canaries after the last sequence; ``view[:, 0]`` is what the operator takes."""
         rows = sum(length for _, length in self.sequences)
         placed = []
@@ -119,10 +123,12 @@ class RaggedCase:
             for b, (_, length) in enumerate(self.sequences):
                 bits(x)[first : first + length, 0] = bits(pairs[b][side].cpu())[0].transpose(0, 1)
                 first += length
-            placed.append(place(x, layout, self._device(pairs)))
+            placed.append(place(x, layout, device))
         return placed[0], placed[1]
 
-    def pages(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Placed, Placed, Tensor]:
+    def pages(
+        self, pairs: list[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+    ) -> tuple[Placed, Placed, Tensor]:
         """Pools ``[blocks, block_size, H, D]`` with canaries in every row not in use, and the block table."""
         generator = torch.Generator().manual_seed(self.seed)
         counts = [math.ceil(length / self.block_size) for _, length in self.sequences]
@@ -143,8 +149,7 @@ class RaggedCase:
             for b, (_, length) in enumerate(self.sequences):
                 block, row = self.place_of(table[b], length)
                 bits(x)[block, row] = bits(pairs[b][side].cpu())[0].transpose(0, 1)
-            placed.append(place(x, layout, self._device(pairs)))
-        device = self._device(pairs)
+            placed.append(place(x, layout, device))
         wide = wide.int().to(device)
         wide[:, 1 : table.shape[1] + 1] = table.to(device)
         return placed[0], placed[1], wide[:, 1 : table.shape[1] + 1]
@@ -161,9 +166,6 @@ class RaggedCase:
         x = torch.empty(shape, dtype=self.dtype)
         bits(x).fill_(CANARY[self.dtype])
         return x
-
-    def _device(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.device:
-        return pairs[0][0].device if pairs else torch.device("cpu")
 
 
 @st.composite

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def check_slots(backend: Backend, case: RaggedCase) -> None:
     pairs = case.make(backend.device)
-    placed = case.slots(pairs)
+    placed = case.slots(pairs, backend.device)
     start, length = case.numbers(backend.device)
     before = [(p.storage.clone(), p.outside()) for p in placed]
     index = backend.compress_ragged_(
@@ -32,7 +32,7 @@ def check_slots(backend: Backend, case: RaggedCase) -> None:
 
 def check_packed(backend: Backend, case: RaggedCase) -> None:
     pairs = case.make(backend.device)
-    placed = case.packed(pairs)
+    placed = case.packed(pairs, backend.device)
     start, _ = case.numbers(backend.device)
     cu_seqlens = case.cu_seqlens(backend.device)
     numbers_before = start.clone(), cu_seqlens.clone()
@@ -60,7 +60,7 @@ def check_packed(backend: Backend, case: RaggedCase) -> None:
 
 def check_pages(backend: Backend, case: RaggedCase) -> None:
     pairs = case.make(backend.device)
-    key, value, table = case.pages(pairs)
+    key, value, table = case.pages(pairs, backend.device)
     start, length = case.numbers(backend.device)
     table_before = table.clone()
     before = [(p.storage.clone(), p.outside()) for p in (key, value)]

@@ -117,7 +117,7 @@ def test_layouts_of_engines(backend, engine, dtype):
     """Keys and values in one pool, as engines have them: written where they lie."""
     case = dataclasses.replace(BASE, dtype=dtype, block_size=16, key_dim=64, value_dim=64)
     pairs = case.make(backend.device)
-    key, value, table = case.pages(pairs)
+    key, value, table = case.pages(pairs, backend.device)
     start, length = case.numbers(backend.device)
     order, views = ENGINES[engine]
     plain = torch.stack([key.view, value.view])  # k, blocks, rows, heads, channels
