@@ -93,7 +93,7 @@ def measure(
     """Time the candidates in turns, in an order that is drawn anew for every round.
 
     Args:
-        device: CPU: wall clock around ``run``. CUDA: events on the current stream around it.
+        device: CPU: wall clock around ``run``. CUDA: events on the device's current stream around it.
         rounds: turns of every candidate; a slow one stops after ``least_rounds`` once it has used ``budget_s`` seconds.
         warmup: untimed turns before (1 where a turn takes over a second): compilation, page faults, thread pools.
         cold: overwrite a buffer of twice the last-level cache (CUDA: L2) between ``prepare`` and ``run``, so that
@@ -188,11 +188,12 @@ def _wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 def _cuda_seconds(run: Callable[[], Any], device: torch.device) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)  # of the device that runs, which need not be the current one
     # The flush before this is still running on the device while the launches of run are queued, so their latency on
     # the host stays out of the time.
-    begin.record()
+    begin.record(stream)
     result = run()
-    end.record()
+    end.record(stream)
     end.synchronize()
     del result
     return begin.elapsed_time(end) * 1e-3

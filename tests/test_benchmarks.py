@@ -348,6 +348,31 @@ def test_a_slow_candidate_stops_when_its_budget_is_spent():
     assert measured.seconds("quick").count == 10
 
 
+def test_a_device_is_timed_on_its_own_stream(monkeypatch):
+    """Events on the current device's stream would say nothing of work on another device."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            calls.append(stream)
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    candidate = timing.Candidate("a", lambda: calls.append("run"))
+    measured = timing.measure([candidate], device="cuda:1", rounds=1, warmup=1, cold=False)
+    assert calls == ["run", "stream of cuda:1", "run", "stream of cuda:1", "wait"]
+    assert measured.seconds("a").median == 2e-3
+
+
 def test_cold_means_that_more_than_the_cache_is_overwritten(monkeypatch):
     seen = []
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 20)
