@@ -168,7 +168,7 @@ def profile(
             share = least / copied * measured.ratio(COPY, call.name).median
             stages.append(Stage(call.name, call.what, measured.seconds(call.name), least, share))
         if target.type == "cuda":
-            kernels = _cuda_kernels(calls)
+            kernels = _cuda_kernels(calls, target)
             no_kernels = "" if kernels else "the profiler saw no kernel (is CUPTI there?)"
         else:
             kernels = ()
@@ -270,7 +270,7 @@ def kernels_of_trace(trace: dict[str, Any], stage: str) -> list[Kernel]:
         found.append(
             Kernel(
                 stage=stage,
-                name=event["name"].split("(")[0].removeprefix("void "),
+                name=_without_parameters(event["name"]).removeprefix("void "),
                 microseconds=float(event["dur"]),
                 grid=tuple(args["grid"]),
                 block=tuple(args["block"]),
@@ -282,9 +282,18 @@ def kernels_of_trace(trace: dict[str, Any], stage: str) -> list[Kernel]:
     return found
 
 
-def _cuda_kernels(calls: Sequence[Call]) -> tuple[Kernel, ...]:
+def _without_parameters(signature: str) -> str:
+    """``f<T, (Score)0>`` of ``f<T, (Score)0>(P)``."""
+    depth = 0
+    for i in range(len(signature) - 1, -1, -1):
+        depth += (signature[i] == ")") - (signature[i] == "(")
+        if depth == 0:
+            return signature[:i] if signature[i] == "(" else signature
+    return signature
+
+
+def _cuda_kernels(calls: Sequence[Call], target: torch.device) -> tuple[Kernel, ...]:
     kernels: list[Kernel] = []
-    target = torch.device("cuda")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         for call in calls:

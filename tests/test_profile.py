@@ -196,11 +196,15 @@ def test_launches_are_read_from_a_trace():
         "traceEvents": [
             {"ph": "X", "cat": "cpu_op", "name": "lagkv::compress", "ts": 1, "dur": 2},
             event("void lagkv::cuda::move_rows<16>(lagkv::cuda::MoveArgs)", 20),
-            event("void lagkv::cuda::compress<float>(int)", 10, **{"est. achieved occupancy %": 48}),
+            event(
+                "void lagkv::cuda::compress<lagkv::cuda::Row<float, 4>, (lagkv::Score)0>(lagkv::Params<float>)",
+                10,
+                **{"est. achieved occupancy %": 48},
+            ),
         ]
     }
     first, second = profiling.kernels_of_trace(trace, "compress_")
-    assert first.name == "lagkv::cuda::compress<float>"
+    assert first.name == "lagkv::cuda::compress<lagkv::cuda::Row<float, 4>, (lagkv::Score)0>"
     assert (first.grid, first.block, first.registers) == ((264, 1, 1), (256, 1, 1), 64)
     assert (first.shared_bytes, first.occupancy_percent, first.microseconds) == (9216, 48, 12.5)
     assert second.name == "lagkv::cuda::move_rows<16>"
