@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ pytest.importorskip("transformers", reason="the cache needs transformers")
 pytest.importorskip("prometheus_client", reason="monitoring needs prometheus-client")
 
 import torch
-from cache_models import SMALL, generate, prompt, tiny_model
+from cache_models import SMALL, generate, prompt, tiny_config, tiny_model
 from monitor_cases import cache, fill, value, values
 from padded_models import padded, texts
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
+from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.timer import CompressionTimer
 from lagkv_ext.monitor import CacheMonitor
 
 
@@ -132,6 +135,53 @@ def test_a_layer_that_is_being_moved_counts_as_before():
         fill(held, 1)
         uncompressed = value(registry, "lagkv_cache_bytes", cache="lagkv", state="uncompressed")
         assert uncompressed == held.report().bytes_uncompressed > before["uncompressed"]
+
+
+class LeftAlone(LagKVLayer):
+    """Whose watcher leaves as soon as somebody looks for it."""
+
+    @property
+    def timer(self):
+        found, self.watcher = self.watcher, None
+        return found
+
+
+def test_a_watcher_may_leave_while_a_layer_compresses():
+    """As a scrape does for a request that was dropped while its cache is used."""
+    layer = LeftAlone(LagKVCache(tiny_config("llama"), **SMALL).layers[0].settings)
+    layer.watcher = CompressionTimer()
+    key, value = torch.randn(2, 1, 2, 50, 16)
+    layer.update(key, value)
+    assert layer.compressions > 0
+
+
+def test_a_cache_whose_request_was_dropped_is_free_at_once():
+    """Whoever finds out that it was dropped: scrapes, or whoever begins with that cache again."""
+    registry = CollectorRegistry()
+    monitor = CacheMonitor(registry)
+    stop = threading.Event()
+
+    def scrape():
+        while not stop.is_set():
+            monitor.read_live()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=scrape) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        held = cache()
+        for _ in range(2000):
+            monitor.request(held)  # and nobody keeps it
+            time.sleep(0)  # a scrape's turn
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert value(registry, "lagkv_requests_total", cache="lagkv", outcome="abandoned") == 2000
+    assert value(registry, "lagkv_requests_in_flight", cache="lagkv") == 0
 
 
 def test_what_is_exported_is_text_that_parses_back():

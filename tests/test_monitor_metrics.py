@@ -272,6 +272,22 @@ def test_a_cache_that_cannot_be_read_is_counted_and_harms_nothing(caplog):
     assert value(registry, "lagkv_tokens_seen_total", cache="lagkv") == 40
 
 
+def test_a_time_that_cannot_be_read_harms_nothing(caplog):
+    """As where a device has failed, the very moment in which failed requests must count."""
+    registry = CollectorRegistry()
+    monitor = CacheMonitor(registry)
+    held = cache()
+    request = monitor.request(held)
+    held.timer._events.append((None, None))  # no events: asking them fails
+    request.finish("failed")
+    assert "the time of compressions could not be read" in caplog.text
+    assert value(registry, "lagkv_requests_in_flight", cache="lagkv") == 0
+    assert value(registry, "lagkv_requests_total", cache="lagkv", outcome="failed") == 1
+    with monitor.request(held):  # and nothing of it stays
+        fill(held, 60)
+    assert value(registry, "lagkv_compression_seconds_total") > 0
+
+
 def test_the_timer_follows_the_cache_and_leaves_with_the_request():
     """Through padding and reset, which replace layers, but not into a copy."""
     monitor = CacheMonitor(CollectorRegistry())

@@ -132,7 +132,8 @@ class RowLayer(CacheLayerMixin):
 
     def _timed(self, states: Tensor) -> contextlib.AbstractContextManager:
         """Around every call of an operator that compresses."""
-        return contextlib.nullcontext() if self.timer is None else self.timer.timing(states.device)
+        timer = self.timer  # read once: whoever watched may leave at any time, in another thread
+        return contextlib.nullcontext() if timer is None else timer.timing(states.device)
 
     def _dropped(self, count: int) -> int:
         return count * (self.settings.lag_size - self.settings.keep)

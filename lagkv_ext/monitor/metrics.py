@@ -197,25 +197,45 @@ class CacheMonitor:
 
     def _end(self, number: int, outcome: str) -> _Flight:
         with self._lock:
-            flight = self._flights.pop(number)
-            self._late.append(flight.timer)
-            seconds = sum(timer.take() for timer in self._late)
-            self._late = [timer for timer in self._late if timer.waits]
-        self._seconds.inc(seconds)
-        self._of_kind[flight.kind].in_flight.dec()
-        self._of_kind[flight.kind].requests[outcome].inc()
+            flight = self._land(number)
+        self._count_end(flight, outcome)
+        return flight
+
+    def _forget_lost(self) -> None:
+        lost = []
+        with self._lock:
+            while self._lost:
+                lost.append(self._land(self._lost.popleft()))
+        for flight in lost:
+            self._count_end(flight, "abandoned")
+
+    def _land(self, number: int) -> _Flight:
+        """With the lock held: from here on the cache may be in another request."""
+        flight = self._flights.pop(number)
         cache = flight.cache()
         if isinstance(cache, _COMPRESSED):
             cache.timer = None
         return flight
 
-    def _forget_lost(self) -> None:
-        while self._lost:
-            try:
-                number = self._lost.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self._end(number, "abandoned")
+    def _count_end(self, flight: _Flight, outcome: str) -> None:
+        self._of_kind[flight.kind].in_flight.dec()
+        self._of_kind[flight.kind].requests[outcome].inc()
+        self._seconds.inc(self._seconds_of(flight.timer))
+
+    def _seconds_of(self, timer: CompressionTimer) -> float:
+        """Of this timer, and what is known only now of earlier ones."""
+        seconds = 0.0
+        with self._lock:
+            timers, self._late = [*self._late, timer], []
+            for late in timers:
+                try:
+                    seconds += late.take()
+                except Exception:  # of a device that failed: the request counts all the same
+                    _log.warning("the time of compressions could not be read", exc_info=True)
+                    continue
+                if late.waits:
+                    self._late.append(late)
+        return seconds
 
     def lose(self, number: int) -> None:
         """For `MonitoredRequest`: nobody can end this request any more."""
