@@ -320,6 +320,24 @@ def test_where_nothing_can_be_written_a_trip_holds_in_this_process_and_is_writte
     assert reason(server(store)) == "tripped"
 
 
+def test_a_version_whose_checks_cannot_be_read_begins_all_the_same(tmp_path, caplog):
+    """And judges by its own checks, which it keeps apart from those of the version before."""
+    guard = Guard(min_checks=1, window=1, min_agreement=1e-9, max_kl=1e9, check_share=1.0)
+    store = stored(tmp_path, policy(guard=guard))
+    rollout = server(store)
+    assert serve(rollout, prompt(60))[1].compressed
+    store.write(lambda old: policy(0.125))
+    store.checks_of(2).mkdir()  # longer than the window, and no file
+    rollout.reload()
+    assert "the checks of other processes cannot be read" in caplog.text
+    decision, check = serve(rollout, prompt(100))
+    assert (decision.version, decision.reason) == (2, "compressed")
+    assert check.agreement < 0.9
+    assert rollout.status().tripped
+    assert [x.name for x in store.checks.iterdir() if x.is_file()] == ["000001.jsonl"]
+    assert len(store.checks_of(1).read_text().splitlines()) == 1
+
+
 def test_a_failing_check_hurts_nobody_and_is_counted(tmp_path, caplog):
     store = stored(tmp_path, policy(guard=Guard(max_errors=2)))
     rollout = server(store)

@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("transformers", reason="the rollout needs transformers")
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from rollout_cases import CHECKS, POLICIES, policy, stored
 from rollout_processes import add_checks, at_once, count_up, kill_while, read_until, trip
 
-from lagkv_ext.rollout import RolloutError, Store, Trip
+from lagkv_ext.rollout import Check, RolloutError, Store, Trip
 from lagkv_ext.rollout.evidence import Evidence
 from lagkv_ext.rollout.policy import parse
 
@@ -203,6 +203,40 @@ def test_checks_are_read_as_they_were_written_and_a_late_reader_gets_the_last(ch
         late = Evidence(path, window).new()
         assert late == checks[len(checks) - len(late) :]
         assert len(late) >= min(window, len(checks))
+
+
+@example(["add", "read", "empty", "add"], 1)
+@example(["add", "read", "delete", "add", "add"], 1)
+@given(st.lists(st.sampled_from(["add", "read", "empty", "delete"]), max_size=30), st.integers(1, 3))
+def test_a_file_of_checks_that_somebody_cleared_is_followed_from_its_beginning(actions, window):
+    """Else a breaker would see nothing until the file has grown to what it was."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        path = Path(folder) / "checks" / "000001.jsonl"
+        writer, reader = Evidence(path, window), Evidence(path, window)
+        unread = []
+        for i, action in enumerate([*actions, "read"]):
+            if action == "add":
+                unread.append(Check(0.5, 0.0, 1 + i, 1))
+                writer.append(unread[-1])
+            elif action == "read":
+                assert reader.new() == unread
+                unread = []
+            elif path.exists():
+                unread = []
+                path.unlink() if action == "delete" else path.write_bytes(b"")
+
+
+def test_checks_that_cannot_be_read_are_said_to_be_so_and_read_later(tmp_path):
+    path = tmp_path / "000001.jsonl"
+    path.mkdir()
+    (path / "x").touch()
+    evidence = Evidence(path, 1)
+    with pytest.raises(IsADirectoryError):
+        evidence.new()
+    (path / "x").unlink()
+    path.rmdir()
+    evidence.append(Check(0.5, 0.0, 1, 1))
+    assert evidence.new() == [Check(0.5, 0.0, 1, 1)]
 
 
 def test_a_line_that_is_no_check_is_left_out(tmp_path, caplog):

@@ -6,6 +6,7 @@ restarted one goes on from what is known. Lines hold numbers alone, nothing of w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -26,11 +27,13 @@ class Evidence:
     def __init__(self, path: Path, window: int):
         self.path = path
         self._at = 0  # byte from which on nothing was read yet
-        if path.exists() and (size := path.stat().st_size) > window * _LINE:
-            with open(path, "rb") as file:
-                file.seek(size - window * _LINE)
-                file.readline()
-                self._at = file.tell()
+        self._last = b""  # the line before it, by which the file is known again
+        with contextlib.suppress(OSError):  # `new` will say so
+            if path.stat().st_size > window * _LINE:
+                with open(path, "rb") as file:
+                    file.seek(-window * _LINE, os.SEEK_END)
+                    self._last = file.readline()
+                    self._at = file.tell()
 
     def append(self, check: Check) -> None:
         """Raises OSError where it cannot be written."""
@@ -53,17 +56,22 @@ class Evidence:
             os.close(fd)
 
     def new(self) -> list[Check]:
-        """The checks that came since the last call, of all processes, in the same order for each of them."""
+        """The checks that came since the last call, of all processes, in the same order for each of them. A file that
+        somebody emptied or replaced is read from its beginning."""
         try:
-            if self.path.stat().st_size <= self._at:
-                return []
             with open(self.path, "rb") as file:
-                file.seek(self._at)
+                file.seek(self._at - len(self._last))
                 data = file.read()
+                if not data.startswith(self._last):
+                    file.seek(0)
+                    self._at, self._last, data = 0, b"", file.read()
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = data[len(self._last) : data.rfind(b"\n") + 1]
+        if not whole:
+            return []
         self._at += len(whole)
+        self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
         found = []
         for line in whole.splitlines():
             try:
