@@ -33,11 +33,17 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+ROUTES = {
+    "package": (f"-DCMAKE_PREFIX_PATH={lagkv_ext.cmake_prefix_path}",),
+    "sources": (f"-DLAGKV_SOURCES={ROOT}", "-DLAGKV_BUILD_CUDA=OFF"),
+}
+
+
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> Path:
-    """The folder of ``operators``, linked with the package that this Python imports, and ``unlinked``."""
+def programs(tmp_path_factory, request) -> Path:
+    """The folder of ``operators``, linked with lagkv::lagkv as a route of `ROUTES` gives it, and ``unlinked``."""
     folder = tmp_path_factory.mktemp("cpp")
-    configure(ROOT / "tests/cpp", folder, f"-DCMAKE_PREFIX_PATH={lagkv_ext.cmake_prefix_path}")
+    configure(ROOT / "tests/cpp", folder, *ROUTES[request.param])
     run("cmake", "--build", folder)
     return folder
 
@@ -75,6 +81,7 @@ def expected() -> list[torch.Tensor]:
 
 
 @needs_compiler
+@pytest.mark.parametrize("programs", ROUTES, indirect=True)
 def test_every_operator_gives_the_bits_of_python(programs, tmp_path):
     run(programs / "operators", tmp_path / "out")
     written = (tmp_path / "out").read_bytes()
@@ -87,6 +94,7 @@ def test_every_operator_gives_the_bits_of_python(programs, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("programs", ["package"], indirect=True)
 def test_errors_name_the_argument_and_the_missing_library(programs):
     refused = subprocess.run([programs / "operators"], capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
@@ -98,7 +106,7 @@ def test_errors_name_the_argument_and_the_missing_library(programs):
 
 @needs_compiler
 def test_the_example(tmp_path):
-    configure(ROOT / "examples/cpp", tmp_path, f"-DCMAKE_PREFIX_PATH={lagkv_ext.cmake_prefix_path}")
+    configure(ROOT / "examples/cpp", tmp_path, *ROUTES["package"])
     run("cmake", "--build", tmp_path)
     assert run(tmp_path / "compress") == "of 4096 tokens 1216 stay, the last of them 4095\n"
 
