@@ -89,6 +89,8 @@ def test_a_trip_is_shown_and_back_passes_it_by(folder):
     shown = json.loads(run("show", "--json"))
     assert (shown["version"], shown["checks"], shown["agreement"], shown["kl"]) == (2, 2, 0.75, 0.5)
     assert shown["trip"]["reason"] == "why not"
+    store().tripped.unlink()  # which undoes nothing
+    assert "TRIPPED 2026-01-01T00:00:00Z by process 7: why not" in run("show")
     said = run("on")
     assert "version 3 written" in said
     assert "version 2 had tripped (why not); version 3 begins anew" in said

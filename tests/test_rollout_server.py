@@ -195,9 +195,17 @@ def test_a_trip_record_that_cannot_be_read_means_tripped_and_a_trip_outlives_its
     store.record_trip(Trip(1, "why", "now", 1))
     assert reason(rollout) == "tripped"
     store.tripped.unlink()
-    assert reason(rollout) == "tripped"
+    assert [reason(rollout), reason(server(store))] == ["tripped"] * 2
+    (store.history / "000001.tripped.json").write_text("{")
+    assert reason(server(store)) == "tripped"
     store.write(lambda old: dataclasses.replace(old, share=0.9))
-    assert reason(rollout) == "compressed"
+    late = server(store, reload_s=3600)
+    assert [reason(x) for x in (rollout, late)] == ["compressed"] * 2
+    store.write(lambda old: dataclasses.replace(old, share=0.8))
+    store.record_trip(Trip(3, "why", "now", 1))
+    store.tripped.unlink()
+    late.reload()  # sees the version, and never saw the record
+    assert reason(late) == "tripped"
 
 
 def test_the_file_is_left_alone_between_looks(tmp_path):

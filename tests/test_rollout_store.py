@@ -87,6 +87,10 @@ class Operators(RuleBasedStateMachine):
             assert (stands.version, stands.reason) == (number, self.trips[number])
             assert self.store.trip_of(number) == stands
 
+    @rule()
+    def forget_the_record(self):
+        self.store.tripped.unlink(missing_ok=True)
+
     @precondition(lambda self: self.usable)
     @rule(rubbish=st.none() | st.binary(max_size=20))
     def damage(self, rubbish):
@@ -111,7 +115,7 @@ class Operators(RuleBasedStateMachine):
             current = self.store.current()
             assert current.version == max(self.written)
             assert current.content == self.written[current.version]
-            trip = self.store.trip()
+            trip = self.store.trip_in_force(current.version)
             assert (trip is not None and trip.version == current.version) == (current.version in self.trips)
 
     @invariant()

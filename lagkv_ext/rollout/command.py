@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from lagkv_ext.rollout.policy import Policy
-    from lagkv_ext.rollout.store import Store
+    from lagkv_ext.rollout.store import Store, Trip
 
 DEFAULT = Path("lagkv-rollout.json")
 
@@ -156,7 +156,7 @@ def show(
     store = _store(file)
     with _refusing():
         policy = _there(store.current(), file)
-        trip = store.trip()
+        trip = store.trip_in_force(policy.version)
         breaker = Breaker(policy.guard)
         for check in Evidence(store.checks_of(policy.version), policy.guard.window).new():
             breaker.add(check)
@@ -217,9 +217,15 @@ def _write(file: Path, make: Callable[[Policy | None], Policy], dry_run: bool, *
     from lagkv_ext.rollout.policy import checked
 
     store = _store(file)
+    tripped: Trip | None = None
+
+    def make_checked(old: Policy | None) -> Policy:
+        nonlocal tripped
+        tripped = store.trip_or_doubt(old)  # writing removes it
+        return checked(make(old))
+
     with _refusing():
-        tripped = store.trip_or_doubt()
-        old, new = store.write(lambda old: checked(make(old)), over=over, dry_run=dry_run)
+        old, new = store.write(make_checked, over=over, dry_run=dry_run)
     if old == new:
         typer.echo(f"version {new.version} of {file} says so already: nothing was written")
         return

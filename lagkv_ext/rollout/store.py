@@ -98,8 +98,14 @@ class Store:
         return _read_trip(self.tripped)
 
     def trip_of(self, number: int) -> Trip | None:
-        """The record of a version's trip, None where it did not trip."""
+        """What the history has of a version's trip, None where it did not trip."""
         return _read_trip(self.history / f"{number:06}.tripped.json")
+
+    def trip_in_force(self, number: int) -> Trip | None:
+        """The trip that holds for a version that is in force: by the last record or, where somebody deleted that, by
+        the history. OSError or RolloutError where either cannot be read."""
+        trip = self.trip()
+        return trip if trip is not None and trip.version >= number else self.trip_of(number)
 
     # -- writing
 
@@ -126,7 +132,7 @@ class Store:
             if old is None and over:
                 old, lost = self._newest_usable(), True
             wanted = make(old)
-            trip = self.trip_or_doubt()
+            trip = self.trip_or_doubt(old)
             tripped = old is not None and trip is not None and trip.version >= old.version
             if old is not None and wanted.content == old.content and not tripped and not lost:
                 return old, old
@@ -180,19 +186,19 @@ class Store:
         """Let all processes know. Returns the record that stands: the first one of a version, never a later one."""
         with self._locked():
             with contextlib.suppress(RolloutError):  # an unreadable record is replaced by a good one
-                standing = self.trip()
+                standing = self.trip_in_force(trip.version)
                 if standing is not None and standing.version >= trip.version:
-                    return standing
+                    trip = standing  # written again, where somebody deleted it
             place(self.tripped, _text(trip))
             with contextlib.suppress(OSError):  # else the next command does it
                 self.history.mkdir(exist_ok=True)
                 self._keep_trip(trip)
             return trip
 
-    def trip_or_doubt(self) -> Trip | None:
-        """As `trip`; a record that cannot be read counts for every version."""
+    def trip_or_doubt(self, policy: Policy | None) -> Trip | None:
+        """As `trip_in_force`, without a version as `trip`; a record that cannot be read counts for every version."""
         try:
-            return self.trip()
+            return self.trip() if policy is None else self.trip_in_force(policy.version)
         except (OSError, RolloutError) as error:
             return Trip(DOUBT, str(error), now(), os.getpid())
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lagkv_ext.rollout.policy import Policy, RolloutError, read
-from lagkv_ext.rollout.store import Store, Trip
+from lagkv_ext.rollout.store import Store, Trip, now
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class Watch:
             ) from error
         self._trip: Trip | None = None
         self._doubt = False  # there is a trip record that cannot be read
+        self._recall(self._good)
 
     @property
     def force(self) -> Force:
@@ -112,6 +114,7 @@ class Watch:
         elif found.version > self._good.version or found == self._good:
             if found.version > self._good.version:
                 _log.info("rollout version %d is in force", found.version)
+                self._recall(found)
             self._policy = self._good = found
         elif not found.enabled:
             _log.warning(
@@ -126,6 +129,19 @@ class Watch:
                 f"the rollout file {self.store.path} must have a version above {self._good.version}, which is in force "
                 f"with other content, got {found.version}; write versions with: lagkv rollout"
             )
+
+    def _recall(self, policy: Policy) -> None:
+        """A trip of a version that comes into force: the history has it also where the record was deleted."""
+        try:
+            trip = self.store.trip_of(policy.version)
+        except RolloutError as error:  # there is one
+            trip = Trip(policy.version, str(error), now(), os.getpid())
+        except OSError as error:
+            _log.warning("whether version %d tripped cannot be read: %s", policy.version, error)
+            return
+        if trip is not None:
+            _log.error("rollout version %d has tripped: %s", trip.version, trip.reason)
+            self.take_trip(trip)
 
     def _take_trip_record(self, trip: Trip | None) -> None:
         self._doubt = False
