@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
+TOOL = TESTS.parent / "tools" / "gpu_check.py"
 # Imported by tests and by what they test; torch does not bring them.
 OPTIONAL = (
     "accelerate",
@@ -52,3 +56,16 @@ def test_every_test_file_is_collected_without_the_optional_packages():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert "test_gpu.py::test_launches_on_the_current_stream" in done.stdout
+
+
+def test_no_step_passes_by_skipping_its_tests(tmp_path):
+    if not TOOL.exists():
+        pytest.skip("no tools here: tests run outside a checkout")
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    steps = tool.checks(tmp_path, (9, 0), "compute-sanitizer", 1)
+    commands = {step.name: " ".join(step.command) for step in steps if "pytest" in step.command}
+    assert len(commands) == 1 + len(tool.SANITIZER_TOOLS)
+    for name, command in commands.items():
+        assert "--require-backend cuda" in command, name

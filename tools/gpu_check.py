@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # The sanitizer slows kernels by orders of magnitude: the suite with few examples finds what it can find.
 SANITIZER_TESTS = ("tests/test_ops_properties.py", "--backend", "cuda", "--hypothesis-profile", "dev", "-q")
+# A card that is not seen (under the sanitizer, say) is a failure and not a suite of skipped tests.
+REQUIRED = ("--require-backend", "cuda")
 
 
 class Check:
@@ -85,8 +87,7 @@ def checks(out: Path, capability: tuple[int, int], sanitizer: str | None, minute
                 "pytest",
                 "-m",
                 "gpu",
-                "--require-backend",
-                "cuda",
+                *REQUIRED,
                 "--hypothesis-profile",
                 "ci",
                 "-q",
@@ -114,6 +115,7 @@ def checks(out: Path, capability: tuple[int, int], sanitizer: str | None, minute
                     "-m",
                     "pytest",
                     *SANITIZER_TESTS,
+                    *REQUIRED,
                 ],
                 limit,
                 # The caching allocator hides overruns: every tensor its own allocation.
