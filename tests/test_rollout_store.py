@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -146,6 +147,22 @@ def test_a_trip_record_that_cannot_be_read_is_doubt_and_goes_with_the_next_versi
     assert store.trip() is None
     store.tripped.write_text("{")
     assert store.record_trip(Trip(2, "why", "now", 1)) == store.trip()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o600, 0o664])
+def test_a_new_version_is_readable_for_those_who_read_the_old_one(tmp_path, mode):
+    """Whatever the umask of the operator: servers that cannot read "off" go on compressing."""
+    store = stored(tmp_path)
+    store.path.chmod(mode)
+    owner = 65534 if os.geteuid() == 0 else os.geteuid()
+    os.chown(store.path, owner, -1)
+    before = os.umask(0o077)
+    try:
+        store.write(lambda old: dataclasses.replace(old, enabled=False))
+    finally:
+        os.umask(before)
+    found = store.path.stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_uid) == (mode, owner)
 
 
 # -- several processes

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,6 +222,8 @@ def place(path: Path, text: str, *, first: bool = False) -> None:
     try:
         with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
+            if not first:
+                _keep_rights(path, file.fileno())
             file.flush()
             os.fsync(file.fileno())
         if first:
@@ -234,6 +237,19 @@ def place(path: Path, text: str, *, first: bool = False) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _keep_rights(path: Path, new: int) -> None:
+    """Owner, group and mode of a file that is replaced, as far as this process may: an operator's command must not take
+    the file away from the servers that read it."""
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        return
+    for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(new, owner, group)
+    os.fchmod(new, stat.S_IMODE(old.st_mode))
 
 
 def _text(trip: Trip) -> str:
