@@ -72,6 +72,7 @@ def test_the_whole_way(folder):
     assert (store().current().version, store().current().share) == (6, 0.25)
     lines = run("history").splitlines()
     assert [x.split()[0] for x in lines] == [str(n) for n in range(1, 7)]
+    assert all(re.fullmatch(r"[\d-]{10}T[\d:]{8}Z", x.split()[1]) for x in lines)  # as the times of trips
     assert lines[3].endswith("enabled true -> false")
     assert rollout.status().version == 6
 

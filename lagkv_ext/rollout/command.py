@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -189,6 +188,7 @@ def show(
 def history(file: File = DEFAULT) -> None:
     """Every version, the first one first, and why it tripped."""
     from lagkv_ext.rollout.policy import RolloutError
+    from lagkv_ext.rollout.store import stamp
 
     store = _store(file)
     with _refusing():
@@ -197,7 +197,7 @@ def history(file: File = DEFAULT) -> None:
             raise RolloutError(f"{file} has no history: there is no {store.history}")
         before: Policy | None = None
         for number in numbers:
-            written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(store.written(number)))
+            written = stamp(store.written(number))
             try:
                 policy = store.version(number)
                 trip = store.trip_of(number)

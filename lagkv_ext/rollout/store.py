@@ -44,8 +44,13 @@ class Trip:
 
 
 def now() -> str:
-    """The time as records name it: ISO 8601, UTC, seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    """The time as records name it (`stamp`)."""
+    return stamp(time.time())
+
+
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601, UTC, seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class Store:
