@@ -184,6 +184,21 @@ def test_off_is_obeyed_whatever_its_version_and_gone_means_off(tmp_path):
         rollout = server(store)
 
 
+def test_off_is_obeyed_also_with_settings_that_do_not_fit_the_model(tmp_path):
+    """Which commands without --model cannot know: `set --settings` wrote them, and `off` only switches off."""
+    store = stored(tmp_path)
+    rollout = server(store)
+    store.write(lambda old: policy(settings={"layer_keep_ratio": {5: 0.5}}))
+    assert reason(rollout) == "compressed"  # by version 1
+    store.write(lambda old: dataclasses.replace(old, enabled=False))
+    assert [reason(rollout), reason(server(store))] == ["disabled"] * 2
+    store.write(lambda old: dataclasses.replace(old, enabled=True))
+    assert reason(rollout) == "disabled"
+    assert (rollout.status().version, rollout.status().reload_errors) == (3, 2)
+    store.write(lambda old: policy())
+    assert reason(rollout) == "compressed"
+
+
 def test_a_trip_record_that_cannot_be_read_means_tripped_and_a_trip_outlives_its_record(tmp_path):
     store = stored(tmp_path)
     rollout = server(store)

@@ -80,8 +80,8 @@ def bucket(request_id: str, purpose: str = "share") -> int:
 def parse(text: str, source: str, config: Any = None) -> Policy:
     """The policy in ``text``; ``source`` says in messages where that was read.
 
-    With ``config``, a model's, the settings are tried by making a `LagKVCache`. Without it their names are checked
-    here and their values by `check_values`.
+    With ``config``, a model's, the settings are tried by making a `LagKVCache`, unless the policy is not enabled and
+    makes none. Without it their names are checked here and their values by `check_values`.
 
     Raises RolloutError: whatever is wrong.
     """
@@ -99,7 +99,7 @@ def parse(text: str, source: str, config: Any = None) -> Policy:
         raise RolloutError(f"{source}: {error}") from None
     except ValueError as error:
         raise RolloutError(str(error)) from None
-    if config is not None:
+    if config is not None and policy.enabled:  # nothing about settings must keep a server from obeying "off"
         from lagkv_ext import LagKVCache
 
         try:

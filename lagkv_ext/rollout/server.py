@@ -58,7 +58,7 @@ class Rollout:
 
     - A file that cannot be read or used, or whose version does not grow, changes nothing: the last good version stays
       in force. It is logged at ERROR and counted in ``reload_errors``, once for each content. But a file that is valid
-      and says ``"enabled": false`` is obeyed whatever its version.
+      and says ``"enabled": false`` is obeyed whatever its version, and whether its settings fit the model or not.
     - A file that is gone means disabled, until it is back. A trip record that cannot be read means tripped.
     - A version that tripped stays so until there is a higher one.
     """
