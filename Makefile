@@ -1,7 +1,8 @@
 # make demo   a real model reads a long text with its cache compressed          make test   every test
 # Each creates its environment (.venv), installs, builds and runs. Another torch: make test TORCH='torch==2.13.0'
-# (give another VENV too to keep both). Other targets: build, lint, format, kernel-report, clean, and gpu-check, which on a
-# machine with a GPU checks and measures everything with the python3 and the torch that are there, offline.
+# (give another VENV too to keep both). Other targets: build, lint, format, kernel-report, check-headers (do the sources
+# compile with the oldest torch?), clean, and gpu-check, which on a machine with a GPU checks and measures everything with
+# the python3 and the torch that are there, offline.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch
@@ -19,7 +20,7 @@ export PATH := /usr/lib/ccache:$(PATH)
 export PYTORCH_NVCC ?= ccache $(CUDA_HOME)/bin/nvcc
 endif
 
-.PHONY: demo test lint format env build kernel-report gpu-check clean
+.PHONY: demo test lint format env build kernel-report check-headers gpu-check clean
 
 # The stamp's name holds the torch that was asked for, so that asking for another one installs it.
 ENV_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,-,$(TORCH)))
@@ -65,6 +66,9 @@ $(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
 
 kernel-report: build
 	$(BIN)/python tools/kernel_report.py
+
+check-headers: env
+	$(BIN)/python tools/check_headers.py
 
 # With the torch of $(PYTHON), not of .venv: a machine with a card may have no network.
 gpu-check:
