@@ -68,6 +68,7 @@ def test_the_same_rows_stay_and_the_same_is_said_as_one_by_one(kind, settings, l
     assert found.prompt_tokens == length
     assert found.agreement == pytest.approx(agree.double().mean().item(), abs=1e-9)
     assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4, abs=1e-5)  # replay takes logits to float32
+    assert found.compressed or kl.mean().item() < 1e-9  # else it says something, and must count
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,6 +78,22 @@ def test_what_drops_nothing_departs_in_nothing(kind):
     check = replay(model, ids, text[:, 80:], {**SMALL, "keep_ratio": 1.0})
     assert check.agreement == 1.0
     assert check.kl < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "options", "compressed"),
+    [
+        (100, 1, {}, False),  # said from the whole prompt, before anything of it was dropped
+        (100, 2, {}, True),
+        (100, 1, {"prefill_chunk_size": 50}, True),
+        (10, 11, {}, False),  # sets off a compression with its last step, of 20 rows
+        (10, 12, {}, True),
+    ],
+)
+def test_a_check_says_whether_anything_was_said_with_rows_dropped(length, tokens, options, compressed):
+    check = replay(tiny_model("llama"), prompt(length), prompt(tokens), {**SMALL, "keep": 2}, **options)
+    assert check.compressed == compressed
+    assert (check.kl > 1e-6) == compressed
 
 
 def test_fewer_rows_depart_further():

@@ -313,6 +313,7 @@ def test_checks_add_up_over_processes_and_only_those_that_say_something(tmp_path
     assert all(x.compressed for x in found)
     short = first.check(tiny_model("llama"), prompt(5), prompt(3))
     assert short == Check(1.0, short.kl, 3, 5, compressed=False)
+    assert not first.check(tiny_model("llama"), prompt(60), prompt(1)).compressed
     assert [x.status().checks for x in (first, second)] == [1, 2]
     for process in (first, second, server(store)):
         status = process.status()

@@ -17,7 +17,7 @@ class Check:
     kl: float  #: mean of KL(full || compressed) over answer tokens, nats; inf where a model said no number
     tokens: int  #: answer tokens
     prompt_tokens: int
-    compressed: bool = True  #: whether any row was dropped or quantised; otherwise this check says nothing
+    compressed: bool = True  #: whether a token was said with rows dropped or quantised; else it says nothing
 
 
 class Breaker:

@@ -54,21 +54,27 @@ def replay(
 def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any, chunk: int) -> Check:
     """`replay` with two empty caches, which are used up: ``prompt [1, N]`` in chunks, and ``said [1, T]``."""
     caches, position, tokens = (full, compressed), prompt.shape[1], said.shape[1]
-    agreed, kl = 0, 0.0
+    agreed, kl, less = 0, 0.0, False
 
-    def judge(logits: list[Tensor]) -> None:
-        nonlocal agreed, kl
+    def judge(ids: Tensor, begin: int, logits_to_keep: int) -> None:
+        nonlocal agreed, kl, less
+        less = less or _sees_less(compressed, ids.shape[1])
+        logits = [forward(model, ids, x, position=begin, logits_to_keep=logits_to_keep) for x in caches]
         agree, apart = departure(*(x[0].float().log_softmax(dim=-1) for x in logits))
         agreed += int(agree.sum())
         kl += float(apart.double().sum())
 
     with torch.inference_mode():
-        judge([_read(model, prompt, cache, chunk) for cache in caches])
+        last = (position - 1) // chunk * chunk  # where the last chunk begins
+        for cache in caches:
+            for begin in range(0, last, chunk):
+                ids = prompt[:, begin : begin + chunk]
+                forward(model, ids, cache, position=begin, logits_to_keep=1)
+        judge(prompt[:, last:], last, 1)
         done = 0
         while done < tokens - 1:  # what follows the last token was never said
             step = min(_next_step(compressed), _MOST, tokens - 1 - done)
-            ids = said[:, done : done + step]
-            judge([forward(model, ids, x, position=position + done, logits_to_keep=0) for x in caches])
+            judge(said[:, done : done + step], position + done, 0)
             done += step
     # A model that says no number has nothing to agree with.
     return Check(
@@ -76,23 +82,20 @@ def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any
         kl / tokens if math.isfinite(kl) else math.inf,
         tokens,
         position,
-        _is_compressed(compressed),
+        less,
     )
 
 
-def _read(model: Any, prompt: Tensor, cache: Any, chunk: int) -> Tensor:
-    logits = prompt
-    for begin in range(0, prompt.shape[1], chunk):
-        ids = prompt[:, begin : begin + chunk]
-        logits = forward(model, ids, cache, position=begin, logits_to_keep=1)
-    return logits
-
-
-def _is_compressed(cache: Any) -> bool:
+def _sees_less(cache: Any, new: int) -> bool:
+    """Whether attention of a step of so many tokens sees fewer rows than tokens, or quantised ones."""
+    from lagkv_ext.cache.layer import LagKVLayer
     from lagkv_ext.cache.quantized import QuantizedLagKVLayer
 
-    quantized = (x.quantized_rows for x in cache.layers if isinstance(x, QuantizedLagKVLayer))
-    return cache.report().compressions > 0 or any(quantized)
+    return any(
+        x.get_mask_sizes(new)[0] < x.seen + new or (isinstance(x, QuantizedLagKVLayer) and x.quantized_rows)
+        for x in cache.layers
+        if isinstance(x, LagKVLayer)
+    )
 
 
 def _next_step(cache: Any) -> int:

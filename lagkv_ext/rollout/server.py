@@ -148,8 +148,9 @@ class Rollout:
         Call it outside of the request, from a worker thread or a queue, for decisions with ``wants_check``.
         ``version``: of the decision; None: the version in force.
 
-        A request too short for anything to be dropped says nothing about compression, and would hide those that do: its
-        check is returned, and does not count.
+        A request of which no token was said with anything dropped tells nothing about compression, and would hide those
+        that do: its check is returned, and does not count. So with one that is too short, and with an answer of one
+        token, which comes from the prompt before its rows are dropped.
 
         Returns None, and does nothing, for a version that is not in force any more, is disabled, or has tripped; also
         where the check failed, which is logged, and counts in `check_errors` and towards ``guard.max_errors``. Never
