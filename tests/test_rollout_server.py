@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
 import threading
@@ -342,6 +343,22 @@ def test_where_nothing_can_be_written_a_trip_holds_in_this_process_and_is_writte
     lock.rmdir()
     assert reason(rollout) == "tripped"
     assert reason(server(store)) == "tripped"
+
+
+def test_a_lock_that_nobody_gives_back_holds_up_no_server(tmp_path, caplog):
+    """As where an operator has stopped a command with Ctrl-Z: the trip holds here, and is written later."""
+    store = stored(tmp_path, policy(guard=Guard(max_errors=1)))
+    rollout = server(store)
+    with open(tmp_path / "lagkv-rollout.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rollout.failed(rollout.cache(request_id="a", prompt_tokens=100))
+        assert rollout.status().tripped
+        assert "lagkv-rollout.lock is held by another process" in caplog.text
+        with pytest.raises(TimeoutError, match=r"lagkv-rollout\.lock is held by another process"):
+            Store(store.path, patience_s=0).write(lambda old: dataclasses.replace(old, enabled=False))
+        assert store.trip() is None
+    assert reason(rollout) == "tripped"
+    assert store.trip().version == 1
 
 
 def test_a_version_whose_checks_cannot_be_read_begins_all_the_same(tmp_path, caplog):

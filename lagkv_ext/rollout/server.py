@@ -21,6 +21,8 @@ from lagkv_ext.rollout.store import Store, Trip, now
 from lagkv_ext.rollout.watch import Force, Watch
 
 _log = logging.getLogger(__name__)
+# That a server waits for others that write: what it could not write is tried again at the next look.
+_PATIENCE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Rollout:
     def __init__(self, path: str | Path, config: Any, *, reload_s: float = 1.0):
         number("reload_s", reload_s, 0, float("inf"))
         self._config, self._reload_s = config, reload_s
-        self._store = Store(path)
+        self._store = Store(path, patience_s=_PATIENCE_S)
         self._watch = Watch(self._store, config)
         self._looking = threading.Lock()  # held by the one thread that looks at the files
         self._counting = threading.Lock()

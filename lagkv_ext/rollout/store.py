@@ -54,10 +54,11 @@ def stamp(seconds: float) -> str:
 
 
 class Store:
-    """Reads and writes the rollout file ``path``. The methods that write are safe among threads and processes."""
+    """Reads and writes the rollout file ``path``. The methods that write are safe among threads and processes: one
+    after the other, and TimeoutError (an OSError) where another one does not end within ``patience_s``."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, patience_s: float = 30.0):
+        self.path, self._patience_s = Path(path), patience_s
         self.history = self._beside(".history")
         self.tripped = self._beside(".tripped.json")
         self.checks = self._beside(".checks")
@@ -210,9 +211,20 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._beside(".lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = self._beside(".lock")
+        fd = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        end = time.monotonic() + self._patience_s
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise TimeoutError(
+                            f"{lock} is held by another process, for more than {self._patience_s:g} seconds"
+                        ) from None
+                    time.sleep(0.005)
             yield
         finally:
             os.close(fd)
