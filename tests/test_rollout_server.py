@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from lagkv_ext import LagKVCache
 from lagkv_ext.rollout import Check, Guard, Rollout, RolloutError, RolloutStatus, Store, Trip
+from lagkv_ext.rollout.evidence import Evidence
 from lagkv_ext.rollout.policy import bucket
 from lagkv_ext.rollout.status import REASONS
 
@@ -323,6 +324,19 @@ def test_checks_add_up_over_processes_and_only_those_that_say_something(tmp_path
     store.write(lambda old: dataclasses.replace(old, share=0.5))
     status = first.status()  # a version begins without checks; what the process did stays counted
     assert (status.version, status.agreement, status.kl, status.checks) == (2, None, None, 1)
+
+
+def test_a_restart_trips_on_nothing_that_did_not_trip_when_it_came(tmp_path):
+    """It reads the last checks alone, from anywhere on: the first of these are not the first of the version."""
+    guard = Guard(min_agreement=0.5, max_kl=1e9, min_checks=1, window=2)
+    store = stored(tmp_path, policy(guard=guard))
+    running = server(store)
+    for i in range(30):
+        Evidence(store.checks_of(1), 2).append(Check(float(i % 2 == 0), 0.0, 20, 100))
+        assert [reason(running), reason(server(store))] == ["compressed"] * 2
+    Evidence(store.checks_of(1), 2).append(Check(0.0, 0.0, 20, 100))
+    Evidence(store.checks_of(1), 2).append(Check(0.4, 0.0, 20, 100))
+    assert reason(server(store)) == "tripped"  # by what it finds, as if it had been there
 
 
 def test_where_nothing_can_be_written_a_trip_holds_in_this_process_and_is_written_later(tmp_path, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lagkv_ext.rollout.policy import Guard
@@ -68,6 +69,11 @@ class Breaker:
                 f"max_kl {guard.max_kl:g}{early}"
             )
         return self.reason
+
+    def recall(self, checks: Iterable[Check]) -> None:
+        """Take in checks that others judged when they came. The first ones are not the first of their version, and
+        would be judged as if they were: too few, and without those before them."""
+        self._window.extend(checks)
 
     @property
     def checks(self) -> int:
