@@ -66,6 +66,73 @@ def test_padded_layers_wait_too():
     assert torch.equal(texts[0], texts[1])
 
 
+class LateCopy:
+    """In place of the event that `RowLayer.offload` leaves: until the host waits, the memory holds other things."""
+
+    def __init__(self, layer):
+        self.tensors = layer.storages()
+        self.arriving = [x.clone() for x in self.tensors]
+        self.waits = 0
+        for x in self.tensors:
+            x.fill_(1)
+
+    def synchronize(self):
+        self.waits += 1
+        for x, y in zip(self.tensors, self.arriving, strict=True):
+            x.copy_(y)
+
+
+READS = {
+    "keys": lambda layer: layer.keys,
+    "values": lambda layer: layer.values,
+    "kept_positions": lambda layer: layer.kept_positions(),
+    "update": lambda layer: layer.update(*torch.ones(2, 2, 2, 1, 16))[1],
+    "reorder_cache": lambda layer: layer.reorder_cache(torch.tensor([1, 0])) or layer.keys,
+    "crop": lambda layer: layer.crop(-2) or layer.keys,
+    "to": lambda layer: layer.to(None, torch.float32) or layer.values,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"padding": True}], ids=str)
+def test_whoever_reads_waits_for_rows_on_their_way_to_the_cpu(options, read):
+    options = dict(options)
+    model, ids = tiny_model("llama"), prompt(45, batch=2)
+    mask = torch.ones_like(ids)
+    if options.pop("padding", False):
+        mask[0, :9] = 0
+    found = []
+    for late in (True, False):
+        cache = LagKVCache(model.config, keep=2, **SMALL, **options)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+        layer = cache.layers[0]
+        copy_ = LateCopy(layer) if late else None
+        layer._arrival = copy_
+        found.append(READS[read](layer).clone())
+        assert copy_ is None or copy_.waits > 0
+    assert torch.equal(*found)
+
+
+@needs_device
+@pytest.mark.gpu
+def test_rows_are_read_on_the_cpu_only_when_they_are_there():
+    if torch.accelerator.current_accelerator().type != "cuda":
+        pytest.skip("makes a CUDA stream wait")
+    model, ids = copy.deepcopy(tiny_model("llama")).to("cuda"), prompt(45).to("cuda")
+    cache = LagKVCache(model.config, keep=2, **SMALL)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    layer = cache.layers[0]
+    expected = layer.keys.cpu()
+    torch.cuda._sleep(2_000_000_000)  # about a second in which the copy has not begun
+    layer.offload()
+    assert torch.equal(layer.keys, expected)
+    torch.cuda._sleep(2_000_000_000)
+    layer.prefetch()
+    assert torch.equal(layer.keys.cpu(), expected)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
 def test_without_a_device_offloading_is_refused():
     with pytest.raises(ValueError, match="there is no device here"):

@@ -33,7 +33,22 @@ class RowLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self.is_initialized = False
-        self._buffer: RowBuffer | None = None
+        self._arrival: torch.Event | None = None  # when what went to the CPU has come there
+        self._buffer = None
+
+    @property
+    def _buffer(self) -> RowBuffer | None:
+        """The rows, and with them whatever else is held, there to be read: the host waits for a copy of `offload`."""
+        arrival = (
+            self._arrival
+        )  # left as it is: a monitor may read in another thread while the layer goes again
+        if arrival is not None:
+            arrival.synchronize()
+        return self._rows_held
+
+    @_buffer.setter
+    def _buffer(self, buffer: RowBuffer | None) -> None:
+        self._rows_held = buffer
 
     def settle(self) -> None:
         """Run the compressions that the last step left due; only once attention of that step has run."""
@@ -88,12 +103,19 @@ class RowLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move what is held to the CPU. transformers does so before attention has run: what it was given stays as it
-        is, and a compression that is due still waits for the next step."""
-        if self._buffer is not None:
+        is, and a compression that is due still waits for the next step. The host does not wait for the copy."""
+        if self._buffer is not None and self._buffer.key.device.type != "cpu":
             self._map_as_is(lambda x: x.to("cpu", non_blocking=True))
+            arrival = torch.Event(self.device)
+            arrival.record(torch.accelerator.current_stream(self.device))
+            self._arrival = arrival
 
     def prefetch(self) -> None:
-        """Move what is held back to the device of the states."""
+        """Move what is held back to the device of the states, on the current stream, which waits for `offload` in the
+        host's place."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            torch.accelerator.current_stream(self.device).wait_event(arrival)
         if self._buffer is not None:
             self._map_as_is(lambda x: x.to(self.device, non_blocking=True))
 
