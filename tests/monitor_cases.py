@@ -56,6 +56,9 @@ class Rolled:
             checks=3,
             agreement=0.99,
             kl=0.01,
+            check_errors=0,
+            failures=0,
+            unusable=False,
             reload_errors=0,
         )
     )

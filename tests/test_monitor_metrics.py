@@ -412,6 +412,33 @@ def test_several_models_on_one_registry():
     assert value(registry, "lagkv_tokens_seen_total", cache="lagkv", model="b", zone="x") == 20
 
 
+def test_a_model_loaded_again_reports_under_its_labels():
+    """What a closed monitor counted stays, and its requests in flight still count when they end."""
+    registry = CollectorRegistry()
+    labels = {"model": "a"}
+    first = CacheMonitor(registry, labels)
+    held = [cache(), cache()]
+    request = first.request(held[0])
+    fill(held[0], 30)
+    for _ in range(2):
+        first.close()
+    with pytest.raises(RuntimeError, match="this monitor is closed"):
+        first.request(held[1])
+    second = CacheMonitor(registry, labels)
+    first.close()  # takes nothing from the one that came after
+    with second.request(held[1]):
+        fill(held[1], 20)
+        assert value(registry, "lagkv_cache_tokens", cache="lagkv", state="seen", model="a") == 20
+        assert value(registry, "lagkv_requests_in_flight", cache="lagkv", model="a") == 2
+    request.finish()
+    assert value(registry, "lagkv_tokens_seen_total", cache="lagkv", model="a") == 50
+    assert value(registry, "lagkv_requests_in_flight", cache="lagkv", model="a") == 0
+    closed = weakref.ref(first)
+    del first, request
+    gc.collect()
+    assert closed() is None
+
+
 def test_without_prometheus_client_it_is_said_by_name():
     code = """
 import sys

@@ -30,6 +30,9 @@ STATUSES = st.builds(
     checks=COUNTS,
     agreement=st.none() | SHARES,
     kl=st.none() | st.floats(min_value=0),
+    check_errors=COUNTS,
+    failures=COUNTS,
+    unusable=st.booleans(),
     reload_errors=COUNTS,
 )
 NAMES = {
@@ -40,6 +43,9 @@ NAMES = {
     "checks": "lagkv_rollout_checks_total",
     "agreement": "lagkv_rollout_agreement_ratio",
     "kl": "lagkv_rollout_kl_nats",
+    "check_errors": "lagkv_rollout_check_errors_total",
+    "failures": "lagkv_rollout_failures_total",
+    "unusable": "lagkv_rollout_file_unusable",
     "reload_errors": "lagkv_rollout_reload_errors_total",
 }
 
@@ -90,6 +96,18 @@ def test_beside_a_monitor_on_one_registry():
     RolloutCollector(Rolled(), registry, {"model": "m"})
     assert value(registry, "lagkv_rollout_enabled", model="m") == 1
     assert value(registry, "lagkv_requests_in_flight", cache="full", model="m") == 0
+
+
+def test_a_closed_collector_leaves_its_labels_to_the_next():
+    registry = CollectorRegistry()
+    first = RolloutCollector(Rolled(), registry, {"model": "m"})
+    first.close()
+    assert not [name for name, _ in values(registry) if name == "lagkv_rollout_version"]
+    rolled = Rolled()
+    rolled.found = dataclasses.replace(rolled.found, version=8)
+    RolloutCollector(rolled, registry, {"model": "m"})
+    first.close()
+    assert value(registry, "lagkv_rollout_version", model="m") == 8
 
 
 def test_what_cannot_be():

@@ -95,7 +95,7 @@ def test_every_reason(tmp_path):
     store.record_trip(Trip(3, "why", "now", 1))
     assert reason(rollout, inside, 50) == "tripped"
     wanted = dict.fromkeys(REASONS, 1)
-    assert rollout.status() == RolloutStatus(3, True, 0.5, True, wanted, 0, None, None, 0)
+    assert rollout.status() == RolloutStatus(3, True, 0.5, True, wanted, 0, None, None, 0, 0, False, 0)
 
 
 def test_errors_trip_at_the_limit(tmp_path, caplog):
@@ -113,6 +113,7 @@ def test_errors_trip_at_the_limit(tmp_path, caplog):
         rollout.failed(good)  # of an earlier version
         assert reason(rollout, "a", None) == "error"
     assert reason(rollout) == "compressed"
+    assert rollout.status().failures == 6
 
 
 # -- the file
@@ -159,12 +160,14 @@ def test_what_cannot_be_used_changes_nothing_and_is_told_once(tmp_path, caplog, 
     told = [x for x in caplog.records if x.levelno == logging.ERROR]
     assert len(told) == 1
     assert what in told[0].getMessage()
-    assert (rollout.status().reload_errors, rollout.status().version) == (1, 1)
+    status = rollout.status()
+    assert (status.reload_errors, status.version, status.unusable) == (1, 1, True)
     if store.path.is_dir():
         store.path.rmdir()
     store.path.write_text(policy(version=2, enabled=False).text)
     assert reason(rollout) == "disabled"
-    assert (rollout.status().reload_errors, rollout.status().version) == (1, 2)
+    status = rollout.status()
+    assert (status.reload_errors, status.version, status.unusable) == (1, 2, False)
 
 
 def test_off_is_obeyed_whatever_its_version_and_gone_means_off(tmp_path):
@@ -399,9 +402,9 @@ def test_a_failing_check_hurts_nobody_and_is_counted(tmp_path, caplog):
     model, ids = tiny_model("llama"), prompt(30)
     assert rollout.check(model, ids, ids[:, :0]) is None
     assert "output_ids must be one sequence" in caplog.text
-    assert (rollout.check_errors, rollout.status().checks, reason(rollout)) == (1, 0, "compressed")
+    assert (rollout.status().check_errors, rollout.status().checks, reason(rollout)) == (1, 0, "compressed")
     assert rollout.check(model, ids, ids, version=99) is None  # not in force: nothing to say
-    assert rollout.check_errors == 1
+    assert rollout.status().check_errors == 1
     assert rollout.check(model, [1, 2], ids) is None
     assert "input_ids must be a tensor of token ids, got list" in caplog.text
     assert reason(rollout) == "tripped"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -116,6 +117,14 @@ class CacheMonitor:
             child(x, *values) for x in compressing
         )
         metrics.admit(values, self)
+        self._leave = functools.partial(metrics.leave, values, self)
+        self._closed = False
+
+    def close(self) -> None:
+        """No more requests: another monitor may report under these labels, as that of a model that was loaded again.
+        Counters stay and count on there. Requests in flight count when they end, and are not read by scrapes."""
+        self._closed = True
+        self._leave()
 
     def request(self, cache: Cache) -> MonitoredRequest:
         """A request begins, in which ``cache`` is used. Keep what is returned: as a context manager, or until you call
@@ -127,7 +136,10 @@ class CacheMonitor:
         Raises:
             TypeError: no cache of transformers.
             ValueError: the cache is in a request that has not ended.
+            RuntimeError: the monitor is closed.
         """
+        if self._closed:
+            raise RuntimeError("request: this monitor is closed")
         if not isinstance(cache, Cache):
             raise TypeError(f"cache must be a cache of transformers, got {type(cache).__name__}")
         self._forget_lost()

@@ -49,6 +49,12 @@ class Families:
         """From now on scrapes read ``member``, which has `join`ed."""
         self.members[values] = member
 
+    def leave(self, values: tuple[str, ...], member: Any) -> None:
+        """Scrapes read it no more, and its labels are free. What was counted under them stays, and is counted on."""
+        with _lock:
+            if self.members.get(values) is member:
+                del self.members[values]
+
 
 F = TypeVar("F", bound=Families)
 _lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,6 +38,12 @@ class Status(Protocol):
     @property
     def kl(self) -> float | None: ...
     @property
+    def check_errors(self) -> int: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def unusable(self) -> bool: ...
+    @property
     def reload_errors(self) -> int: ...
 
 
@@ -51,6 +58,11 @@ _GAUGES: tuple[tuple[str, str, str], ...] = (
     ("share", "lagkv_rollout_share_ratio", "Share of requests that the rollout file asks to compress."),
     ("tripped", "lagkv_rollout_tripped", "1 where quality checks have switched compression off."),
     (
+        "unusable",
+        "lagkv_rollout_file_unusable",
+        "1 where the rollout file or the record of a trip cannot be used.",
+    ),
+    (
         "agreement",
         "lagkv_rollout_agreement_ratio",
         "Share of tokens on which compressed and full cache agree.",
@@ -59,6 +71,12 @@ _GAUGES: tuple[tuple[str, str, str], ...] = (
 )
 _COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("checks", "lagkv_rollout_checks", "Quality checks that came to a result."),
+    ("check_errors", "lagkv_rollout_check_errors", "Quality checks that failed."),
+    (
+        "failures",
+        "lagkv_rollout_failures",
+        "Requests that failed with a compressed cache, as the server said.",
+    ),
     ("reload_errors", "lagkv_rollout_reload_errors", "Contents of the rollout file that could not be used."),
 )
 
@@ -122,6 +140,11 @@ class RolloutCollector:
         metrics, values = join(RolloutFamilies, registry, labels)
         self._errors = child(metrics.errors, *values)
         metrics.admit(values, self)
+        self._leave = functools.partial(metrics.leave, values, self)
+
+    def close(self) -> None:
+        """From now on scrapes do not read the rollout, and another may report under these labels."""
+        self._leave()
 
     def read(self) -> tuple[dict[str, float | None], dict[str, int]] | None:
         """Numbers by field and decisions by reason. Called by scrapes; raises nothing."""

@@ -73,7 +73,7 @@ class Rollout:
         self._looking = threading.Lock()  # held by the one thread that looks at the files
         self._counting = threading.Lock()
         self._decisions: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
-        self._checks = self._check_errors = 0
+        self._checks = self._check_errors = self._failures = 0
         self._unsaved: Trip | None = None  # a trip that could not be written yet
         self._told: dict[str, str] = {}
         self._breaker: Breaker
@@ -128,11 +128,15 @@ class Rollout:
 
     def failed(self, decision: Decision) -> None:
         """Say that generation with ``decision.cache`` raised, which counts towards ``guard.max_errors``; then run the
-        request again with a `DynamicCache`. Nothing happens where the cache was a full one, or of an earlier version.
+        request again with a `DynamicCache`. Nothing happens where the cache was a full one; one of an earlier version
+        is counted, and says nothing about the version in force.
         """
         force = self._force
-        if decision.compressed and decision.version == force.policy.version:
-            self._failed(force)
+        if decision.compressed:
+            with self._counting:
+                self._failures += 1
+            if decision.version == force.policy.version:
+                self._failed(force)
 
     # -- quality
 
@@ -155,7 +159,7 @@ class Rollout:
         token, which comes from the prompt before its rows are dropped.
 
         Returns None, and does nothing, for a version that is not in force any more, is disabled, or has tripped; also
-        where the check failed, which is logged, and counts in `check_errors` and towards ``guard.max_errors``. Never
+        where the check failed, which is logged, and counts in ``check_errors`` and towards ``guard.max_errors``. Never
         raises.
         """
         force = self._force
@@ -278,11 +282,6 @@ class Rollout:
 
     # -- what others see
 
-    @property
-    def check_errors(self) -> int:
-        """Checks of this process that failed."""
-        return self._check_errors
-
     def status(self) -> RolloutStatus:
         """How things are. Looks at the file where that is due, so that a server without requests knows too."""
         self._look_if_due()
@@ -296,6 +295,9 @@ class Rollout:
                 checks=self._checks,
                 agreement=self._breaker.agreement,
                 kl=self._breaker.kl,
+                check_errors=self._check_errors,
+                failures=self._failures,
+                unusable=self._watch.unusable,
                 reload_errors=self._watch.errors,
             )
 

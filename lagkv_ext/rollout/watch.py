@@ -37,6 +37,7 @@ class Watch:
         self.errors = 0  #: contents that could not be used
         self._seen: dict[Path, Signature] = {}
         self._told: dict[Path, object] = {}
+        self._unusable: set[Path] = set()
         try:
             self._seen[store.path] = _signature(store.path)
             self._policy = self._good = read(store.path, config)
@@ -59,6 +60,11 @@ class Watch:
         # A record of a higher version: this file was put back by hand to what is older. Doubt means the full cache.
         tripped = self._doubt or (trip is not None and trip.version >= self._good.version)
         return Force(self._policy, tripped)
+
+    @property
+    def unusable(self) -> bool:
+        """Whether a file is there, as of the last look, that cannot be used."""
+        return bool(self._unusable)
 
     def look(self) -> Force:
         """What is in force now. Never raises."""
@@ -86,9 +92,11 @@ class Watch:
                 return True
             take(None if signature is None else read_it())
             self._seen[path] = signature
+            self._unusable.discard(path)
             return True
         except FileNotFoundError:
             take(None)  # gone since the stat
+            self._unusable.discard(path)
             return True
         except OSError as error:
             self._seen.pop(path, None)  # may pass without a change of the file: try again
@@ -98,6 +106,7 @@ class Watch:
         except RolloutError as error:
             self._seen[path] = signature
             self._tell(path, signature, str(error), otherwise)
+        self._unusable.add(path)
         return False
 
     def _tell(self, path: Path, what: object, message: str, otherwise: str) -> None:
