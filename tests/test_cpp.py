@@ -5,26 +5,34 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from simt.build import Unavailable, tool
 
 import lagkv_ext
 
 ROOT = Path(lagkv_ext.__file__).resolve().parent.parent
 HEADER = Path(lagkv_ext.cmake_prefix_path).parent / "include/lagkv/operators.h"
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler"
-)
+
+def why_not() -> str:
+    """What is missing to build a program; empty where nothing is."""
+    try:
+        tool("cmake"), tool("c++")
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 def configure(source: Path, folder: Path, *options: str) -> None:
-    run("cmake", "-S", source, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", *options)
+    run(tool("cmake"), "-S", source, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", *options)
 
 
 def run(*command: object) -> str:
@@ -44,7 +52,7 @@ def programs(tmp_path_factory, request) -> Path:
     """The folder of ``operators``, linked with lagkv::lagkv as a route of `ROUTES` gives it, and ``unlinked``."""
     folder = tmp_path_factory.mktemp("cpp")
     configure(ROOT / "tests/cpp", folder, *ROUTES[request.param])
-    run("cmake", "--build", folder)
+    run(tool("cmake"), "--build", folder)
     return folder
 
 
@@ -107,7 +115,7 @@ def test_errors_name_the_argument_and_the_missing_library(programs):
 @needs_compiler
 def test_the_example(tmp_path):
     configure(ROOT / "examples/cpp", tmp_path, *ROUTES["package"])
-    run("cmake", "--build", tmp_path)
+    run(tool("cmake"), "--build", tmp_path)
     assert run(tmp_path / "compress") == "of 4096 tokens 1216 stay, the last of them 4095\n"
 
 

@@ -418,10 +418,12 @@ def test_a_model_loaded_again_reports_under_its_labels():
     labels = {"model": "a"}
     first = CacheMonitor(registry, labels)
     held = [cache(), cache()]
+    first.request(cache())  # and nobody keeps it
     request = first.request(held[0])
     fill(held[0], 30)
     for _ in range(2):
         first.close()
+    assert value(registry, "lagkv_requests_total", cache="lagkv", outcome="abandoned", model="a") == 1
     with pytest.raises(RuntimeError, match="this monitor is closed"):
         first.request(held[1])
     second = CacheMonitor(registry, labels)

@@ -17,7 +17,7 @@ if(NOT TARGET lagkv::lagkv)
   target_compile_features(lagkv::lagkv INTERFACE cxx_std_20)  # torch's headers
   target_link_options(lagkv::lagkv INTERFACE "LINKER:--no-as-needed")  # a program names no symbol of theirs
   foreach(_lagkv_library _C _cuda)
-    if(_lagkv_library STREQUAL _C OR (LAGKV_TORCH_CUDA AND EXISTS "${_lagkv_folder}/${_lagkv_library}.abi3.so"))
+    if(_lagkv_library STREQUAL _C OR (TARGET lagkv::torch_cuda AND EXISTS "${_lagkv_folder}/${_lagkv_library}.abi3.so"))
       add_library(lagkv::${_lagkv_library} SHARED IMPORTED)
       set_target_properties(lagkv::${_lagkv_library} PROPERTIES
         IMPORTED_LOCATION "${_lagkv_folder}/${_lagkv_library}.abi3.so" IMPORTED_SONAME "${_lagkv_library}.abi3.so")

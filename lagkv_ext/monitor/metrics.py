@@ -122,7 +122,8 @@ class CacheMonitor:
 
     def close(self) -> None:
         """No more requests: another monitor may report under these labels, as that of a model that was loaded again.
-        Counters stay and count on there. Requests in flight count when they end, and are not read by scrapes."""
+        Counters stay and count on there. Requests in flight count when they finish, and are not read by scrapes."""
+        self._forget_lost()
         self._closed = True
         self._leave()
 

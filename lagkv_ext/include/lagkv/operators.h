@@ -105,8 +105,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> co
 }
 
 /// Pages `[blocks, block_size, H, D]` in place, with `block_table` int32 `[B, max_blocks]`, `start` and
-/// `length` int32
-/// `[B]`, which become the new ones.
+/// `length` int32 `[B]`, which become the new ones.
 inline at::Tensor compress_paged_(const at::Tensor& key_cache, const at::Tensor& value_cache,
                                   const at::Tensor& block_table, const at::Tensor& start,
                                   const at::Tensor& length, int64_t lag_size, int64_t keep,
