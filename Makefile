@@ -34,7 +34,7 @@ demo: build
 # One worker a core, each with one thread: tensors of tests are too small for threads to pay. The executor is built first
 # so that no test waits for it; where that fails the tests say so, or skip by name where it cannot be built.
 test: build
-	-cd tests && $(abspath $(BIN))/python -m simt.build
+	-$(BIN)/python -m tests.simt.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=ci -n $(MAX_JOBS) $(TESTS)
 
 lint: build

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from lagkv_ext import ops, reference
-from lagkv_ext.traffic import Problem
+from lagkv_ext.commands.traffic import Problem
 
 ISA_VARIABLE = "LAGKV_CPU_ISA"
 WORKER = Path(__file__).with_name("kvpress_worker.py")

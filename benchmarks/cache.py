@@ -24,7 +24,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks import cases
 from benchmarks.report import table
 from benchmarks.run import ROOT, Refused, commit, header, machine
-from lagkv_ext import LagKVCache, keep_count, models, next_start, output_length, timing
+from lagkv_ext import LagKVCache, keep_count, next_start, output_length
+from lagkv_ext.commands import models, timing
 
 LAG_SIZE, SINK_SIZE = 128, 16
 FULL = "DynamicCache"

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from lagkv_ext.traffic import Problem
+from lagkv_ext.commands.traffic import Problem
 
 DTYPES = {
     "float32": torch.float32,

@@ -21,8 +21,8 @@ import torch
 import lagkv_ext
 from benchmarks import cases
 from benchmarks.run import Refused, commit, header, machine
-from lagkv_ext import timing
-from lagkv_ext.traffic import Problem
+from lagkv_ext.commands import timing
+from lagkv_ext.commands.traffic import Problem
 
 TARGET_US = 15.0
 HEADS = (1, 2, 3, 4, 6, 8)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from lagkv_ext.traffic import Problem
+from lagkv_ext.commands.traffic import Problem
 
-_TESTS = Path(__file__).resolve().parents[1] / "tests"
+_ROOT = Path(__file__).resolve().parents[1]
 # An H100 SXM's multiprocessors and shared memory: they decide how many partitions a block takes, nothing else here.
 DEVICE = {"multiprocessors": 132, "shared_per_multiprocessor": 228 * 1024}
 _SECTOR = 32
-_BUILT = _TESTS.parent / "build" / "simt"
+_BUILT = _ROOT / "build" / "simt"
 
 
 def traffic(problem: Problem, *, build: bool) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def traffic(problem: Problem, *, build: bool) -> dict[str, Any]:
 
 def _executor() -> tuple[ModuleType, ModuleType]:
     """The package ``simt`` of the tests with its module built, and the operators on it."""
-    if str(_TESTS) not in sys.path:
-        sys.path.append(str(_TESTS))
-    simt = importlib.import_module("simt")
-    operators = importlib.import_module("simt.operators")
+    if str(_ROOT) not in sys.path:
+        sys.path.append(str(_ROOT))
+    simt = importlib.import_module("tests.simt")
+    operators = importlib.import_module("tests.simt.operators")
     simt.module()
     return simt, operators
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from lagkv_ext import LagKVCache
 from lagkv_ext.cache.timer import CompressionTimer
-from lagkv_ext.monitor import CacheMonitor
+from lagkv_ext.serving.monitor import CacheMonitor
 
 
 def filled(layers: int) -> LagKVCache:

@@ -23,8 +23,9 @@ import torch
 
 import lagkv_ext
 from benchmarks import baselines, cases, modelled, report, verify
-from lagkv_ext import checks, timing
-from lagkv_ext.traffic import Problem
+from lagkv_ext import checks
+from lagkv_ext.commands import timing
+from lagkv_ext.commands.traffic import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lagkv_ext import lag_score
-from lagkv_ext.evaluate.methods import Layer
+from lagkv_ext.commands.evaluate.methods import Layer
 
 
 def _partitions(x: Tensor, layer: Layer) -> Tensor:

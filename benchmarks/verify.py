@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.baselines import Buffers, Contender, KvpressWorker
 from lagkv_ext import checks, reference
-from lagkv_ext.traffic import Problem
+from lagkv_ext.commands.traffic import Problem
 
 _BLOCK = 32  # partitions scored at a time: float64 copies of a whole long cache would not fit
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,7 +7,7 @@ from prometheus_client import start_http_server
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lagkv_ext import LagKVCache
-from lagkv_ext.monitor import CacheMonitor
+from lagkv_ext.serving.monitor import CacheMonitor
 
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2)).eval()
 server, monitor = start_http_server(0, "127.0.0.1")[0], CacheMonitor(labels={"model": "tiny"})

@@ -5,7 +5,7 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lagkv_ext.rollout import Guard, Policy, Rollout, Store
+from lagkv_ext.serving.rollout import Guard, Policy, Rollout, Store
 
 sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3, eos_token_id=None)

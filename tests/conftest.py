@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 
-import backends
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.ops import backends
 
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=12, **_COMMON)

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # The sanitizer slows kernels by orders of magnitude: the suite with few examples finds what it can find.
-SANITIZER_TESTS = ("tests/test_ops_properties.py", "--backend", "cuda", "--hypothesis-profile", "dev", "-q")
+SANITIZER_TESTS = ("tests/ops/test_properties.py", "--backend", "cuda", "--hypothesis-profile", "dev", "-q")
 # A card that is not seen (under the sanitizer, say) is a failure and not a suite of skipped tests.
 REQUIRED = ("--require-backend", "cuda")
 

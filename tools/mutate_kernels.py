@@ -32,19 +32,21 @@ CONTROL = Rule("rows.cuh", "#pragma once", "#pragma once", "nothing")
 RUNNER = """
 import dataclasses, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {root!r})
 import types, torch
-source = Path({tests!r}, "cases.py")
+source = Path({root!r}, "tests/ops/cases.py")
 text = source.read_text(encoding="utf-8")
 wide = "DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)"
 assert wide in text
-sys.modules["cases"] = types.ModuleType("cases")
-exec(compile(text.replace(wide, "DTYPES = (torch.{dtype},)"), source, "exec"), sys.modules["cases"].__dict__)
-import simt, simt.build
-sys.modules["simt.build"].build_module = lambda **_: Path({module!r})
-import conftest  # its Hypothesis profile must be there when the tests below are decorated: without deadlines
-import pytest, cases, test_cuda_plan, test_ragged_plan, test_ragged_traffic, test_traffic
-plans = test_cuda_plan.CASES, test_ragged_plan.CASES
+import tests.ops
+cases = tests.ops.cases = sys.modules["tests.ops.cases"] = types.ModuleType("tests.ops.cases")
+exec(compile(text.replace(wide, "DTYPES = (torch.{dtype},)"), source, "exec"), cases.__dict__)
+import tests.simt.build
+tests.simt.build.build_module = lambda **_: Path({module!r})
+import tests.conftest  # its Hypothesis profile must be there when the tests below are decorated: without deadlines
+import pytest
+from tests.cuda import test_plan, test_ragged_plan, test_ragged_traffic, test_traffic
+plans = test_plan.CASES, test_ragged_plan.CASES
 for of_module in (*plans, test_ragged_traffic.CASES, test_traffic.SHAPES, cases.TRAPS):
     of_module.update({{name: dataclasses.replace(case, dtype=torch.{dtype}) for name, case in of_module.items()}})
 for arguments in {selections!r}:
@@ -55,43 +57,43 @@ for arguments in {selections!r}:
 # By the bindings whose kernels they run; cheap and telling first, after those that look at the file itself.
 TESTS = {
     "lagkv": [
-        ("tests/test_cuda_plan.py", "depend and long"),
-        ("tests/test_cuda_plan.py", "not (depend and long)"),
-        ("tests/test_ops_traps.py", ""),
-        ("tests/test_cuda_alignment.py", ""),
-        ("tests/test_ops_properties.py", ""),
-        ("tests/test_metamorphic.py", "exactly_zero or beyond_the or bounds_far"),
-        ("tests/test_traffic.py", "scratch or vectors or stages or in_place"),
-        ("tests/test_large.py", "partition or llama"),
+        ("tests/cuda/test_plan.py", "depend and long"),
+        ("tests/cuda/test_plan.py", "not (depend and long)"),
+        ("tests/ops/test_traps.py", ""),
+        ("tests/cuda/test_alignment.py", ""),
+        ("tests/ops/test_properties.py", ""),
+        ("tests/ops/test_metamorphic.py", "exactly_zero or beyond_the or bounds_far"),
+        ("tests/cuda/test_traffic.py", "scratch or vectors or stages or in_place"),
+        ("tests/ops/test_large.py", "partition or llama"),
     ],
     "ragged": [
-        ("tests/test_ragged_plan.py", "depend and long"),
-        ("tests/test_ragged_plan.py", "not (depend and long)"),
-        ("tests/test_cuda_alignment.py", ""),
-        ("tests/test_ragged_properties.py", "not traps"),
-        ("tests/test_ragged_traffic.py", "in_place"),
-        ("tests/test_ragged_errors.py", "wrong_values or shared"),
+        ("tests/cuda/test_ragged_plan.py", "depend and long"),
+        ("tests/cuda/test_ragged_plan.py", "not (depend and long)"),
+        ("tests/cuda/test_alignment.py", ""),
+        ("tests/ops/test_ragged_properties.py", "not traps"),
+        ("tests/cuda/test_ragged_traffic.py", "in_place"),
+        ("tests/ops/test_ragged_errors.py", "wrong_values or shared"),
     ],
 }
 FIRST = {
     "lagkv": {
-        "block.cuh": ("tests/test_cuda_plan.py", "depend and many-scores and long"),
-        "select.cuh": ("tests/test_cuda_plan.py", "depend and many-scores and long"),
-        "wide_rows.cuh": ("tests/test_cuda_plan.py", "(depend and wide and long) or long_"),
-        "topk.cuh": ("tests/test_ops_properties.py", "topk_index"),
-        "numeric.cuh": ("tests/test_ops_properties.py", "topk_index"),
-        "gather.cuh": ("tests/test_ops_properties.py", "compact or in_place"),
-        "launches.h": ("tests/test_cuda_alignment.py", ""),
-        "plan.h": ("tests/test_cuda_plan.py", "covers or limit or moves"),
+        "block.cuh": ("tests/cuda/test_plan.py", "depend and many-scores and long"),
+        "select.cuh": ("tests/cuda/test_plan.py", "depend and many-scores and long"),
+        "wide_rows.cuh": ("tests/cuda/test_plan.py", "(depend and wide and long) or long_"),
+        "topk.cuh": ("tests/ops/test_properties.py", "topk_index"),
+        "numeric.cuh": ("tests/ops/test_properties.py", "topk_index"),
+        "gather.cuh": ("tests/ops/test_properties.py", "compact or in_place"),
+        "launches.h": ("tests/cuda/test_alignment.py", ""),
+        "plan.h": ("tests/cuda/test_plan.py", "covers or limit or moves"),
     },
     "ragged": {
-        "ragged_schedule.cuh": ("tests/test_ragged_plan.py", "any or pages or more"),
-        "../ragged.h": ("tests/test_ragged_plan.py", "any or pages"),
+        "ragged_schedule.cuh": ("tests/cuda/test_ragged_plan.py", "any or pages or more"),
+        "../ragged.h": ("tests/cuda/test_ragged_plan.py", "any or pages"),
     },
 }
 BY_BACKEND = (
-    "test_ops_traps",
-    "test_ops_properties",
+    "test_traps",
+    "test_properties",
     "test_ragged_properties",
     "test_metamorphic",
     "test_large",
@@ -118,8 +120,8 @@ class Executor:
     """The executor as CMake builds it: commands, objects, and what every binding of kernels includes."""
 
     def __init__(self) -> None:
-        sys.path.insert(0, str(ROOT / "tests"))
-        from simt.build import build_module
+        sys.path.insert(0, str(ROOT))
+        from tests.simt.build import build_module
 
         module = build_module()
         self.build = next(parent for parent in module.parents if (parent / "build.ninja").exists())
@@ -187,7 +189,6 @@ class Executor:
             selections.append([tests, *(["-k", words] if words else []), *backend])
         program = RUNNER.format(
             root=str(ROOT),
-            tests=str(ROOT / "tests"),
             module=str(module),
             selections=selections,
             dtype=rule.dtype,

@@ -140,7 +140,7 @@ class ReportsLayers:
 
     @property
     def timer(self) -> CompressionTimer | None:
-        """What takes the time of compressions, set by whoever watches this cache (`lagkv_ext.monitor`)."""
+        """What takes the time of compressions, set by whoever watches this cache (`lagkv_ext.serving.monitor`)."""
         return next(iter(self._lagkv_layers().values())).timer
 
     @timer.setter

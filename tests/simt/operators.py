@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import simt
 from lagkv_ext import checks, checks_ragged
+from tests import simt
 
 RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_")
 

@@ -1,4 +1,4 @@
-"""How fast the executor is: ``cd tests && python -m simt.speed``. Processor time, one core."""
+"""How fast the executor is: ``python -m tests.simt.speed``. Processor time, one core."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-import simt
+from tests import simt
 
 BLOCKS, THREADS = 64, 256
 

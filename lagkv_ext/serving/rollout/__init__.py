@@ -1,0 +1,29 @@
+"""Compression rolled out with care: a share of the requests, checked on real traffic, with a way back at any time.
+
+    rollout = Rollout("lagkv-rollout.json", model.config)
+    decision = rollout.cache(request_id=id, prompt_tokens=inputs.input_ids.shape[1])
+    output = model.generate(**inputs, past_key_values=decision.cache)
+
+``lagkv rollout`` on the command line writes the file; ``docs/operations.md`` is the runbook.
+"""
+
+from __future__ import annotations
+
+from lagkv_ext.serving.rollout.breaker import Breaker, Check
+from lagkv_ext.serving.rollout.policy import Guard, Policy, RolloutError
+from lagkv_ext.serving.rollout.server import Decision, Rollout
+from lagkv_ext.serving.rollout.status import RolloutStatus
+from lagkv_ext.serving.rollout.store import Store, Trip
+
+__all__ = [
+    "Breaker",
+    "Check",
+    "Decision",
+    "Guard",
+    "Policy",
+    "Rollout",
+    "RolloutError",
+    "RolloutStatus",
+    "Store",
+    "Trip",
+]

@@ -1,0 +1,92 @@
+"""The quality checks of one version, shared by all processes: one line each, appended, read on from where one was.
+
+With a small share and a small share of that checked, no single process sees enough; together they do, and a
+restarted one goes on from what is known. Lines hold numbers alone, nothing of what users wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+from lagkv_ext.serving.rollout.breaker import Check
+from lagkv_ext.serving.rollout.policy import RolloutError, integer, number, read_object
+from lagkv_ext.serving.rollout.store import now
+
+_log = logging.getLogger(__name__)
+_LINE = 256  # bytes; none is longer
+
+
+class Evidence:
+    """The file of one version's checks. ``window``: at first only about so many lines are read, the last ones."""
+
+    def __init__(self, path: Path, window: int):
+        self.path = path
+        self._at = 0  # byte from which on nothing was read yet
+        self._last = b""  # the line before it, by which the file is known again
+        with contextlib.suppress(OSError):  # `new` will say so
+            if path.stat().st_size > window * _LINE:
+                with open(path, "rb") as file:
+                    file.seek(-window * _LINE, os.SEEK_END)
+                    self._last = file.readline()
+                    self._at = file.tell()
+
+    def append(self, check: Check) -> None:
+        """Raises OSError where it cannot be written."""
+        data = {
+            "time": now(),
+            "pid": os.getpid(),
+            "agreement": check.agreement,
+            "kl": check.kl if math.isfinite(check.kl) else None,
+            "tokens": check.tokens,
+            "prompt_tokens": check.prompt_tokens,
+        }
+        line = json.dumps(data).encode() + b"\n"
+        self.path.parent.mkdir(exist_ok=True)
+        # One write to a file opened for appending: lines of several processes do not mix.
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            if os.write(fd, line) != len(line):
+                raise OSError(f"{self.path}: a line was written in part")
+        finally:
+            os.close(fd)
+
+    def new(self) -> list[Check]:
+        """The checks that came since the last call, of all processes, in the same order for each of them. A file that
+        somebody emptied or replaced is read from its beginning."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._at - len(self._last))
+                data = file.read()
+                if not data.startswith(self._last):
+                    file.seek(0)
+                    self._at, self._last, data = 0, b"", file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[len(self._last) : data.rfind(b"\n") + 1]
+        if not whole:
+            return []
+        self._at += len(whole)
+        self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+        found = []
+        for line in whole.splitlines():
+            try:
+                found.append(_check_of(line))
+            except (RolloutError, UnicodeDecodeError, KeyError) as error:
+                _log.error("a line of %s is no check and is left out: %s", self.path, error)
+        return found
+
+
+def _check_of(line: bytes) -> Check:
+    data = read_object(line.decode(), "the line")
+    kl = data["kl"]
+    number("agreement", data["agreement"], 0, 1)
+    if kl is not None:
+        number("kl", kl, 0, 1e38)
+    integer("tokens", data["tokens"], 1)
+    integer("prompt_tokens", data["prompt_tokens"], 1)
+    return Check(data["agreement"], math.inf if kl is None else kl, data["tokens"], data["prompt_tokens"])

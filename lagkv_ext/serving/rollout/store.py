@@ -1,0 +1,289 @@
+"""The rollout file on disk, its history, and the record of a trip: whole files only, and versions that only grow.
+
+Beside ``lagkv-rollout.json``, the version in force:
+
+- ``lagkv-rollout.history/000003.json``: every version, never changed; ``000003.tripped.json`` where it tripped.
+- ``lagkv-rollout.tripped.json``: the version that tripped, for all processes; of no meaning to later versions.
+- ``lagkv-rollout.checks/000003.jsonl``: the quality checks of a version (`evidence`).
+- ``lagkv-rollout.lock``: held (flock) while something is written; the system frees it when a process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lagkv_ext.serving.rollout.policy import Policy, RolloutError, integer, read, read_object
+
+DOUBT = 2**62  # above every version
+_NUMBERED = re.compile(r"(\d{6,})\.")
+_VERSION = re.compile(r"(\d{6,})\.json")
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Why a version fell back to the full cache."""
+
+    version: int
+    reason: str
+    time: str  #: ISO 8601, UTC
+    pid: int  #: of the process that found out
+    checks: int = 0  #: in the window
+    agreement: float | None = None
+    kl: float | None = None  #: nats per token; None also where it was infinite
+
+
+def now() -> str:
+    """The time as records name it (`stamp`)."""
+    return stamp(time.time())
+
+
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601, UTC, seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+class Store:
+    """Reads and writes the rollout file ``path``. The methods that write are safe among threads and processes: one
+    after the other, and TimeoutError (an OSError) where another one does not end within ``patience_s``."""
+
+    def __init__(self, path: str | Path, *, patience_s: float = 30.0):
+        self.path, self._patience_s = Path(path), patience_s
+        self.history = self._beside(".history")
+        self.tripped = self._beside(".tripped.json")
+        self.checks = self._beside(".checks")
+
+    def _beside(self, ending: str) -> Path:
+        return self.path.with_name(self.path.name.removesuffix(".json") + ending)
+
+    # -- reading
+
+    def current(self) -> Policy | None:
+        """The version in the file, None where there is no file. RolloutError where it cannot be used."""
+        try:
+            return read(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RolloutError(
+                f"the rollout file {self.path} cannot be read: {error.strerror or error}"
+            ) from error
+
+    def versions(self) -> list[int]:
+        """Numbers of all versions in the history, ascending."""
+        names = [x.name for x in self.history.iterdir()] if self.history.is_dir() else []
+        return sorted(int(found[1]) for name in names if (found := _VERSION.fullmatch(name)))
+
+    def version(self, number: int) -> Policy:
+        """A version from the history. RolloutError where there is none, or it cannot be used."""
+        try:
+            return read(self._kept(number))
+        except OSError as error:
+            known = ", ".join(map(str, self.versions())) or "none"
+            raise RolloutError(f"there is no version {number} of {self.path}; known: {known}") from error
+
+    def written(self, number: int) -> float:
+        """When a version of the history was written, seconds since the epoch."""
+        return self._kept(number).stat().st_mtime
+
+    def checks_of(self, number: int) -> Path:
+        """Where the quality checks of a version are (`evidence`)."""
+        return self.checks / f"{number:06}.jsonl"
+
+    def trip(self) -> Trip | None:
+        """The record of the last trip, of whatever version. OSError or RolloutError where it cannot be read."""
+        return _read_trip(self.tripped)
+
+    def trip_of(self, number: int) -> Trip | None:
+        """What the history has of a version's trip, None where it did not trip."""
+        return _read_trip(self.history / f"{number:06}.tripped.json")
+
+    def trip_in_force(self, number: int) -> Trip | None:
+        """The trip that holds for a version that is in force: by the last record or, where somebody deleted that, by
+        the history. OSError or RolloutError where either cannot be read."""
+        trip = self.trip()
+        return trip if trip is not None and trip.version >= number else self.trip_of(number)
+
+    # -- writing
+
+    def write(
+        self, make: Callable[[Policy | None], Policy], *, over: bool = False, dry_run: bool = False
+    ) -> tuple[Policy | None, Policy]:
+        """Write a new version. ``make`` gets the version in the file (None: no file), and returns what is wanted with
+        any version number; the number is set here. Returns the old and the new version.
+
+        Nothing is written where ``make`` wants what is there and that has not tripped: both returned are the same.
+        ``over``: where the file is gone or cannot be used, ``make`` gets the newest usable version of the history.
+        ``dry_run``: write nothing, only return both.
+
+        Raises what ``make`` raises, OSError, and RolloutError where the file (``over``: and every version) cannot be
+        used.
+        """
+        with self._locked():
+            try:
+                old, lost = self.current(), False
+            except RolloutError:
+                if not over:
+                    raise
+                old, lost = None, True
+            if old is None and over:
+                old, lost = self._newest_usable(), True
+            wanted = make(old)
+            trip = self.trip_or_doubt(old)
+            tripped = old is not None and trip is not None and trip.version >= old.version
+            if old is not None and wanted.content == old.content and not tripped and not lost:
+                return old, old
+            new = dataclasses.replace(wanted, version=self._last(old, trip) + 1)
+            if not dry_run:
+                self._publish(old, new, trip)
+            return old, new
+
+    def _last(self, old: Policy | None, trip: Trip | None) -> int:
+        """The highest number that any file speaks of."""
+        numbers = [x.version for x in (old, trip) if x is not None and x.version < DOUBT]
+        for folder in (self.history, self.checks):
+            names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
+            numbers += [int(found[1]) for name in names if (found := _NUMBERED.match(name))]
+        return max(numbers, default=0)
+
+    def _publish(self, old: Policy | None, new: Policy, trip: Trip | None) -> None:
+        """In an order in which the death of this process at any point loses no version that was in force, and leaves
+        none in the history that never was."""
+        self.history.mkdir(exist_ok=True)
+        if old is not None:  # made by hand, or its writer died
+            with contextlib.suppress(FileExistsError):
+                place(self._kept(old.version), old.text, first=True)
+            self._pending(old.version).unlink(missing_ok=True)
+        if trip is not None and trip.version < DOUBT:  # the server that tripped may not have had the right to
+            self._keep_trip(trip)
+        place(self._pending(new.version), new.text, first=True)
+        place(self.path, new.text)
+        os.rename(self._pending(new.version), self._kept(new.version))
+        self.tripped.unlink(missing_ok=True)  # of an older version, whose record is in the history
+
+    def _pending(self, number: int) -> Path:
+        return self.history / f"{number:06}.pending"
+
+    def _keep_trip(self, trip: Trip) -> None:
+        with contextlib.suppress(FileExistsError):
+            place(self.history / f"{trip.version:06}.tripped.json", _text(trip), first=True)
+
+    def _kept(self, number: int) -> Path:
+        return self.history / f"{number:06}.json"
+
+    def _newest_usable(self) -> Policy:
+        for number in reversed(self.versions()):
+            with contextlib.suppress(RolloutError):
+                return self.version(number)
+        raise RolloutError(
+            f"there is no usable version of {self.path}, neither the file nor in {self.history}"
+        )
+
+    def record_trip(self, trip: Trip) -> Trip:
+        """Let all processes know. Returns the record that stands: the first one of a version, never a later one."""
+        with self._locked():
+            with contextlib.suppress(RolloutError):  # an unreadable record is replaced by a good one
+                standing = self.trip_in_force(trip.version)
+                if standing is not None and standing.version >= trip.version:
+                    trip = standing  # written again, where somebody deleted it
+            place(self.tripped, _text(trip))
+            with contextlib.suppress(OSError):  # else the next command does it
+                self.history.mkdir(exist_ok=True)
+                self._keep_trip(trip)
+            return trip
+
+    def trip_or_doubt(self, policy: Policy | None) -> Trip | None:
+        """As `trip_in_force`, without a version as `trip`; a record that cannot be read counts for every version."""
+        try:
+            return self.trip() if policy is None else self.trip_in_force(policy.version)
+        except (OSError, RolloutError) as error:
+            return Trip(DOUBT, str(error), now(), os.getpid())
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = self._beside(".lock")
+        fd = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        end = time.monotonic() + self._patience_s
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise TimeoutError(
+                            f"{lock} is held by another process, for more than {self._patience_s:g} seconds"
+                        ) from None
+                    time.sleep(0.005)
+            yield
+        finally:
+            os.close(fd)
+
+
+def place(path: Path, text: str, *, first: bool = False) -> None:
+    """Write a file as a whole: whoever reads it sees all of ``text`` or what was there before, also after a crash.
+
+    ``first``: only where there is none, FileExistsError otherwise, decided by the file system.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            if not first:
+                _keep_rights(path, file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
+        if first:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _keep_rights(path: Path, new: int) -> None:
+    """Owner, group and mode of a file that is replaced, as far as this process may: an operator's command must not take
+    the file away from the servers that read it."""
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        return
+    for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(new, owner, group)
+    os.fchmod(new, stat.S_IMODE(old.st_mode))
+
+
+def _text(trip: Trip) -> str:
+    return json.dumps(dataclasses.asdict(trip), indent=2) + "\n"
+
+
+def _read_trip(path: Path) -> Trip | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise RolloutError(f"the trip record {path} is no UTF-8: {error}") from error
+    data = read_object(text, f"the trip record {path}")
+    try:
+        trip = Trip(**data)
+        integer("version", trip.version, 1)
+    except (TypeError, RolloutError) as error:
+        raise RolloutError(f"the trip record {path} is not usable: {error}") from error
+    return trip
