@@ -64,7 +64,7 @@ def cache_name(ratio: float | None) -> str:
 
 
 def rows_after(chunks: Sequence[int], ratio: float | None) -> int:
-    """Rows of a full-attention layer after these chunks, by the recursion of the spec."""
+    """Rows of a full-attention layer after these chunks, by the recursion of docs/method.md."""
     if ratio is None:
         return sum(chunks)
     rows, start, keep = 0, SINK_SIZE, keep_count(ratio, LAG_SIZE)

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.record NAME``: every measurement that README and issue ask for, into benchmarks/results/NAME.
+"""``python -m benchmarks.record NAME``: every measurement of docs/performance.md, into benchmarks/results/NAME.
 
 One JSON file per step, as the step's own command writes it, and ``record.json`` with commands, times and outcomes.
-``python -m benchmarks.tables`` makes the README's table of them. Steps run one after the other, the most important
-first; those that would start after ``--minutes`` are left out by name. On an idle machine of two cores all of them take
-about a quarter of an hour: fewer turns and shapes than ``benchmarks.run`` takes by itself, the same checks.
+``python -m benchmarks.tables`` makes the tables of docs/performance.md. Steps run one after the other, the most
+important first; those that would start after ``--minutes`` are left out by name. On an idle machine of two cores all of
+them take about a quarter of an hour: fewer turns and shapes than ``benchmarks.run`` takes by itself, the same checks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``python -m benchmarks.tables benchmarks/results/NAME``: Markdown tables of what ``benchmarks.record`` measured.
 
-``--write README.md`` puts them between the two marker lines of that file, so that no number is copied by hand. A step
-without a file has no table.
+``--write docs/performance.md`` puts them between the two marker lines of that file, so that no number is copied by
+hand. A step without a file has no table.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def _head(record: dict[str, Any], folder: Path) -> str:
     cache = f"{m['last_level_cache_bytes'] >> 20} MB last-level cache"
     text = (
         f"{m['processor']}, {m['cores']} cores, {m['cpu_isa']}, {cache}; torch {m['torch']}, "
-        f"commit {', '.join(commits)}; `python -m benchmarks.record {record['name']}`, raw numbers in "
-        f"[{folder.name}](benchmarks/results/{folder.name}). Ratios are medians of ratios within rounds (quartiles), "
-        "caches cold, one layer's cache, a quarter kept of each partition of 128; **bold** misses its target."
+        f"commit {', '.join(commits)}; `python -m benchmarks.record {record['name']}`, raw numbers "
+        f"in [{folder.name}](../benchmarks/results/{folder.name}). Ratios are medians of ratios within rounds "
+        "(quartiles), caches cold, one layer's cache, a quarter kept of each partition of 128; **bold** misses "
+        "its target."
     )
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 

@@ -190,7 +190,7 @@ def keep_count(keep_ratio: float, lag_size: int) -> int:
 
 
 def next_start(length: int, start: int, lag_size: int, keep: int) -> int:
-    """``start`` of the compression after one of ``length`` tokens: ``start + keep * (P - 1)`` (spec, recursion)."""
+    """``start`` of the compression after one of ``length`` tokens: ``start + keep * (P - 1)`` (docs/method.md 3)."""
     return start + keep * checks.compressed_count(length, start, lag_size)
 
 

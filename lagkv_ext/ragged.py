@@ -1,6 +1,6 @@
 """The ragged operators for Python: sequences that each have their own start and length, in slots, packed rows or pages.
 
-Every function does to each sequence what :func:`lagkv_ext.compress` does to it alone (spec section 3). Starts and
+Every function does to each sequence what :func:`lagkv_ext.compress` does to it alone (docs/method.md 4). Starts and
 lengths are int32 tensors on the device of the cache, read and written there: nothing waits for the host, and lengths
 may change under a compiled function or a captured CUDA graph.
 """

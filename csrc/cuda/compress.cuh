@@ -1,6 +1,6 @@
 // The fused kernel behind compress, compress_ and lag_score.
 //
-//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)     (spec section 1)
+//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)     (docs/method.md 1)
 //
 // A scoring block takes a run of R partitions of one head (score_run.cuh). Copying blocks take the rows
 // before and after.

@@ -4,7 +4,7 @@
 // schedule_kernel, one block, reads and judges the sequences, chooses the length of runs, and says where each
 // sequence's runs, tiles and moves begin among all of them; it also writes the new starts and lengths.
 //
-// A sequence whose numbers cannot be (spec section 3: a negative start or length, a length beyond the
+// A sequence whose numbers cannot be (docs/operators.md: a negative start or length, a length beyond the
 // capacity, a block outside the pool) keeps its rows, its start and its length, and its index is -1. Packed
 // rows: a negative start leaves a sequence as it is, and cu_seqlens that do not begin with 0, decrease or
 // leave the rows leave no sequence at all: the new cu_seqlens are 0.

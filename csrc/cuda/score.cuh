@@ -1,4 +1,4 @@
-// From the statistics of a partition's tokens to their scores (spec section 1, step 5, and section 2):
+// From the statistics of a partition's tokens to their scores (docs/method.md 1, step 5, and 2):
 //
 //   std:     score = softmax_t(s_K) + w softmax_t(s_V)
 //   cosine:  score = z(s_K) + w z(s_V),  z = (s - mean) / std over the partition, unbiased, 0 where std = 0

@@ -1,4 +1,4 @@
-// The paper's statistic of a row against the bounds of the next partition (spec section 1, steps 2 to 4):
+// The paper's statistic of a row against the bounds of the next partition (docs/method.md 1, steps 2 to 4):
 //
 //   y_c = (x_c - lo_c) / (hi_c - lo_c), 0 where hi_c = lo_c       s = sqrt(1/(D-1) sum_c (y_c - mean y)^2)
 //

@@ -1,4 +1,4 @@
-"""A bounded number of rows: when a layer starts again from the sink (spec, section 1, Recursion)."""
+"""A bounded number of rows: when a layer starts again from the sink (docs/method.md, section 3)."""
 
 from __future__ import annotations
 

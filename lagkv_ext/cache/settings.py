@@ -16,7 +16,7 @@ ORDERS = ("use_then_compress", "compress_then_use")
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
-    """How one full-attention layer is compressed (spec, section 1). ``keep == lag_size``: nothing is ever dropped.
+    """How one full-attention layer is compressed (docs/method.md 1). ``keep == lag_size``: nothing is ever dropped.
     ``max_tokens``: rows that it may hold before a compression, see ``budget.plan``."""
 
     lag_size: int

@@ -14,7 +14,7 @@ _INDEX_BYTES = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of ``compress``: key ``[B, H, N, Dk]``, value ``[B, H, N, Dv]`` and parameters, as in the spec."""
+    """One call of ``compress``: key ``[B, H, N, Dk]``, value ``[B, H, N, Dv]`` and parameters, as in docs/method.md."""
 
     heads: int
     tokens: int
@@ -78,7 +78,7 @@ class Problem:
     def least_bytes(self, operator: str) -> int:
         """Bytes read plus bytes written: every input byte that is needed once, every output byte once.
 
-        ``operator``: one of the nine of the spec, where ``partition_bounds`` and ``compact`` stand for two calls, on
+        ``operator``: one of the nine operators, where ``partition_bounds`` and ``compact`` stand for two calls, on
         key and on value, and the ragged ones have every slot or page full; or "copy": all of key and value read and
         written, which is what a clone costs.
         """

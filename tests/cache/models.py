@@ -1,7 +1,7 @@
 """Tiny random models for the cache tests, and an attention of record to compare a compressed cache with.
 
 `Oracle` never compresses anything: the model runs on transformers' own cache, and its full-attention layers
-attend, by hand, to exactly the positions that the recursion of the spec leaves (scored by ``lagkv_ext.reference``).
+attend, by hand, to exactly the positions that docs/method.md 3 leaves (scored by ``lagkv_ext.reference``).
 """
 
 from __future__ import annotations

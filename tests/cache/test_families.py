@@ -92,7 +92,7 @@ def test_generate_keeps_what_the_operator_keeps_of_the_states(family):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_memory_as_computed(family):
-    """After a prompt: the rows of the spec's formula and the positions of the chosen ones; other layers as ever."""
+    """After a prompt: the rows of docs/method.md 3 and the positions of the chosen ones; other layers as ever."""
     model, keep = decoder(family), 2
     cache, full = LagKVCache(model.config, keep=keep, **SMALL), DynamicCache(config=model.config)
     states = record_states(cache)

@@ -44,7 +44,7 @@ def _one_thread():
 
 
 def length_after(chunks, lag_size, keep, sink_size):
-    """Rows and compressions after these chunks, by the spec's formula."""
+    """Rows and compressions after these chunks, by the formula of docs/method.md."""
     rows, start, compressions = 0, sink_size, 0
     for new in chunks:
         rows += new

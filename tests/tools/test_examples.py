@@ -16,9 +16,10 @@ def test_there_are_examples() -> None:
     assert EXAMPLES
 
 
-def test_the_readme_names_every_example() -> None:
-    named = re.findall(r"\(examples/(\w+)\.py\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {path.stem for path in EXAMPLES} == set(named)
+def test_the_pages_name_every_example() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"\(\.\./examples/(\w+)\.py\)", page)}
+    assert {path.stem for path in EXAMPLES} == named
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda x: x.stem)

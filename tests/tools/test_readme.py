@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, in order."""
+"""The Python blocks of README.md and docs/operators.md run as they stand, in order; the README fits on one screen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ import torch
 
 import lagkv_ext
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), re.DOTALL
-)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATORS = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+BLOCKS = [
+    block for page in (README, OPERATORS) for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+]
 
 
 def test_there_are_five() -> None:
     assert len(BLOCKS) == 5
+
+
+def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 130
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        links = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        for link in links:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_operator() -> None:

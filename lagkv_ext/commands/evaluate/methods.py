@@ -141,7 +141,7 @@ def keydiff(layer: Layer) -> Tensor:
 
 
 def keydiff_local(layer: Layer) -> Tensor:
-    """KeyDiff within each partition: the anchor is the partition's own mean direction (spec, section 2)."""
+    """KeyDiff within each partition: the anchor is the partition's own mean direction."""
     parts = layer.key[:, :, layer.candidates].float().unflatten(2, (-1, layer.lag_size))
     direction = F.normalize(parts, dim=-1)
     anchor = F.normalize(direction.mean(dim=3, keepdim=True), dim=-1)
