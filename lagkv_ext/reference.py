@@ -3,9 +3,25 @@
 Written to be read next to the paper (arXiv 2504.04704, section 3), not to be fast. Every function has the signature
 and the result of the operator of the same name in ``torch.ops.lagkv``. Shapes: ``B`` batch, ``H`` KV heads, ``N``
 tokens, ``D`` head dim, ``P`` partitions of ``L = lag_size`` tokens.
+
+Rules of ``score="blend"``, ``smooth`` and ``budget="head"`` that the formulas alone do not say:
+
+- NaN. A NaN or an infinity in a row makes the std score, and so the blend, of its whole partition NaN; one in the
+  reference partition does the same to the partition before it. Smoothing is plain arithmetic on that. NaN ranks highest
+  in every selection, also among carried scores.
+- Signed zeros are equal. Among equal scores the lower row wins, also between partitions, and rows kept before stand
+  before new ones.
+- ``D == 1``: ``softmax(s) = 1 / L``, and the cosine is the product of two signs. ``L == 1``: ``L softmax(s) = 1``. The
+  blend is not standardised, so it ranks by direction in both cases.
+- A score is final once it is computed: it depends on its own partition and the next one alone, and is smoothed within
+  its partition before it competes. Carried scores are not smoothed again.
+- ``budget`` changes neither the output length nor the next ``start``, which is ``start + keep (P - 1)``. The index is
+  ascending. The sink, the last full partition and the remainder never compete.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +37,36 @@ def partition_bounds(x: Tensor, start: int, lag_size: int) -> Tensor:
 
 
 def lag_score(
-    key: Tensor, value: Tensor, start: int, lag_size: int, *, value_weight: float = 1.0, score: str = "std"
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    lag_size: int,
+    *,
+    value_weight: float = 1.0,
+    score: str = "std",
+    smooth: int = 1,
 ) -> Tensor:
     """Score of every token of the partitions ``0 .. P-2``: ``[B, H, P-1, L]`` (empty where ``P < 2``)."""
-    checks.check_lag_score(key, value, start, lag_size, value_weight, score)
+    checks.check_lag_score(key, value, start, lag_size, value_weight, _checked(score))
     if checks.compressed_count(key.shape[2], start, lag_size) == 0:
         return key.new_empty((*key.shape[:2], 0, lag_size), dtype=checks.arithmetic_dtype(key.dtype))
-    one = {"std": _std_score, "cosine": _cosine_score}[score]
-    return one(_partitions(key, start, lag_size)) + value_weight * one(_partitions(value, start, lag_size))
+    one = {"std": _std_score, "cosine": _cosine_score, "blend": _blend_score}[score]
+    total = one(_partitions(key, start, lag_size)) + value_weight * one(_partitions(value, start, lag_size))
+    return smoothed(total, smooth)
+
+
+def smoothed(score: Tensor, smooth: int) -> Tensor:
+    """Mean of ``score [..., L]`` over ``smooth`` (odd) tokens around each one, as far as they lie in its partition."""
+    length = score.shape[-1]
+    half = min(smooth // 2, length - 1)
+    if half <= 0:
+        return score
+    total, count = torch.zeros_like(score), torch.zeros_like(score)
+    for offset in range(-half, half + 1):  # terms are added in ascending position
+        here = slice(max(0, -offset), length - max(0, offset))
+        total[..., here] += score[..., max(0, offset) : length + min(0, offset)]
+        count[..., here] += 1
+    return total / count
 
 
 def topk_index(score: Tensor, keep: int) -> Tensor:
@@ -36,6 +74,24 @@ def topk_index(score: Tensor, keep: int) -> Tensor:
     checks.check_topk_index(score, keep)
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values.to(torch.int32)
+
+
+def head_index(score: Tensor, carried: Tensor, start: int, keep: int, length: int) -> tuple[Tensor, Tensor]:
+    """``budget="head"``: ``index [B, H, N']`` int32, ascending, and the scores of the rows that competed and were kept.
+
+    ``score [B, H, P-1, L]`` is of the partitions after ``start``, ``carried [B, H, C]`` of the ``C`` rows before
+    ``start`` that earlier compressions kept; the first ``start - C`` rows are the sink. The ``C + (P-1) L`` rows after
+    the sink compete for ``C + keep (P-1)`` places. The second result, of that many columns, is the next ``carried``.
+    """
+    compressed, lag_size = score.shape[2:]
+    sink, window = start - carried.shape[2], start + compressed * lag_size
+    position = torch.arange(length, dtype=torch.int32, device=score.device).expand(*score.shape[:2], length)
+    if compressed == 0:
+        return position.clone(), carried
+    rivals = torch.cat([carried, score.flatten(2)], dim=2)
+    chosen = topk_index(rivals, carried.shape[2] + keep * compressed)
+    index = torch.cat([position[:, :, :sink], chosen + sink, position[:, :, window:]], dim=2)
+    return index, rivals.gather(2, chosen.long())
 
 
 def compact(x: Tensor, index: Tensor) -> Tensor:
@@ -57,15 +113,44 @@ def compress(
     *,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The whole method: ``(key [B, H, N', Dk], value [B, H, N', Dv], index [B, H, N'])``.
 
     The gradient of key and value goes back to the rows that were kept; the choice of rows has none.
     """
-    checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
-    scores = lag_score(key.detach(), value.detach(), start, lag_size, value_weight=value_weight, score=score)
+    scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
+    if budget == "head":
+        none = key.new_empty((*key.shape[:2], 0), dtype=checks.arithmetic_dtype(key.dtype))
+        return compress_carried(key, value, none, start, lag_size, keep, **scoring)[:3]
+    checks.check_compress(key, value, start, lag_size, keep, value_weight, _checked(score))
+    scores = lag_score(key.detach(), value.detach(), start, lag_size, **scoring)
     index = _kept_index(topk_index(scores, keep), key.shape[2], start, lag_size)
     return compact(key, index), compact(value, index), index
+
+
+def compress_carried(
+    key: Tensor,
+    value: Tensor,
+    carried: Tensor,
+    start: int,
+    lag_size: int,
+    keep: int,
+    *,
+    value_weight: float = 1.0,
+    score: str = "std",
+    smooth: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`compress` with ``budget="head"`` of a cache whose rows before ``start`` bring their scores (see `head_index`).
+
+    ``carried [B, H, C]`` is float32, or float64 for float64 rows. The fourth result is the next ``carried``.
+    """
+    checks.check_compress(key, value, start, lag_size, keep, value_weight, _checked(score))
+    scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
+    scores = lag_score(key.detach(), value.detach(), start, lag_size, **scoring)
+    index, carried = head_index(scores, carried, start, keep, key.shape[2])
+    return compact(key, index), compact(value, index), index, carried
 
 
 def compress_(
@@ -219,15 +304,30 @@ def _std_score(tiles: Tensor) -> Tensor:
     return torch.softmax(y.std(dim=-1), dim=-1)
 
 
-def _cosine_score(tiles: Tensor) -> Tensor:
-    """Standardised minus cosine between a token and the mean direction of the next partition."""
+def _minus_cosine(tiles: Tensor) -> Tensor:
+    """Minus the cosine between a token and the mean direction of the next partition; 0 for a norm of 0."""
     direction = _divide_or_zero(tiles, tiles.norm(dim=-1, keepdim=True))
     anchor = direction[:, :, 1:].mean(dim=3, keepdim=True)
     anchor = _divide_or_zero(anchor, anchor.norm(dim=-1, keepdim=True))
-    s = -(direction[:, :, :-1] * anchor).sum(dim=-1)  # [B, H, P-1, L]
+    return -(direction[:, :, :-1] * anchor).sum(dim=-1)  # [B, H, P-1, L]
+
+
+def _cosine_score(tiles: Tensor) -> Tensor:
+    """`_minus_cosine`, standardised over the partition."""
+    s = _minus_cosine(tiles)
     if s.shape[-1] == 1:
         return torch.zeros_like(s)
     return _divide_or_zero(s - s.mean(dim=-1, keepdim=True), s.std(dim=-1, keepdim=True))
+
+
+def _blend_score(tiles: Tensor) -> Tensor:
+    """`_minus_cosine`, plus the paper's score in units of its mean ``1 / L``."""
+    return _minus_cosine(tiles) + tiles.shape[3] * _std_score(tiles)
+
+
+def _checked(score: str) -> str:
+    """The name that `checks` is shown: the operators, whose checks these are, have no blend yet."""
+    return "std" if score == "blend" else score
 
 
 def _divide_or_zero(x: Tensor, divisor: Tensor) -> Tensor:

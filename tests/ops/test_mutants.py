@@ -79,7 +79,7 @@ FAULTS = {
         "return torch.softmax(y.std(dim=-1), dim=-1)",
         "return torch.softmax(y.float().std(dim=-1), dim=-1).to(y.dtype)",
     ),
-    "cosine: kept are the closest": ("s = -(direction", "s = (direction"),
+    "cosine: kept are the closest": ("return -(direction", "return (direction"),
     "cosine: anchor of the own partition": ("direction[:, :, 1:].mean", "direction[:, :, :-1].mean"),
     "cosine: anchor of raw rows": ("direction[:, :, 1:].mean", "tiles[:, :, 1:].mean"),
     "cosine: not standardised": (
