@@ -23,7 +23,7 @@ import torch
 
 import lagkv_ext
 from benchmarks import baselines, cases, modelled, report, verify
-from lagkv_ext import checks
+from lagkv_ext.arguments import SCORES
 from lagkv_ext.commands import timing
 from lagkv_ext.commands.traffic import Problem
 
@@ -253,7 +253,7 @@ def make_cases(options: argparse.Namespace) -> list[cases.Case]:
     cases.lookup("device", options.device, dict.fromkeys(cases.DEVICES))
     shapes = [cases.lookup("shape", name, cases.SHAPES) for name in options.shapes]
     dtypes = [cases.lookup("dtype", name, cases.DTYPES) for name in options.dtype]
-    cases.lookup("score", options.score, dict.fromkeys(checks.SCORES))
+    cases.lookup("score", options.score, dict.fromkeys(SCORES))
     if options.device == "cuda":
         if not torch.cuda.is_available():
             why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
@@ -390,7 +390,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lag-size", type=int, default=128)
     add("--sink-size", type=int, default=16)
     add("--batch", type=int, default=1)
-    add("--score", default="std", help=", ".join(checks.SCORES))
+    add("--score", default="std", help=", ".join(SCORES))
     add("--contenders", type=names, default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
     add("--kvpress-python", metavar="PATH", help="an interpreter that has kvpress, if this one has not")
     add("--cache", choices=("cold", "warm"), default="cold", help="of every contender, before every run")

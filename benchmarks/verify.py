@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Buffers, Contender, KvpressWorker
-from lagkv_ext import checks, reference
+from lagkv_ext import formulas, reference
 from lagkv_ext.commands.traffic import Problem
 
 _BLOCK = 32  # partitions scored at a time: float64 copies of a whole long cache would not fit
@@ -128,7 +128,7 @@ def _scores(key: Tensor, value: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
         plain = reference.lag_score(key.flip(-1), value.flip(-1), 0, p.lag_size, **p.scoring)
     else:
         plain = reference.lag_score(key, value, 0, p.lag_size, **p.scoring).double()
-    eps = torch.finfo(checks.arithmetic_dtype(key.dtype)).eps
+    eps = torch.finfo(formulas.arithmetic_dtype(key.dtype)).eps
     return exact, 2 * (plain - exact).abs().amax(-1) + 4 * eps * exact.abs().amax(-1)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lagkv_ext._library import info
-from lagkv_ext.checks import output_length
 from lagkv_ext.ops import (
     Compressed,
     compact,
@@ -20,6 +19,7 @@ from lagkv_ext.ops import (
     keep_count,
     lag_score,
     next_start,
+    output_length,
     partition_bounds,
     topk_index,
 )

@@ -1,45 +1,17 @@
-"""Argument checks and shape formulas in Python: for the reference and for tracing, where no kernel runs.
+"""Argument checks in Python: for the reference and for tracing, where no kernel runs.
 
-The kernels' own checks are in ``csrc/checks.h``; tests hold the two to the same texts and the same output length.
+The kernels' own checks are in ``csrc/checks.h``; tests hold the two to the same texts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-SCORES = ("std", "cosine")
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_LENGTH = 2**31 - 1
-
-
-def partition_count(length: int, start: int, lag_size: int) -> int:
-    """``P``: number of full partitions after ``start``; works on symbolic sizes."""
-    return _max((length - start) // lag_size, 0)
-
-
-def compressed_count(length: int, start: int, lag_size: int) -> int:
-    """Partitions that lose tokens: all but the last; works on symbolic sizes."""
-    return _max((length - start) // lag_size - 1, 0)
-
-
-def output_length(length: int, start: int, lag_size: int, keep: int) -> int:
-    """``N' = N - (P - 1) (L - k)``, or ``N`` where ``P < 2``; works on symbolic sizes.
-
-    Written as a sum of terms that cannot be negative (prefix, last partition and remainder; kept tokens): only so can
-    ``torch.export`` see that no length makes the output's size negative, 0 or 1.
-    """
-    untouched = _min(length, start + lag_size + (length - start) % lag_size)
-    return untouched + keep * compressed_count(length, start, lag_size)
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every other storage type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from lagkv_ext.arguments import FLOATING, MAX_LENGTH, SCORES
 
 
 def check_compress(
@@ -132,17 +104,6 @@ def check_index_range(index: Tensor, length: int) -> None:
         "compact",
         lambda: f"index must hold positions between 0 and {length - 1}, got {int(bad[0])}",
     )
-
-
-# The builtin max and min would ask a symbolic size which is larger, and so fix it.
-
-
-def _max(a: Any, b: Any) -> Any:
-    return max(a, b) if type(a) is type(b) is int else torch.sym_max(a, b)
-
-
-def _min(a: Any, b: Any) -> Any:
-    return min(a, b) if type(a) is type(b) is int else torch.sym_min(a, b)
 
 
 def check(condition: bool, op: str, message: Callable[[], str]) -> None:

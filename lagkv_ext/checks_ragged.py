@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks
+from lagkv_ext import formulas
 from lagkv_ext.checks import (
     MAX_LENGTH,
     check,
@@ -167,7 +167,7 @@ def check_page_values(
     places: dict[int, list[tuple[int, int]]] = {}  # where a block is in use, in the order of the table
     written: set[int] = set()
     for b, (first, tokens) in enumerate(zip(starts, lengths, strict=True)):
-        new_length = tokens - checks.compressed_count(tokens, first, lag_size) * (lag_size - keep)
+        new_length = tokens - formulas.compressed_count(tokens, first, lag_size) * (lag_size - keep)
         for j in range(-(-tokens // block_size) if tokens else 0):
             block = flat[b * width + j]
             if not 0 <= block < blocks:

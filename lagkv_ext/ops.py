@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagkv_ext import _library, checks
+from lagkv_ext import _library, arguments, checks, formulas
+from lagkv_ext.formulas import keep_count, next_start, output_length
 
 __all__ = [
     "Compressed",
@@ -20,6 +21,7 @@ __all__ = [
     "keep_count",
     "lag_score",
     "next_start",
+    "output_length",
     "partition_bounds",
     "topk_index",
 ]
@@ -73,14 +75,11 @@ def compress(
         rows copied bit for bit, in ascending position. Gradients flow to the kept rows; the choice has none.
 
     Raises:
-        RuntimeError, ValueError: naming the argument, what it must be and what it got.
+        TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got.
     """
-    keep = resolve_keep(keep, keep_ratio, lag_size)
-    return Compressed(
-        *torch.ops.lagkv.compress(
-            key, value, sink_size, lag_size, keep, value_weight=float(value_weight), score=score
-        )
-    )
+    sink_size = arguments.integer("sink_size", sink_size)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
+    return Compressed(*torch.ops.lagkv.compress(key, value, sink_size, **method))
 
 
 def compress_(
@@ -106,7 +105,8 @@ def compress_(
         RuntimeError, ValueError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself (an expanded
             tensor), both are one memory, or one requires grad while gradients are recorded. Nothing is written then.
     """
-    keep = resolve_keep(keep, keep_ratio, lag_size)
+    sink_size = arguments.integer("sink_size", sink_size)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
     if torch.is_grad_enabled():
         for name, tensor in (("key", key), ("value", value)):
             if tensor.requires_grad:
@@ -114,9 +114,7 @@ def compress_(
                     f"lagkv::compress_: {name} must not require grad (the operator works in place), got "
                     "requires_grad=True; use compress, or torch.no_grad()"
                 )
-    return torch.ops.lagkv.compress_(
-        key, value, sink_size, lag_size, keep, value_weight=float(value_weight), score=score
-    )
+    return torch.ops.lagkv.compress_(key, value, sink_size, **method)
 
 
 def partition_bounds(x: Tensor, *, lag_size: int = 128, sink_size: int = 16) -> Tensor:
@@ -131,7 +129,8 @@ def partition_bounds(x: Tensor, *, lag_size: int = 128, sink_size: int = 16) -> 
         ``[B, H, P, 2, D]`` (minimum, maximum), ``P = max(0, (N - sink_size) // lag_size)``; float32, float64 for
         float64 input. A NaN makes the bounds of its channel NaN.
     """
-    return torch.ops.lagkv.partition_bounds(x, sink_size, lag_size)
+    sink_size = arguments.integer("sink_size", sink_size)
+    return torch.ops.lagkv.partition_bounds(x, sink_size, arguments.integer("lag_size", lag_size))
 
 
 def lag_score(
@@ -149,7 +148,12 @@ def lag_score(
         ``[B, H, max(0, P - 1), L]``; float32, float64 for float64 input.
     """
     return torch.ops.lagkv.lag_score(
-        key, value, sink_size, lag_size, value_weight=float(value_weight), score=score
+        key,
+        value,
+        arguments.integer("sink_size", sink_size),
+        arguments.integer("lag_size", lag_size),
+        value_weight=arguments.number("value_weight", value_weight),
+        score=arguments.text("score", score),
     )
 
 
@@ -163,7 +167,7 @@ def topk_index(score: Tensor, keep: int) -> Tensor:
     Returns:
         ``[..., keep]`` int32. Equal scores: the lower position wins. NaN ranks highest.
     """
-    return torch.ops.lagkv.topk_index(score, keep)
+    return torch.ops.lagkv.topk_index(score, arguments.integer("keep", keep))
 
 
 def compact(x: Tensor, index: Tensor) -> Tensor:
@@ -182,16 +186,17 @@ def compact(x: Tensor, index: Tensor) -> Tensor:
     return torch.ops.lagkv.compact(x, index)
 
 
-def keep_count(keep_ratio: float, lag_size: int) -> int:
-    """Tokens kept of a partition: ``max(1, int(keep_ratio * lag_size))`` for ``keep_ratio`` in ``(0, 1]``."""
-    if not 0.0 < keep_ratio <= 1.0:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-    return max(1, int(keep_ratio * lag_size))
-
-
-def next_start(length: int, start: int, lag_size: int, keep: int) -> int:
-    """``start`` of the compression after one of ``length`` tokens: ``start + keep * (P - 1)`` (docs/method.md 3)."""
-    return start + keep * checks.compressed_count(length, start, lag_size)
+def method_arguments(
+    lag_size: int, keep_ratio: float | None, keep: int | None, value_weight: float, score: str
+) -> dict[str, Any]:
+    """The method's parameters as the operators take them. TypeError or ValueError names a wrong one."""
+    lag_size = arguments.integer("lag_size", lag_size)
+    return {
+        "lag_size": lag_size,
+        "keep": resolve_keep(keep, keep_ratio, lag_size),
+        "value_weight": arguments.number("value_weight", value_weight),
+        "score": arguments.text("score", score),
+    }
 
 
 def resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> int:
@@ -200,7 +205,7 @@ def resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> i
         return keep_count(DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio, lag_size)
     if keep_ratio is not None:
         raise ValueError(f"give keep or keep_ratio, not both; got keep={keep} and keep_ratio={keep_ratio}")
-    return keep
+    return arguments.integer("keep", keep)
 
 
 # Fake kernels: shapes and dtypes for tracing. Lengths stay symbolic, so that one graph serves every length.
@@ -210,7 +215,7 @@ def resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> i
 def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
     checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
     batch, heads, length, key_dim = key.shape
-    rows = checks.output_length(length, start, lag_size, keep)
+    rows = output_length(length, start, lag_size, keep)
     return (
         key.new_empty((batch, heads, rows, key_dim)),
         value.new_empty((batch, heads, rows, value.shape[3])),
@@ -222,7 +227,7 @@ def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
 def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
     checks.check_compress_(key, value, start, lag_size, keep, value_weight, score)
     batch, heads, length, _ = key.shape
-    rows = checks.output_length(length, start, lag_size, keep)
+    rows = output_length(length, start, lag_size, keep)
     return key.new_empty((batch, heads, rows), dtype=torch.int32)
 
 
@@ -230,16 +235,16 @@ def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
 def _(x, start, lag_size):
     checks.check_partition_bounds(x, start, lag_size)
     batch, heads, length, dim = x.shape
-    count = checks.partition_count(length, start, lag_size)
-    return x.new_empty((batch, heads, count, 2, dim), dtype=checks.arithmetic_dtype(x.dtype))
+    count = formulas.partition_count(length, start, lag_size)
+    return x.new_empty((batch, heads, count, 2, dim), dtype=formulas.arithmetic_dtype(x.dtype))
 
 
 @torch.library.register_fake("lagkv::lag_score")
 def _(key, value, start, lag_size, *, value_weight=1.0, score="std"):
     checks.check_lag_score(key, value, start, lag_size, value_weight, score)
     batch, heads, length, _ = key.shape
-    count = checks.compressed_count(length, start, lag_size)
-    return key.new_empty((batch, heads, count, lag_size), dtype=checks.arithmetic_dtype(key.dtype))
+    count = formulas.compressed_count(length, start, lag_size)
+    return key.new_empty((batch, heads, count, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
 
 
 @torch.library.register_fake("lagkv::topk_index")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks_ragged
-from lagkv_ext.ops import register_in_place, resolve_keep
+from lagkv_ext import arguments, checks_ragged
+from lagkv_ext.ops import method_arguments, register_in_place
 
 __all__ = ["PackedCompressed", "compress_paged_", "compress_ragged_", "compress_varlen"]
 
@@ -63,17 +63,16 @@ def compress_ragged_(
         length. Rows past the new length are left in an unspecified state (those past the old one as they were).
 
     Raises:
-        RuntimeError, ValueError: naming the argument, what it must be and what it got; nothing is written then. Without
-            ``validate``, a device leaves a sequence whose start or length cannot be as it is, its index all -1.
+        TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got; nothing is written
+            then. Without ``validate``, a device leaves a sequence whose start or length is invalid unchanged, its
+            index all -1.
     """
-    keep = resolve_keep(keep, keep_ratio, lag_size)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
     _refuse_grad("compress_ragged_", key=key, value=value)
-    if validate and not key.is_cpu:  # on the CPU the operator does
-        checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
+    if arguments.boolean("validate", validate) and not key.is_cpu:  # on the CPU the operator does
+        checks_ragged.check_compress_ragged_(key, value, start, length, **method)
         checks_ragged.check_slot_values(start, length, key.shape[2])
-    return torch.ops.lagkv.compress_ragged_(
-        key, value, start, length, lag_size, keep, value_weight=float(value_weight), score=score
-    )
+    return torch.ops.lagkv.compress_ragged_(key, value, start, length, **method)
 
 
 def compress_varlen(
@@ -110,20 +109,14 @@ def compress_varlen(
         Gradients flow to the kept rows; the choice has none.
 
     Raises:
-        RuntimeError, ValueError: naming the argument, what it must be and what it got. Without ``validate``, a device
-            answers cu_seqlens that cannot be with no rows at all (cu_seqlens 0, index -1).
+        TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got. Without ``validate``,
+            a device answers invalid cu_seqlens with no rows at all (cu_seqlens 0, index -1).
     """
-    keep = resolve_keep(keep, keep_ratio, lag_size)
-    if validate and not key.is_cpu:  # on the CPU the operator does
-        checks_ragged.check_compress_varlen(
-            key, value, cu_seqlens, start, lag_size, keep, value_weight, score
-        )
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
+    if arguments.boolean("validate", validate) and not key.is_cpu:  # on the CPU the operator does
+        checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, **method)
         checks_ragged.check_packed_values(cu_seqlens, start, key.shape[0])
-    return PackedCompressed(
-        *torch.ops.lagkv.compress_varlen(
-            key, value, cu_seqlens, start, lag_size, keep, value_weight=float(value_weight), score=score
-        )
-    )
+    return PackedCompressed(*torch.ops.lagkv.compress_varlen(key, value, cu_seqlens, start, **method))
 
 
 def compress_paged_(
@@ -168,29 +161,19 @@ def compress_paged_(
         stayed, ascending; -1 past the new length.
 
     Raises:
-        RuntimeError, ValueError: naming the argument, what it must be and what it got, also for a page outside the pool
-            and for one that is written and used twice; nothing is written then. Without ``validate``, a device leaves a
-            sequence whose start, length or pages cannot be as it is, its index all -1; pages that are written and used
-            twice it does not notice.
+        TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got, also for a page
+            outside the pool and for one that is written and used twice; nothing is written then. Without ``validate``,
+            a device leaves a sequence whose start, length or pages are invalid unchanged, its index all -1; it does
+            not notice pages that are written and used twice.
     """
-    keep = resolve_keep(keep, keep_ratio, lag_size)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
     _refuse_grad("compress_paged_", key_cache=key_cache, value_cache=value_cache)
-    if validate and not key_cache.is_cpu:  # on the CPU the operator does
-        checks_ragged.check_compress_paged_(
-            key_cache, value_cache, block_table, start, length, lag_size, keep, value_weight, score
+    if arguments.boolean("validate", validate) and not key_cache.is_cpu:  # on the CPU the operator does
+        checks_ragged.check_compress_paged_(key_cache, value_cache, block_table, start, length, **method)
+        checks_ragged.check_page_values(
+            block_table, start, length, method["lag_size"], method["keep"], *key_cache.shape[:2]
         )
-        checks_ragged.check_page_values(block_table, start, length, lag_size, keep, *key_cache.shape[:2])
-    return torch.ops.lagkv.compress_paged_(
-        key_cache,
-        value_cache,
-        block_table,
-        start,
-        length,
-        lag_size,
-        keep,
-        value_weight=float(value_weight),
-        score=score,
-    )
+    return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
 
 
 def _refuse_grad(op: str, **tensors: Tensor) -> None:

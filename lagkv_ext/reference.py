@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks, checks_ragged
+from lagkv_ext import checks, checks_ragged, formulas
 
 
 def partition_bounds(x: Tensor, start: int, lag_size: int) -> Tensor:
@@ -48,8 +48,8 @@ def lag_score(
 ) -> Tensor:
     """Score of every token of the partitions ``0 .. P-2``: ``[B, H, P-1, L]`` (empty where ``P < 2``)."""
     checks.check_lag_score(key, value, start, lag_size, value_weight, _checked(score))
-    if checks.compressed_count(key.shape[2], start, lag_size) == 0:
-        return key.new_empty((*key.shape[:2], 0, lag_size), dtype=checks.arithmetic_dtype(key.dtype))
+    if formulas.compressed_count(key.shape[2], start, lag_size) == 0:
+        return key.new_empty((*key.shape[:2], 0, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
     one = {"std": _std_score, "cosine": _cosine_score, "blend": _blend_score}[score]
     total = one(_partitions(key, start, lag_size)) + value_weight * one(_partitions(value, start, lag_size))
     return smoothed(total, smooth)
@@ -122,7 +122,7 @@ def compress(
     """
     scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
     if budget == "head":
-        none = key.new_empty((*key.shape[:2], 0), dtype=checks.arithmetic_dtype(key.dtype))
+        none = key.new_empty((*key.shape[:2], 0), dtype=formulas.arithmetic_dtype(key.dtype))
         return compress_carried(key, value, none, start, lag_size, keep, **scoring)[:3]
     checks.check_compress(key, value, start, lag_size, keep, value_weight, _checked(score))
     scores = lag_score(key.detach(), value.detach(), start, lag_size, **scoring)
@@ -282,15 +282,15 @@ def _compress_one(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """`compress` of one sequence's key and value ``[1, H, N, D]``, and the start of the next compression."""
     key, value, index = compress(*pair, start, lag_size, keep, value_weight=value_weight, score=score)
-    new_start = start + keep * checks.compressed_count(pair[0].shape[2], start, lag_size)
+    new_start = start + keep * formulas.compressed_count(pair[0].shape[2], start, lag_size)
     return key, value, index, new_start
 
 
 def _partitions(x: Tensor, start: int, lag_size: int) -> Tensor:
     """The full partitions of ``x [B, H, N, D]`` as ``[B, H, P, L, D]``, in the arithmetic's dtype."""
-    count = checks.partition_count(x.shape[2], start, lag_size)
+    count = formulas.partition_count(x.shape[2], start, lag_size)
     tiles = x[:, :, start : start + count * lag_size].unflatten(2, (count, lag_size))
-    return tiles.to(checks.arithmetic_dtype(x.dtype))
+    return tiles.to(formulas.arithmetic_dtype(x.dtype))
 
 
 def _std_score(tiles: Tensor) -> Tensor:

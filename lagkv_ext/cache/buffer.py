@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks
+from lagkv_ext import arguments
 
 
 class RowBuffer:
@@ -106,7 +106,7 @@ def check_new_states(key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} states must have 4 dimensions [B, H, n, D], got shape {list(states.shape)}"
             )
-        if states.dtype not in checks.FLOATING:
+        if states.dtype not in arguments.FLOATING:
             raise ValueError(
                 f"{name} states must be float16, bfloat16, float32 or float64, got {states.dtype}"
             )

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lagkv_ext import checks, ops
+from lagkv_ext import arguments, formulas, ops
 from lagkv_ext.cache.quantizer import FORMATS
 
 ORDERS = ("use_then_compress", "compress_then_use")
@@ -44,7 +44,7 @@ class LayerSettings:
 
     def compressed_count(self, rows: int, start: int) -> int:
         """Partitions that lose tokens when ``rows`` rows are compressed from ``start`` on."""
-        return checks.compressed_count(rows, start, self.lag_size) if self.compresses else 0
+        return formulas.compressed_count(rows, start, self.lag_size) if self.compresses else 0
 
 
 def layer_settings(
@@ -76,7 +76,7 @@ def layer_settings(
         )
     if not math.isfinite(_number("value_weight", value_weight)):
         raise ValueError(f"value_weight must be finite, got {value_weight}")
-    _one_of("score", score, checks.SCORES)
+    _one_of("score", score, arguments.SCORES)
     _one_of("order", order, ORDERS)
     if max_tokens is not None:
         max_tokens = _integer("max_tokens", max_tokens)

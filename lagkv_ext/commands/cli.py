@@ -33,7 +33,7 @@ def _refuse(message: object) -> NoReturn:
 
 
 def _settings(ratios: str, scores: str) -> list[Setting]:
-    from lagkv_ext import checks
+    from lagkv_ext.arguments import SCORES
     from lagkv_ext.commands.demo.run import settings_for
 
     try:
@@ -45,8 +45,8 @@ def _settings(ratios: str, scores: str) -> list[Setting]:
             f"every ratio must be over 1 (4 keeps a quarter of each partition), got {ratios!r}"
         )
     names = [part.strip() for part in scores.split(",")]
-    if unknown := [name for name in names if name not in checks.SCORES]:
-        raise typer.BadParameter(f"every score must be one of {', '.join(checks.SCORES)}; got {unknown[0]!r}")
+    if unknown := [name for name in names if name not in SCORES]:
+        raise typer.BadParameter(f"every score must be one of {', '.join(SCORES)}; got {unknown[0]!r}")
     return settings_for(list(dict.fromkeys(numbers)), list(dict.fromkeys(names)))
 
 

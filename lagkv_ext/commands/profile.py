@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 
-from lagkv_ext import checks
 from lagkv_ext._library import info
+from lagkv_ext.arguments import FLOATING, SCORES
 from lagkv_ext.commands import timing
 from lagkv_ext.commands.stages import COPY, Call, make_calls, needed_bytes
 from lagkv_ext.commands.traffic import Problem
 from lagkv_ext.ops import DEFAULT_KEEP_RATIO, resolve_keep
 from lagkv_ext.settings_file import read_settings
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATING}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 
 
 class ProfileError(ValueError):
@@ -464,7 +464,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     keeping.add_argument("--keep", type=int, help="tokens kept of each partition")
     keeping.add_argument("--keep-ratio", type=float, help=f"share kept (default {DEFAULT_KEEP_RATIO})")
     add("--value-weight", type=float, default=1.0)
-    add("--score", default="std", help=", ".join(checks.SCORES))
+    add("--score", default="std", help=", ".join(SCORES))
     add(
         "--settings",
         type=Path,

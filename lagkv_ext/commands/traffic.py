@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks
+from lagkv_ext import formulas
+from lagkv_ext.arguments import SCORES
 
 _INDEX_BYTES = 4
 
@@ -36,22 +37,22 @@ class Problem:
             raise ValueError(f"start must be at least 0, got {self.start}")
         if self.keep > self.lag_size:
             raise ValueError(f"keep must be at most lag_size ({self.lag_size}), got {self.keep}")
-        if self.score not in checks.SCORES:
-            raise ValueError(f"score must be one of {', '.join(checks.SCORES)}; got {self.score!r}")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}; got {self.score!r}")
 
     @property
     def partitions(self) -> int:
-        return checks.partition_count(self.tokens, self.start, self.lag_size)
+        return formulas.partition_count(self.tokens, self.start, self.lag_size)
 
     @property
     def compressed(self) -> int:
         """Partitions that lose tokens."""
-        return checks.compressed_count(self.tokens, self.start, self.lag_size)
+        return formulas.compressed_count(self.tokens, self.start, self.lag_size)
 
     @property
     def rows(self) -> int:
         """Rows that stay, ``N'``."""
-        return checks.output_length(self.tokens, self.start, self.lag_size, self.keep)
+        return formulas.output_length(self.tokens, self.start, self.lag_size, self.keep)
 
     @property
     def scoring(self) -> dict:
@@ -111,7 +112,7 @@ class Problem:
 
     @property
     def _real(self) -> int:
-        return checks.arithmetic_dtype(self.dtype).itemsize
+        return formulas.arithmetic_dtype(self.dtype).itemsize
 
     @property
     def _scores(self) -> int:

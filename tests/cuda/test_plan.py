@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lagkv_ext import checks, reference
+from lagkv_ext import formulas, reference
 from tests import simt
 from tests.ops.backends import Unavailable, make_simt
 from tests.ops.cases import DTYPES, Case
@@ -285,7 +285,7 @@ def test_output_length_is_the_planner_s(planner):
     for length, start, lag_size, keep in itertools.product([0, 1, 50, 51], [0, 3, 60], [1, 7, 25], [1]):
         made = planner.plan_compress(2, 8, 8, 1, length, start, lag_size, keep)
         copied = length - made["partitions"] * lag_size
-        assert copied + made["partitions"] * keep == checks.output_length(length, start, lag_size, keep)
+        assert copied + made["partitions"] * keep == formulas.output_length(length, start, lag_size, keep)
 
 
 @given(

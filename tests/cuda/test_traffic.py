@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks
+from lagkv_ext import formulas
 from tests import simt
 from tests.ops.backends import Unavailable, make_simt
 
@@ -235,5 +235,5 @@ def test_no_bank_conflict_worth_mentioning(operators):
     counts = operators.last().counts()
     for kind in ("shared_read", "shared_write"):
         assert counts[kind]["extra_wavefronts"] <= counts[kind]["wavefronts"] / 3
-    output = checks.output_length(shape.length, 16, shape.lag_size, shape.keep)
+    output = formulas.output_length(shape.length, 16, shape.lag_size, shape.keep)
     assert output == shape.length - shape.partitions * (shape.lag_size - shape.keep)

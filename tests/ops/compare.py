@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lagkv_ext import reference
-from lagkv_ext.checks import arithmetic_dtype, compressed_count
+from lagkv_ext.formulas import arithmetic_dtype, compressed_count
 from tests.ops.cases import bits
 
 FACTOR = 2.0  # of plain PyTorch's own error

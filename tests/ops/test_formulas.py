@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lagkv_ext
-from lagkv_ext import checks
+from lagkv_ext import arguments, formulas
 
 ARGUMENTS = {
     "length": st.integers(0, 400),
@@ -34,8 +34,8 @@ def test_all_formulas_agree(backend, length, start, lag_size, share):
     expected = paper_length(length, start, lag_size, keep)
     assert lagkv_ext.output_length(length, start, lag_size, keep) == expected
     count = max(0, (length - start) // lag_size)
-    assert checks.partition_count(length, start, lag_size) == count
-    assert checks.compressed_count(length, start, lag_size) == max(0, count - 1)
+    assert formulas.partition_count(length, start, lag_size) == count
+    assert formulas.compressed_count(length, start, lag_size) == max(0, count - 1)
 
     x = torch.zeros(1, 2, length, 1, device=backend.device)
     key, value, index = backend.compress(x, x, start, lag_size, keep)
@@ -62,7 +62,7 @@ def test_symbolic_output_is_the_formula(start, lag_size, share):
         *(start + 2 * lag_size, start + 7 * lag_size + 1),
     )
     for guard in graph.shape_env.guards:
-        for n in (*lengths, checks.MAX_LENGTH):
+        for n in (*lengths, arguments.MAX_LENGTH):
             asked = guard.expr.subs({symbol: n, heads: 2, dim: 2})
             assert asked == sympy.true, f"tracing decided on {guard.expr}"
     outputs = [

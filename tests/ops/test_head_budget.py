@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lagkv_ext import checks, reference
+from lagkv_ext import formulas, reference
 
 SCORES = ("std", "cosine", "blend")
 
@@ -145,8 +145,8 @@ def test_blend_is_the_cosine_plus_the_papers_score_in_units_of_its_mean(case):
 def test_length_order_and_protected_rows(case):
     arguments = case.sink, case.lag_size, case.keep
     key, value, index = reference.compress(case.key, case.value, *arguments, budget="head", **case.scoring)
-    rows = checks.output_length(case.tokens, *arguments)
-    compressed = checks.compressed_count(case.tokens, case.sink, case.lag_size)
+    rows = formulas.output_length(case.tokens, *arguments)
+    compressed = formulas.compressed_count(case.tokens, case.sink, case.lag_size)
     assert index.shape[2] == key.shape[2] == value.shape[2] == rows
     assert (index[..., 1:] > index[..., :-1]).all()
     last = case.tokens - case.sink - compressed * case.lag_size if compressed else case.tokens - case.sink
@@ -196,8 +196,8 @@ def test_carried_scores_in_chunks(case, cuts):
     edges = sorted({0, case.tokens, *(c for c in cuts if c < case.tokens)})
     for begin, end in itertools.pairwise(edges):
         stream.read(begin, end)
-    compressed = checks.compressed_count(case.tokens, case.sink, case.lag_size)
-    assert stream.seen.shape[2] == checks.output_length(case.tokens, case.sink, case.lag_size, case.keep)
+    compressed = formulas.compressed_count(case.tokens, case.sink, case.lag_size)
+    assert stream.seen.shape[2] == formulas.output_length(case.tokens, case.sink, case.lag_size, case.keep)
     assert stream.start == case.sink + case.keep * compressed
     assert all(out <= stay for out, stay in stream.dropped)
     whole = reference.lag_score(case.key, case.value, case.sink, case.lag_size, **case.scoring).flatten(2)

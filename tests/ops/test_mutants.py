@@ -70,7 +70,7 @@ FAULTS = {
     "one channel has no deviation": ("if y.shape[-1] == 1:", "if y.shape[-1] == -1:"),
     "value's weight ignored": ("value_weight * one(", "one("),
     "keys alone": (" + value_weight * one(_partitions(value, start, lag_size))", ""),
-    "arithmetic in the storage type": (".to(checks.arithmetic_dtype(x.dtype))", ""),
+    "arithmetic in the storage type": (".to(formulas.arithmetic_dtype(x.dtype))", ""),
     "scores rounded to bfloat16": (
         "return torch.softmax(y.std(dim=-1), dim=-1)",
         "return torch.softmax(y.std(dim=-1), dim=-1).bfloat16().to(y.dtype)",

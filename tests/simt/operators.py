@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks, checks_ragged
+from lagkv_ext import checks, checks_ragged, formulas
 from tests import simt
 
 RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_")
@@ -46,7 +46,7 @@ def compress(
     key, value, start, lag_size, keep, *, value_weight=1.0, score="std"
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
-    rows = checks.output_length(key.shape[2], start, lag_size, keep)
+    rows = formulas.output_length(key.shape[2], start, lag_size, keep)
     outputs = (
         key.new_empty((*key.shape[:2], rows, key.shape[3])),
         value.new_empty((*key.shape[:2], rows, value.shape[3])),
@@ -61,7 +61,7 @@ def compress(
 
 def compress_(key, value, start, lag_size, keep, *, value_weight=1.0, score="std") -> Tensor:
     checks.check_compress_(key, value, start, lag_size, keep, value_weight, score)
-    rows = checks.output_length(key.shape[2], start, lag_size, keep)
+    rows = formulas.output_length(key.shape[2], start, lag_size, keep)
     index = key.new_empty((*key.shape[:2], rows), dtype=torch.int32)
     if index.numel():
         _run("compress_", key.dtype, (key, value, index), _sizes(start, lag_size, keep, value_weight, score))
@@ -70,8 +70,8 @@ def compress_(key, value, start, lag_size, keep, *, value_weight=1.0, score="std
 
 def lag_score(key, value, start, lag_size, *, value_weight=1.0, score="std") -> Tensor:
     checks.check_lag_score(key, value, start, lag_size, value_weight, score)
-    count = checks.compressed_count(key.shape[2], start, lag_size)
-    result = key.new_empty((*key.shape[:2], count, lag_size), dtype=checks.arithmetic_dtype(key.dtype))
+    count = formulas.compressed_count(key.shape[2], start, lag_size)
+    result = key.new_empty((*key.shape[:2], count, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
     if result.numel():
         _run(
             "lag_score",
@@ -84,8 +84,8 @@ def lag_score(key, value, start, lag_size, *, value_weight=1.0, score="std") -> 
 
 def partition_bounds(x, start, lag_size) -> Tensor:
     checks.check_partition_bounds(x, start, lag_size)
-    count = checks.partition_count(x.shape[2], start, lag_size)
-    bounds = x.new_empty((*x.shape[:2], count, 2, x.shape[3]), dtype=checks.arithmetic_dtype(x.dtype))
+    count = formulas.partition_count(x.shape[2], start, lag_size)
+    bounds = x.new_empty((*x.shape[:2], count, 2, x.shape[3]), dtype=formulas.arithmetic_dtype(x.dtype))
     if bounds.numel():
         _run("partition_bounds", x.dtype, (x, bounds), start, lag_size)
     return bounds

@@ -23,7 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from lagkv_ext import checks
+from lagkv_ext import formulas
 from lagkv_ext.commands import cli, models
 from lagkv_ext.commands.demo import facts as demo_facts
 from lagkv_ext.commands.demo import picture, report
@@ -141,7 +141,7 @@ def test_sizes_of_compressed_caches(result, reading):
     tokens = len(reading.ids)
     for outcome in result.outcomes[1:]:
         keep = LAG // int(outcome.setting.ratio)
-        rows = checks.output_length(tokens, SINK, LAG, keep)
+        rows = formulas.output_length(tokens, SINK, LAG, keep)
         assert outcome.kept.shape == (2 * 2, tokens)
         assert (outcome.kept.sum(dim=1) == rows).all()
         assert (outcome.tokens_seen, outcome.tokens_kept) == (tokens + 1, rows + 1)
@@ -425,7 +425,7 @@ def test_real_model_end_to_end():
     assert full.answers_right >= len(facts) - 1
     tokens = len(reading.ids)
     for outcome in (std, cosine):
-        assert outcome.tokens_kept == checks.output_length(tokens, 16, 128, 32) + 1
+        assert outcome.tokens_kept == formulas.output_length(tokens, 16, 128, 32) + 1
         assert outcome.full_layer_bytes < 0.5 * full.full_layer_bytes
     assert cosine.answer_tokens_kept > 2 * std.answer_tokens_kept
     assert cosine.answer_tokens_right > std.answer_tokens_right

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lagkv_ext import checks, compress, keep_count, lag_score, output_length, topk_index
+from lagkv_ext import compress, formulas, keep_count, lag_score, output_length, topk_index
 from lagkv_ext.commands.evaluate.prefill import Attention
 from lagkv_ext.commands.evaluate.types import EvaluationError, Setting
 
@@ -58,7 +58,7 @@ class Layer:
     @property
     def candidates(self) -> slice:
         """Tokens that may be dropped: the partitions that LagKV scores."""
-        count = checks.compressed_count(self.tokens, self.sink_size, self.lag_size)
+        count = formulas.compressed_count(self.tokens, self.sink_size, self.lag_size)
         return slice(self.sink_size, self.sink_size + count * self.lag_size)
 
 

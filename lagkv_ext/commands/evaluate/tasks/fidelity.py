@@ -56,7 +56,7 @@ def letter() -> list[Sample]:
 
 
 def _code() -> str:
-    from lagkv_ext import checks, ops, reference
+    from lagkv_ext import formulas, ops, reference
     from lagkv_ext.commands import models
 
-    return "\n\n".join(inspect.getsource(module) for module in (ops, checks, reference, models))
+    return "\n\n".join(inspect.getsource(module) for module in (ops, formulas, reference, models))
