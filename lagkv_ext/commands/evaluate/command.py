@@ -26,12 +26,17 @@ def _numbers(text: str | None, kind: type, option: str) -> tuple[Any, ...]:
 def evaluate(
     model: Annotated[
         str,
-        typer.Option(help="gemma3-270m (from its PyPI package), a directory, a .gguf file, or a hub name."),
-    ] = "gemma3-270m",
+        typer.Option(
+            help="gemma3, smollm2 (from their PyPI packages), a directory, a .gguf file, or a hub name."
+        ),
+    ] = "gemma3",
     preset: Annotated[str, typer.Option(help="quick, standard, heatmap, ablation or recursion.")] = "quick",
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="lagkv-std, window, h2o, ..., or module:function of your own score.")
+        str | None,
+        typer.Option(
+            help="lagkv-blend-smooth3-head, window, h2o, ..., or module:function of your own score."
+        ),
     ] = None,
     keep_ratios: Annotated[
         str | None, typer.Option(help="Shares kept of each partition, as 0.5,0.25,0.125.")
@@ -91,7 +96,7 @@ def evaluate(
         import rich.console
         import rich.progress
 
-        from lagkv_ext.commands.evaluate import cost, report, run
+        from lagkv_ext.commands.evaluate import cost, onednn, report, run
         from lagkv_ext.commands.evaluate.types import EvaluationError
         from lagkv_ext.commands.models import DTYPES, ModelError, load_model
 
@@ -159,6 +164,7 @@ def evaluate(
                 device=device,
                 progress=lambda text: bar.update(shown, description=text),
             )
+            onednn.use(loaded.model)
             outcome = run.evaluate(
                 loaded,
                 plan,

@@ -1,15 +1,20 @@
-"""Which rows a cache keeps: LagKV and the methods it is compared with, all with the same number of rows.
+"""Rows that a cache keeps: LagKV and the methods it is compared with, all with the same number of rows.
 
 A method is a function of one layer's cache that returns the positions of the rows to keep, ``index [1, H,
-rows]`` int32, ascending, with ``rows = output_length(N, sink_size, lag_size, keep)``: what LagKV keeps.
+rows]`` int32, ascending, with ``rows = output_length(N, start, lag_size, keep)``: what LagKV keeps.
 Methods that score tokens get the same protected rows as LagKV: the sink, and the last full partition with the
 remainder. So a comparison of scores compares scores alone.
+
+LagKV's own methods are named by their options: ``lagkv-SCORE`` with SCORE std, cosine or blend, then any of ``-k`` and
+``-v`` (keys or values alone), ``-vX`` (``value_weight`` X), ``-wX`` (X times the paper's part of the blend),
+``-smoothN``, and ``-head`` (a budget shared by all partitions of a head): ``lagkv-blend-smooth3-head``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lagkv_ext import compress, formulas, keep_count, lag_score, output_length, topk_index
+from lagkv_ext import formulas, keep_count, lag_score, output_length, reference, topk_index
 from lagkv_ext.commands.evaluate.prefill import Attention
 from lagkv_ext.commands.evaluate.types import EvaluationError, Setting
 
@@ -36,6 +41,9 @@ class NotPossible(Exception):
 class Layer:
     """What a method sees of one layer: keys and values ``[1, H, N, D]`` and the size that the cache has to
     come down to.
+
+    ``start``: rows before it were left by earlier compressions, the first ``sink_size`` of them for ever.
+    ``carried [1, H, start - sink_size]``: their scores, where the method carries scores; it puts the new ones there.
     """
 
     key: Tensor
@@ -46,6 +54,12 @@ class Layer:
     layer: int = 0
     seed: int = 0
     attention: Attention | None = None
+    start: int = -1  # the sink's end unless given
+    carried: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            self.start = self.sink_size
 
     @property
     def tokens(self) -> int:
@@ -53,13 +67,17 @@ class Layer:
 
     @property
     def rows(self) -> int:
-        return output_length(self.tokens, self.sink_size, self.lag_size, self.keep)
+        return output_length(self.tokens, self.start, self.lag_size, self.keep)
+
+    @property
+    def partitions(self) -> int:
+        """Partitions that this compression scores."""
+        return formulas.compressed_count(self.tokens, self.start, self.lag_size)
 
     @property
     def candidates(self) -> slice:
-        """Tokens that may be dropped: the partitions that LagKV scores."""
-        count = formulas.compressed_count(self.tokens, self.sink_size, self.lag_size)
-        return slice(self.sink_size, self.sink_size + count * self.lag_size)
+        """Rows that may be dropped: those kept before, and the partitions that LagKV scores."""
+        return slice(self.sink_size, self.start + self.partitions * self.lag_size)
 
 
 Method = Callable[[Layer], Tensor]
@@ -81,38 +99,118 @@ def by_score(score: Score) -> Method:
     return method
 
 
-def lagkv(score: str = "std", *, use: str = "both") -> Method:
-    """LagKV itself; ``use``: "both", "key" or "value" score."""
+@dataclass(frozen=True)
+class LagKV:
+    """LagKV with one choice of its options.
 
-    def method(layer: Layer) -> Tensor:
+    ``use``: "both", "key" or "value" score. ``blend_weight``: of the paper's part in ``score="blend"``.
+    """
+
+    score: str = "std"
+    use: str = "both"
+    value_weight: float = 1.0
+    blend_weight: float = 1.0
+    smooth: int = 1
+    budget: str = "partition"
+
+    @classmethod
+    def parse(cls, name: str) -> LagKV | None:
+        """The method of this name; None where it is no name of LagKV's."""
+        first, *rest = name.split("-")
+        if first != "lagkv" or not rest or rest[0] not in SCORES:
+            return None
+        found: dict[str, Any] = {"score": rest[0]}
+        for part in rest[1:]:
+            match = re.fullmatch(r"(smooth|v|w)([0-9.]+)|k|v|head", part)
+            if match is None:
+                return None
+            if part in ("k", "v"):
+                option: dict[str, Any] = {"use": "key" if part == "k" else "value"}
+            elif part == "head":
+                option = {"budget": "head"}
+            elif match[1] == "smooth":
+                option = {"smooth": int(match[2])}
+            else:
+                option = {{"v": "value_weight", "w": "blend_weight"}[match[1]]: float(match[2])}
+            if found.keys() & option.keys():
+                return None
+            found |= option
+        made = cls(**found)
+        return made if made.smooth % 2 and (made.blend_weight == 1 or made.score == "blend") else None
+
+    def scores(self, layer: Layer) -> Tensor:
+        """``[1, H, P - 1, L]``: final scores of the partitions after ``layer.start``."""
         # Values in place of keys with weight 0 for themselves: their score alone.
-        key, value = (layer.value, layer.value) if use == "value" else (layer.key, layer.value)
-        weight = 1.0 if use == "both" else 0.0
-        return compress(
-            key,
-            value,
-            lag_size=layer.lag_size,
-            keep=layer.keep,
-            sink_size=layer.sink_size,
-            value_weight=weight,
-            score=score,
-        ).index
+        pair = (layer.value, layer.value) if self.use == "value" else (layer.key, layer.value)
+        weight = self.value_weight if self.use == "both" else 0.0
+        options: dict[str, Any] = {
+            "sink_size": layer.start,
+            "lag_size": layer.lag_size,
+            "value_weight": weight,
+        }
+        if self.score == "blend":
+            total = reference.lag_score(
+                *pair, layer.start, layer.lag_size, value_weight=weight, score="blend"
+            )
+            if self.blend_weight != 1:
+                paper = lag_score(*pair, score="std", **options)
+                total = total + (self.blend_weight - 1) * layer.lag_size * paper
+        else:
+            total = lag_score(*pair, score=self.score, **options)
+        return reference.smoothed(total, self.smooth)
 
-    return method
+    def __call__(self, layer: Layer) -> Tensor:
+        scores = self.scores(layer)
+        if self.budget == "head":
+            old = scores.new_empty(*scores.shape[:2], 0) if layer.carried is None else layer.carried
+            index, layer.carried = reference.head_index(scores, old, layer.start, layer.keep, layer.tokens)
+            return index
+        return each_partition(topk_index(scores, layer.keep), layer)
 
+    @property
+    def arguments(self) -> dict[str, Any] | None:
+        """Arguments of ``LagKVCache`` other than defaults; None where its options cannot express the method."""
+        if self.use == "value" or self.blend_weight != 1:
+            return None
+        found: dict[str, Any] = {"score": self.score}
+        weight = 0.0 if self.use == "key" else self.value_weight
+        for name, value, default in (
+            ("value_weight", weight, 1.0),
+            ("smooth", self.smooth, 1),
+            ("budget", self.budget, "partition"),
+        ):
+            if value != default:
+                found[name] = value
+        return found
 
-def lagkv_global(score: str) -> Method:
-    """LagKV's scores, but the budget is shared by all partitions of a head instead of the same for each."""
-
-    def scores(layer: Layer) -> Tensor:
-        parts = lag_score(
-            layer.key, layer.value, lag_size=layer.lag_size, sink_size=layer.sink_size, score=score
+    @property
+    def description(self) -> str:
+        text = (
+            "LagKV, "
+            + {
+                "std": "the paper's score: deviation of keys and values, normalised by the next partition",
+                "cosine": "keys and values that point away from the next partition's mean",
+                "blend": "the cosine score and the paper's together",
+            }[self.score]
         )
-        out = torch.zeros(layer.key.shape[:3], dtype=parts.dtype, device=parts.device)
-        out[..., layer.candidates] = parts.flatten(2)
-        return out
+        for differs, words in (
+            (self.use != "both", f"{self.use}s only"),
+            (self.value_weight != 1, f"values weigh {self.value_weight:g}"),
+            (self.blend_weight != 1, f"the paper's part weighs {self.blend_weight:g}"),
+            (self.smooth != 1, f"mean over {self.smooth} neighbours"),
+            (self.budget == "head", "budget shared by all partitions of a head"),
+        ):
+            text += f"; {words}" if differs else ""
+        return text
 
-    return by_score(scores)
+
+def each_partition(picked: Tensor, layer: Layer) -> Tensor:
+    """The index of a compression from the rows ``picked [1, H, P - 1, keep]`` within each partition."""
+    window = layer.start + layer.partitions * layer.lag_size
+    begin = torch.arange(layer.start, window, layer.lag_size, dtype=torch.int32, device=picked.device)
+    rows = torch.arange(layer.tokens, dtype=torch.int32, device=picked.device).expand(*picked.shape[:2], -1)
+    kept = (picked + begin[:, None]).flatten(2)
+    return torch.cat([rows[..., : layer.start], kept, rows[..., window:]], dim=-1)
 
 
 def window(layer: Layer) -> Tensor:
@@ -142,7 +240,8 @@ def keydiff(layer: Layer) -> Tensor:
 
 def keydiff_local(layer: Layer) -> Tensor:
     """KeyDiff within each partition: the anchor is the partition's own mean direction."""
-    parts = layer.key[:, :, layer.candidates].float().unflatten(2, (-1, layer.lag_size))
+    tiles = layer.key[:, :, layer.start : layer.candidates.stop].float()
+    parts = tiles.unflatten(2, (-1, layer.lag_size))
     direction = F.normalize(parts, dim=-1)
     anchor = F.normalize(direction.mean(dim=3, keepdim=True), dim=-1)
     return -(direction * anchor).sum(dim=-1)
@@ -150,15 +249,7 @@ def keydiff_local(layer: Layer) -> Tensor:
 
 def keydiff_partition(layer: Layer) -> Tensor:
     """The same number of tokens of each partition, by `keydiff_local`."""
-    picked = topk_index(keydiff_local(layer), layer.keep)  # [1, H, P - 1, keep]
-    free = layer.candidates
-    begin = (
-        torch.arange(picked.shape[2], dtype=torch.int32, device=picked.device) * layer.lag_size + free.start
-    )
-    head = torch.arange(layer.tokens, dtype=torch.int32, device=picked.device).expand(*picked.shape[:2], -1)
-    return torch.cat(
-        [head[..., : free.start], (picked + begin[:, None]).flatten(2), head[..., free.stop :]], dim=-1
-    )
+    return each_partition(topk_index(keydiff_local(layer), layer.keep), layer)
 
 
 def h2o(layer: Layer) -> Tensor:
@@ -183,14 +274,6 @@ def _attention_of(layer: Layer, name: str) -> Attention:
 
 
 METHODS: dict[str, Method] = {
-    "lagkv-std": lagkv("std"),
-    "lagkv-cosine": lagkv("cosine"),
-    "lagkv-std-k": lagkv("std", use="key"),
-    "lagkv-std-v": lagkv("std", use="value"),
-    "lagkv-cosine-k": lagkv("cosine", use="key"),
-    "lagkv-cosine-v": lagkv("cosine", use="value"),
-    "lagkv-std-global": lagkv_global("std"),
-    "lagkv-cosine-global": lagkv_global("cosine"),
     "window": window,
     "random": by_score(random_score),
     "keynorm": by_score(key_norm),
@@ -200,17 +283,10 @@ METHODS: dict[str, Method] = {
     "snapkv": by_score(snapkv),
 }
 NEED_ATTENTION = {"h2o", "snapkv"}
+SCORES = ("std", "cosine", "blend")
 
 DESCRIPTIONS = {
     "full": "nothing is dropped",
-    "lagkv-std": "LagKV as in the paper: deviation of keys and values, normalised by the next partition",
-    "lagkv-cosine": "LagKV with the cosine score: keys and values that point away from the next partition's mean",
-    "lagkv-std-k": "LagKV, keys only",
-    "lagkv-std-v": "LagKV, values only",
-    "lagkv-cosine-k": "LagKV with the cosine score, keys only",
-    "lagkv-cosine-v": "LagKV with the cosine score, values only",
-    "lagkv-std-global": "LagKV's score, budget shared by all partitions of a head",
-    "lagkv-cosine-global": "LagKV's cosine score, budget shared by all partitions of a head",
     "window": "sink and most recent tokens (StreamingLLM)",
     "random": "sink, recent tokens, and random others",
     "keynorm": "tokens with the smallest keys",
@@ -221,13 +297,22 @@ DESCRIPTIONS = {
 }
 
 
+def description(name: str) -> str:
+    """One line for a reader of the results."""
+    ours = LagKV.parse(name)
+    return ours.description if ours else DESCRIPTIONS.get(name, "your own score")
+
+
 def resolve(name: str) -> Method:
-    """The method of this name: built in, a user's entry point (group ``lagkv_ext.scores``), or ``module:function``.
+    """The method of this name: LagKV with its options, another one of `METHODS`, a user's entry point (group
+    ``lagkv_ext.scores``), or ``module:function``.
 
     A user's function is given a `Layer` and returns a score ``[1, H, N]``; the highest are kept.
 
     Raises EvaluationError: there is none, or it cannot be imported.
     """
+    if ours := LagKV.parse(name):
+        return ours
     if name in METHODS:
         return METHODS[name]
     points = {p.name: p for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
@@ -238,7 +323,8 @@ def resolve(name: str) -> Method:
             module, _, attribute = name.partition(":")
             function = getattr(importlib.import_module(module), attribute)
         else:
-            known = ", ".join(["full", *METHODS, *points])
+            ours_too = (f"lagkv-{score}[-k|-v|-vX][-wX][-smoothN][-head]" for score in SCORES)
+            known = ", ".join(["full", *ours_too, *METHODS, *points])
             raise EvaluationError(
                 f"there is no method {name!r}; there are {known}, or module:function of your own"
             )
@@ -267,16 +353,7 @@ def _checked(function: Score, name: str) -> Score:
     return score
 
 
-def layer_of(
-    setting: Setting,
-    key: Tensor,
-    value: Tensor,
-    *,
-    layer: int,
-    prompt: str,
-    seed: int,
-    attention: Attention | None,
-) -> Layer:
+def layer_of(setting: Setting, key: Tensor, value: Tensor, *, prompt: str, seed: int, **more: Any) -> Layer:
     """The layer as the setting's method sees it; ``prompt`` makes random choices differ between prompts."""
     return Layer(
         key,
@@ -284,9 +361,8 @@ def layer_of(
         sink_size=setting.sink_size,
         lag_size=setting.lag_size,
         keep=_keep(setting, key.shape[2]),
-        layer=layer,
         seed=seed + zlib.crc32(prompt.encode()),
-        attention=attention,
+        **more,
     )
 
 
@@ -294,11 +370,11 @@ def _keep(setting: Setting, tokens: int) -> int:
     """Rows kept of a partition. Option ``as_L``: as many as fit into what LagKV with that lag size would
     keep in all.
     """
-    reference = dict(setting.options).get("as_L")
-    if reference is None:
+    size = dict(setting.options).get("as_L")
+    if size is None:
         return keep_count(setting.keep_ratio, setting.lag_size)
     sink, lag = setting.sink_size, setting.lag_size
-    budget = output_length(tokens, sink, reference, keep_count(setting.keep_ratio, reference))
+    budget = output_length(tokens, sink, size, keep_count(setting.keep_ratio, size))
     fitting = [k for k in range(1, lag + 1) if output_length(tokens, sink, lag, k) <= budget]
     if not fitting:
         least = output_length(tokens, sink, lag, 1)

@@ -71,7 +71,7 @@ def _ablation() -> tuple[Setting, ...]:
     """Around ``keep_ratio=0.25, lag_size=128, sink_size=16``, one thing at a time."""
     out = [
         Setting(f"lagkv-{score}{part}", 0.25)
-        for part in ("", "-k", "-v", "-global")
+        for part in ("", "-k", "-v", "-head")
         for score in ("std", "cosine")
     ]
     for score in ("std", "cosine"):

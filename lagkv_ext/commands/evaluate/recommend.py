@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from lagkv_ext import checks
+from lagkv_ext.commands.evaluate.methods import LagKV
 from lagkv_ext.commands.evaluate.statistics import Difference
 from lagkv_ext.commands.evaluate.summary import Summary
 from lagkv_ext.commands.evaluate.types import Setting
-from lagkv_ext.settings_file import settings_text
+from lagkv_ext.settings_file import NAMES, settings_text
 
 TOLERANCE = 2.0  # points
 # A loss inside the noise passes only where the noise is narrower than this: else more prompts have to tell.
 WIDEST = 10.0
 
-_SCORES = {"lagkv-std": "std", "lagkv-cosine": "cosine"}
+SEARCHED = ("lagkv-blend-smooth3-head", "lagkv-blend-smooth3", "lagkv-cosine", "lagkv-std")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``best`` is None where nothing qualifies: do not compress."""
+    """``best`` is None where nothing qualifies: do not compress. ``ahead``: a smaller setting that passes too, but
+    whose options this version's `LagKVCache` does not take.
+    """
 
     best: Judgement | None
     judged: tuple[Judgement, ...]
     tolerance: float
+    ahead: Judgement | None = None
 
     @property
     def undecided(self) -> list[Judgement]:
@@ -49,7 +54,15 @@ class Recommendation:
         return [j for j in self.judged if "worse" not in j.tasks.values() and not j.passes]
 
     def text(self) -> str:
-        """One or two sentences."""
+        """One to three sentences."""
+        if self.ahead is None:
+            return self._best()
+        return (
+            f"{self._best()} {self.ahead.setting.name} would pass with {100 * self.ahead.share:.0f}%, but its options "
+            "are not yet taken by LagKVCache."
+        )
+
+    def _best(self) -> str:
         if self.best is None:
             more = ""
             if self.undecided:
@@ -87,7 +100,7 @@ def judge(loss: Difference, tolerance: float) -> str:
 
 
 def recommend(summary: Summary, *, tolerance: float = TOLERANCE) -> Recommendation:
-    """Judge every setting that `LagKVCache` can be given; the smallest that passes on every task is the best.
+    """Judge every setting of LagKV; the smallest that `LagKVCache` takes and that passes on every task is the best.
 
     A setting counts only where it was measured on every task that the full cache was. Tasks on which the full cache
     itself is hardly better than guessing (`Summary.silent`) do not count.
@@ -110,24 +123,35 @@ def recommend(summary: Summary, *, tolerance: float = TOLERANCE) -> Recommendati
             Judgement(setting, tasks, share, (worst, -100 * losses[worst].interval.mean), -100 * low)
         )
     judged.sort(key=lambda j: (round(j.share, 6), j.worst[1]))
-    return Recommendation(next((j for j in judged if j.passes), None), tuple(judged), tolerance)
+    passing = [j for j in judged if j.passes]
+    best = next((j for j in passing if deployable(j.setting)), None)
+    ahead = passing[0] if passing and passing[0] is not best else None
+    return Recommendation(best, tuple(judged), tolerance, ahead)
 
 
 def arguments(setting: Setting) -> dict[str, Any] | None:
-    """The keyword arguments of `LagKVCache` for this setting; None for a method that it does not offer."""
+    """The keyword arguments of `LagKVCache` for this setting; None for a method that is not LagKV's, or that reads the
+    context in another way than the others.
+    """
     options = dict(setting.options)
     base: dict[str, Any] = {
         "keep_ratio": setting.keep_ratio,
         "lag_size": setting.lag_size,
         "sink_size": setting.sink_size,
     }
-    if setting.method in _SCORES and not options:
-        return {**base, "score": _SCORES[setting.method]}
+    if (ours := LagKV.parse(setting.method)) is not None:
+        return {**base, **ours.arguments} if ours.arguments is not None and not options else None
     if setting.method == "lagkv-cache":
         ratios = {int(k.removeprefix("layer")): v for k, v in options.items() if k.startswith("layer")}
         rest = {k: v for k, v in options.items() if not k.startswith("layer") and k != "chunk"}
         return {**base, **rest, **({"layer_keep_ratio": ratios} if ratios else {})}
     return None
+
+
+def deployable(setting: Setting) -> bool:
+    """Whether this version's `LagKVCache` takes the setting's arguments."""
+    found = arguments(setting)
+    return found is not None and set(found) <= set(NAMES) and found.get("score", "std") in checks.SCORES
 
 
 def line(setting: Setting) -> str:
@@ -147,7 +171,7 @@ Measure = Callable[[Sequence[Setting]], Summary]
 def search(
     measure: Measure,
     *,
-    scores: Iterable[str] = ("cosine", "std"),
+    methods: Iterable[str] = SEARCHED,
     lag_sizes: Iterable[int] = (128, 64),
     keep_ratios: Sequence[float] = (0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625),
     layers: Sequence[int] = (),
@@ -156,9 +180,9 @@ def search(
 ) -> Recommendation:
     """Look for the smallest cache that passes, measuring as little as is needed.
 
-    For each score and lag size the smallest passing ratio is found by bisection (a smaller cache is taken not
-    to be better); then the best one's layers are brought down one by one to the next smaller ratio, as long
-    as every task stays ok.
+    For each method and lag size the smallest passing ratio is found by bisection (a smaller cache is taken not to be
+    better); then the layers of the best that `LagKVCache` takes are brought down one by one to the next smaller ratio,
+    as long as every task stays ok.
     """
     ratios = sorted(keep_ratios)
     summary = Summary()
@@ -172,20 +196,21 @@ def search(
 
     smallest = 2.0
     for lag in lag_sizes:
-        for score in scores:
+        for method in methods:
             low, high = 0, len(ratios)  # ratios[high:] pass
             while low < high:
                 middle = (low + high) // 2
-                result = judged(Setting(f"lagkv-{score}", ratios[middle], lag, sink_size))
+                result = judged(Setting(method, ratios[middle], lag, sink_size))
                 if result.passes:
                     high = middle
-                    if result.share < smallest:
+                    if result.share < smallest and deployable(result.setting):
                         smallest, best = result.share, result.setting
                 else:
                     low = middle + 1
     if best is not None and len(layers) > 1 and best.keep_ratio > ratios[0]:
         smaller = max(r for r in ratios if r < best.keep_ratio)
-        options: dict[str, Any] = {"score": _SCORES[best.method]}
+        ours = LagKV.parse(best.method)
+        options = dict((ours and ours.arguments) or {})
         for layer in layers:
             trial = {**options, f"layer{layer}": smaller}
             setting = dataclasses.replace(best, method="lagkv-cache", options=tuple(sorted(trial.items())))

@@ -72,7 +72,7 @@ def write_report(
             tasks=[(t, DESCRIPTIONS.get(t, ""), _samples(summary, t)) for t in summary.tasks],
             silent=summary.silent(),
             spent=_spent(summary),
-            methods=[(m, methods.DESCRIPTIONS.get(m, "your own score")) for m in _methods(summary)],
+            methods=[(m, methods.description(m)) for m in _methods(summary)],
             costs=_costs(header, summary, found, machine or cost.Machine(), context, batch),
             judged=[_judged(j) for j in found.judged],
             examples=_examples(summary),

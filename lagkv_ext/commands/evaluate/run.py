@@ -184,11 +184,10 @@ def _search(runner: Runner, samples: list[Sample], plan: Plan, preset: Preset, p
         )
         return summarise(runner.results.records, seed=plan.seed)
 
-    scores = [m.removeprefix("lagkv-") for m in preset.methods if m in ("lagkv-std", "lagkv-cosine")]
     options: dict[str, Any] = {"keep_ratios": plan.keep_ratios} if plan.keep_ratios else {}
     recommend.search(
         measure,
-        scores=scores or ("cosine", "std"),
+        methods=[m for m in plan.methods if methods.LagKV.parse(m)] or recommend.SEARCHED,
         lag_sizes=plan.lag_sizes or (128, 64),
         layers=runner.layers,
         sink_size=plan.sink_size,

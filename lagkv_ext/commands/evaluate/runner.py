@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from lagkv_ext.cache.fidelity import forward
-from lagkv_ext.commands.evaluate import methods
+from lagkv_ext.commands.evaluate import methods, onednn
 from lagkv_ext.commands.evaluate.ask import ONE_PASS, Asker, Encoded
 from lagkv_ext.commands.evaluate.cost import shape_of
-from lagkv_ext.commands.evaluate.prefill import Prefill, can_batch, read
+from lagkv_ext.commands.evaluate.prefill import Prefill, can_batch, fork_cache, read
 from lagkv_ext.commands.evaluate.storage import Results
 from lagkv_ext.commands.evaluate.types import FULL, EvaluationError, Question, Sample, Setting, Skipped
 from lagkv_ext.commands.models import full_attention_layers
 
 _LARGEST_BATCH = 16
+_LARGEST_STREAM = 8
 
 Progress = Callable[[str, int, int], None]  # what is being done, samples done, samples in all
 
@@ -129,10 +130,16 @@ class Runner:
             self._record(work, prefill, [FULL], prefill.fork, references, clock)
         for group in self._groups(work, prefill, chosen):
             if not work.missing.isdisjoint(group):
-                first, *others = group
-                say(f"{sample.task}: {first.name}" + (f" and {len(others)} more" if others else ""))
+                say(_several(sample, group))
                 fork = functools.partial(prefill.fork, *group.values())
                 self._record(work, prefill, list(group), fork, references, _Clock())
+        for together in self._streams(work, prefill):
+            if not work.missing.isdisjoint(together):
+                say(_several(sample, together))
+                clock = _Clock()
+                cache = self._in_pieces(together, work, chosen)
+                fork = functools.partial(fork_cache, cache)
+                self._record(work, prefill, together, fork, references, clock)
         for setting in work.settings:
             if setting.method == "lagkv-cache" and setting in work.missing:
                 say(f"{sample.task}: {setting.name}")
@@ -148,10 +155,10 @@ class Runner:
         Groups do not depend on what was measured before, so that a resumed run computes what an uninterrupted
         one does.
         """
-        batched = can_batch(prefill.cache) and all(q.kind in ONE_PASS for q in work.sample.questions)
+        batched = _batched(work, prefill)
         groups: list[dict[Setting, dict[int, torch.Tensor]]] = []
         for setting in work.settings:
-            if _special(setting):
+            if _special(setting) or _chunk(setting) is not None:
                 continue
             try:
                 index = self._select(setting, work, prefill, chosen)
@@ -170,6 +177,40 @@ class Runner:
                 groups.append({setting: index})
         return groups
 
+    def _streams(self, work: Work, prefill: Prefill) -> list[list[Setting]]:
+        """Settings whose caches are compressed while the context is read, in groups that read it together."""
+        found: dict[tuple[Any, ...], list[Setting]] = {}
+        for setting in work.settings:
+            if _special(setting) or (chunk := _chunk(setting)) is None:
+                continue
+            if setting.method in methods.NEED_ATTENTION:
+                reason = "attention is summed over a prompt that is read in one piece"
+                self._skip(work.sample, work.digest, setting.name, reason)
+                continue
+            shape = setting.keep_ratio, setting.lag_size, setting.sink_size, str(chunk)
+            found.setdefault(shape, []).append(setting)
+        most = _LARGEST_STREAM if _batched(work, prefill) else 1
+        return [x[i : i + most] for x in found.values() for i in range(0, len(x), most)]
+
+    def _in_pieces(self, settings: list[Setting], work: Work, chosen: dict[str, methods.Method]) -> Any:
+        from lagkv_ext.commands.evaluate.stream import pieces, read_in_pieces
+
+        first, chunk = settings[0], _chunk(settings[0])
+        assert chunk is not None
+        cuts = pieces(work.ids.shape[1], chunk, first.sink_size, first.lag_size)
+        prompt = f"{work.sample.task}/{work.sample.name}"
+        layers = {
+            i: [
+                (
+                    chosen[x.method],
+                    functools.partial(methods.layer_of, x, layer=i, prompt=prompt, seed=self.seed),
+                )
+                for x in settings
+            ]
+            for i in self.layers
+        }
+        return read_in_pieces(self.model, work.ids, layers, cuts)
+
     def _record(
         self,
         work: Work,
@@ -181,11 +222,15 @@ class Runner:
     ) -> None:
         """Ask every question on a fresh fork, whose batch holds a sequence for each setting; add what was missing."""
         sample, count = work.sample, len(settings)
-        answers = []
+        cache = fork()
+        rows = sum(cache.layers[i].keys.shape[2] for i in self.layers) / len(self.layers)
+        full_bytes = _bytes([cache.layers[i] for i in self.layers]) // count
+        all_bytes = _bytes(cache.layers) // count
+        answers: list[list[dict[str, Any]]] = []
         for question, encoded, reference in zip(sample.questions, work.encoded, references, strict=True):
-            answers.append(self.asker.ask(question, encoded, fork(), prefill.tokens, reference, count))
-        layers = fork().layers
-        held = [layers[i] for i in self.layers]
+            if answers:  # a question uses its fork up
+                cache = fork()
+            answers.append(self.asker.ask(question, encoded, cache, prefill.tokens, reference, count))
         spent = clock.spent(count)
         for i, setting in enumerate(settings):
             if setting not in work.missing:
@@ -201,9 +246,9 @@ class Runner:
                     "setting": setting.to_json(),
                     "facts": sample.facts,
                     "tokens": prefill.tokens,
-                    "rows": sum(x.keys.shape[2] for x in held) / len(held),
-                    "full_layer_bytes": _bytes(held) // count,
-                    "cache_bytes": _bytes(layers) // count,
+                    "rows": rows,
+                    "full_layer_bytes": full_bytes,
+                    "cache_bytes": all_bytes,
                     **spent,
                     "questions": [m | _shown(q) for m, q in zip(marks, sample.questions, strict=True)],
                 }
@@ -278,6 +323,21 @@ def _special(setting: Setting) -> bool:
     return setting == FULL or setting.method == "lagkv-cache"
 
 
+def _chunk(setting: Setting) -> int | str | None:
+    """How the setting's context is read: tokens of a chunk, "decode", or None for one piece."""
+    return dict(setting.options).get("chunk")
+
+
+def _batched(work: Work, prefill: Prefill) -> bool:
+    """Whether several caches can be asked the sample's questions at once."""
+    return can_batch(prefill.cache) and all(q.kind in ONE_PASS for q in work.sample.questions)
+
+
+def _several(sample: Sample, settings: Collection[Setting]) -> str:
+    first, more = next(iter(settings)), len(settings) - 1
+    return f"{sample.task}: {first.name}" + (f" and {more} more" if more else "")
+
+
 def _bytes(layers: Sequence[Any]) -> int:
     held = (
         t for x in layers for t in (getattr(x, "keys", None), getattr(x, "values", None)) if t is not None
@@ -315,6 +375,9 @@ def environment(loaded: Any) -> dict[str, Any]:
         },
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "linear": "oneDNN"
+        if any(isinstance(x, onednn.OneDnnLinear) for x in loaded.model.modules())
+        else "torch",
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "shape": {
             **shape_of(loaded.model.config),

@@ -59,9 +59,11 @@ TASKS: dict[str, Maker] = {
     "facts": _synthetic(synthetic.hidden_facts),
     "facts-ja": _synthetic(synthetic.hidden_facts, language="ja"),
     "facts-zh": _synthetic(synthetic.hidden_facts, language="zh"),
+    "codes": _synthetic(synthetic.formal_codes),
     "letter": lambda seed, counter, size, prompts, more: fidelity.letter(),
     "multikey-uuid": _synthetic(synthetic.multikey, kind="uuid"),
     "multikey-digits": _synthetic(synthetic.multikey, kind="digits"),
+    "multikey-words": _synthetic(synthetic.multikey, kind="words"),
     "variables": _synthetic(synthetic.variables),
     "words-common": _synthetic(synthetic.counting, kind="common"),
     "words-frequent": _synthetic(synthetic.counting, kind="frequent"),
@@ -75,9 +77,11 @@ DESCRIPTIONS = {
     "facts": "codes of cities in prose, asked one by one; share of the digits said right",
     "facts-ja": "the same in Japanese",
     "facts-zh": "the same in Chinese",
+    "codes": "five-digit numbers in the clauses of a contract, asked one by one; share of the digits said right",
     "letter": "facts of a natural letter, asked one by one; share of the answer's tokens said right",
     "multikey-uuid": "a list of keys with UUIDs; share of a UUID's tokens said right",
     "multikey-digits": "a list of keys with 16-digit numbers; share of the digits said right",
+    "multikey-words": "a list of keys with six random words each; share of the words' tokens said right",
     "variables": (
         "which variables hold a number through assignments; share of the right ones "
         "among the model's first choices"

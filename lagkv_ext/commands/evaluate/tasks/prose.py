@@ -148,6 +148,62 @@ def sentences(rng: random.Random) -> Iterator[str]:
         yield text[0].upper() + text[1:]
 
 
+# Dense formal text: our own, in the manner of statutes and contracts. Nearly every word matters, and terms come back.
+_PARTY = (
+    "the lessee", "the competent authority", "any holder of a permit", "the supplier", "the auditor", "the board",
+    "an applicant", "the harbour office", "the guarantor", "each contracting party", "the registrar", "the operator",
+    "the insurer", "a licensed surveyor", "the trustee", "the municipality",
+)  # fmt: skip
+_DUTY = (
+    "shall notify {other} in writing", "may withhold the deposit", "is liable for any damage to the installation",
+    "shall keep records of every transfer", "may not assign the claim to a third person",
+    "shall submit an inventory to {other}", "is entitled to inspect the premises", "may terminate the agreement",
+    "shall bear the cost of the proceedings", "must obtain the prior consent of {other}",
+    "shall restore the site to its former condition", "is exempt from the levy", "shall indemnify {other}",
+    "may demand a certified copy of the register", "shall refrain from any alteration of the plans",
+    "must deposit the samples with {other}",
+)  # fmt: skip
+_CONDITION = (
+    "within fourteen days of receipt", "where the annual volume exceeds the agreed limit", "unless otherwise provided",
+    "in the event of insolvency", "without prejudice to the preceding paragraph", "upon expiry of the notice period",
+    "if the goods have not been accepted", "pending the decision of the tribunal", "subject to the approved schedule",
+    "notwithstanding any earlier arrangement", "to the extent permitted by law", "as from the date of entry",
+    "where no objection has been raised", "during the period of suspension",
+)  # fmt: skip
+_PROVISO = (
+    "provided that the interest of creditors is not impaired", "save where force majeure has been established",
+    "and any waiver thereof shall be void", "except for consumables and wearing parts",
+    "in which case the fee is reduced by one half", "and the burden of proof rests with {other}",
+    "whereby partial performance is deemed sufficient", "failing which the application lapses",
+    "and the time limit begins anew", "provided that {other} has been heard",
+)  # fmt: skip
+OBJECTS = (
+    "the northern pump station", "the customs warehouse", "the signal tower", "the tram depot", "the grain terminal",
+    "the archive vault", "the ferry landing", "the gas holder", "the lime quarry", "the weather mast",
+    "the timber yard", "the cold store", "the rail bridge", "the water works", "the fish market", "the boiler house",
+)  # fmt: skip
+
+
+def clauses(rng: random.Random) -> Iterator[str]:
+    """Numbered clauses of a contract without end, about 35 words each."""
+    section, number = 1, 0
+    while True:
+        number += 1
+        if number > rng.randint(4, 8):
+            section, number = section + 1, 1
+        party, other, third = rng.sample(_PARTY, 3)
+        duty, proviso = rng.choice(_DUTY).format(other=other), rng.choice(_PROVISO).format(other=third)
+        first, second = rng.sample(_CONDITION, 2)
+        order = rng.randrange(3)
+        if order == 0:
+            text = f"{first}, {party} {duty}, {proviso}."
+        elif order == 1:
+            text = f"{party} {duty} {first}, {proviso}; {second}, the same applies to {third}."
+        else:
+            text = f"{party} {duty} {first} and, {second}, {rng.choice(_DUTY).format(other=third)}."
+        yield f"{section}.{number} {text[0].upper()}{text[1:]}"
+
+
 def haystack(
     needles: list[tuple[float, str]], sentences: Iterator[str], count: int, paragraph: int = 6
 ) -> str:

@@ -10,7 +10,7 @@ import random
 import uuid
 from collections.abc import Callable, Sequence
 
-from lagkv_ext.commands.evaluate.tasks.prose import LANGUAGES, haystack, sentences
+from lagkv_ext.commands.evaluate.tasks.prose import LANGUAGES, OBJECTS, clauses, haystack, sentences
 from lagkv_ext.commands.evaluate.types import Question, Sample
 
 Count = Callable[[str], int]
@@ -149,17 +149,44 @@ def hidden_facts(
     return samples
 
 
+def formal_codes(
+    seed: int, count: Count, *, size: int, prompts: int, codes: int = 6, asked: int = 6
+) -> list[Sample]:
+    """Five-digit registration numbers in the clauses of a contract: dense text, in which little can be spared."""
+    samples = []
+    for n in range(prompts):
+        rng = random.Random(f"codes {seed} {size} {n}")
+        stated = [
+            (f"The registration number of {place} is", " " + digits(rng, 5))
+            for place in rng.sample(OBJECTS, codes)
+        ]
+        needles = [
+            ((i + rng.random()) / codes * 0.9, f"{fact}{code}.") for i, (fact, code) in enumerate(stated)
+        ]
+
+        def make(lines: int, n: int = n, needles: list[tuple[float, str]] = needles) -> str:
+            return haystack(needles, clauses(random.Random(f"clauses {seed} {n}")), lines)
+
+        questions = tuple(Question(f"\n\n{fact}", answer=code) for fact, code in rng.sample(stated, asked))
+        facts = {"size": size, "language": "en"}
+        samples.append(Sample("codes", f"{size}-{n}", fitted(make, count, size), questions, facts))
+    return samples
+
+
 def multikey(
     seed: int, count: Count, *, size: int, prompts: int, kind: str = "uuid", asked: int = 3
 ) -> list[Sample]:
-    """Lines of keys with UUIDs or 16-digit numbers and nothing else; some are asked for. The known weak
-    spot of LagKV.
+    """Lines of keys with UUIDs, 16-digit numbers or random words and nothing else; some are asked for.
+
+    Nothing here can be spared. So the share of rows kept is about what any method can reach.
     """
     samples = []
     for n in range(prompts):
         rng = random.Random(f"multikey {kind} {seed} {size} {n}")
 
         def literal(rng: random.Random) -> str:
+            if kind == "words":
+                return " ".join(rng.sample(WORDS, 6))
             return str(uuid.UUID(int=rng.getrandbits(128), version=4)) if kind == "uuid" else digits(rng, 16)
 
         pairs = [(f"{a} {b}", literal(rng)) for a, b in _word_pairs(rng)]
