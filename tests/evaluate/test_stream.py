@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from lagkv_ext import LagKVCache, checks
+from lagkv_ext import LagKVCache, output_length
 from lagkv_ext.cache.fidelity import forward
 from lagkv_ext.commands.evaluate import methods
 from lagkv_ext.commands.evaluate.stream import pieces, read_in_pieces
@@ -49,7 +49,7 @@ def test_pieces_are_what_the_deployed_cache_does(chunk, score):
         for begin, end in steps:
             forward(tiny_models.model(), ids[:, begin:end], deployed, position=begin, logits_to_keep=1)
     for i in LAYERS:
-        assert cache.layers[i].keys.shape[2] == checks.output_length(130, 4, 16, 4)
+        assert cache.layers[i].keys.shape[2] == output_length(130, 4, 16, 4)
         assert torch.allclose(cache.layers[i].keys, deployed.layers[i].keys, atol=1e-4)
         assert torch.allclose(cache.layers[i].values, deployed.layers[i].values, atol=1e-4)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from lagkv_ext import checks
+import lagkv_ext.arguments
 from lagkv_ext.commands.evaluate.methods import LagKV
 from lagkv_ext.commands.evaluate.statistics import Difference
 from lagkv_ext.commands.evaluate.summary import Summary
@@ -151,7 +151,11 @@ def arguments(setting: Setting) -> dict[str, Any] | None:
 def deployable(setting: Setting) -> bool:
     """Whether this version's `LagKVCache` takes the setting's arguments."""
     found = arguments(setting)
-    return found is not None and set(found) <= set(NAMES) and found.get("score", "std") in checks.SCORES
+    return (
+        found is not None
+        and set(found) <= set(NAMES)
+        and found.get("score", "std") in lagkv_ext.arguments.SCORES
+    )
 
 
 def line(setting: Setting) -> str:
