@@ -1,4 +1,4 @@
-"""Metrics on a registry: one family a name, shared by all that report on the registry, told apart by their labels."""
+"""Reuses one metric family per name on a registry; monitors differ by their labels."""
 
 from __future__ import annotations
 
@@ -16,41 +16,71 @@ from prometheus_client.registry import CollectorRegistry
 __all__ = ["REGISTRY", "RESERVED", "Families", "child", "join"]
 
 _LABEL = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*\Z")
-#: Labels that metrics have by themselves.
+#: Labels that the metrics have already.
 RESERVED = ("cache", "le", "outcome", "reason", "state")
 
 
 class Families:
-    """The metrics of one kind on one registry. Subclasses make the ones that are counted in ``__init__`` and yield the
-    ones that are read at scrape time, if any, from `families`."""
+    """All metrics of one kind on one registry, as one collector: a registry has all of them or none.
 
-    title: str  #: what reports, in messages
+    Subclasses create the counted metrics in ``__init__`` (``registry=None``) and yield those read at scrape time, if
+    any, from `families`.
+    """
+
+    title: str  #: the class that reports, for messages
 
     def __init__(self, label_names: tuple[str, ...]):
         self.label_names = label_names
-        self.members: dict[tuple[str, ...], Any] = {}  #: None until `admit`
+        self.members: dict[tuple[str, ...], Any] = {}  #: by label values; None until `admit`
+        self._probe: int | None = None  # the thread that asks whether a registry has this collector
+        self._found = False
 
     def counted(self) -> list[MetricWrapperBase]:
+        """The metrics that are counted as events happen."""
         return [x for x in vars(self).values() if isinstance(x, MetricWrapperBase)]
 
     def families(self, members: list[tuple[tuple[str, ...], Any]]) -> Iterator[Metric]:
-        """With the samples of these members. Must not raise: one error would cost the registry its whole scrape."""
+        """The metrics read at scrape time, with the samples of these members. Must not raise: an error would cost the
+        registry its whole scrape."""
         yield from ()
 
-    # -- what a registry calls
+    def is_registered(self, registry: CollectorRegistry) -> bool:
+        """Whether ``registry`` exports this collector now.
+
+        A registry can only be asked for names, which another collector may have taken since, so `collect` notes that it
+        was called. It reads nothing for this.
+        """
+        name = self.describe()[0].name
+        self._found, self._probe = False, threading.get_ident()
+        try:
+            for _ in registry.restricted_registry([name]).collect():
+                pass
+        finally:
+            self._probe = None
+        return self._found
+
+    # -- called by a registry
 
     def describe(self) -> list[Metric]:
-        return list(self.families([]))
+        counted = (family for metric in self.counted() for family in metric.describe())
+        return [*counted, *self.families([])]
 
     def collect(self) -> Iterator[Metric]:
+        if self._probe == threading.get_ident():
+            self._found = True
+            return
+        # First the families that are read now: some counters count these readings.
         yield from self.families([(values, x) for values, x in list(self.members.items()) if x is not None])
+        for metric in self.counted():
+            yield from metric.collect()
 
     def admit(self, values: tuple[str, ...], member: Any) -> None:
         """From now on scrapes read ``member``, which has `join`ed."""
         self.members[values] = member
 
     def leave(self, values: tuple[str, ...], member: Any) -> None:
-        """Scrapes read it no more, and its labels are free. What was counted under them stays, and is counted on."""
+        """Scrapes no longer read it, and its labels are free. Its counters remain, and the next member under these
+        labels continues them."""
         with _lock:
             if self.members.get(values) is member:
                 del self.members[values]
@@ -62,12 +92,15 @@ _registered: weakref.WeakKeyDictionary[CollectorRegistry, dict[type, Families]] 
 
 
 def join(kind: type[F], registry: Any, labels: Any) -> tuple[F, tuple[str, ...]]:
-    """The metrics of this kind on ``registry``, and the values of ``labels``, which are the caller's from now on.
+    """The metrics of this kind on ``registry``, and the values of ``labels``, reserved for the caller.
+
+    The collector of earlier calls is shared as long as the registry exports it. Where somebody unregistered it, the
+    registry counts as new and gets another one; members of the old one are no longer exported.
 
     Raises:
-        TypeError: no registry, labels that are no strings.
-        ValueError: label names that cannot be; other label names than those of the first on this registry; the same
-            values again; metrics of these names that somebody else made.
+        TypeError: ``registry`` is no registry; labels are no strings.
+        ValueError: invalid label names; other label names than those of the first on this registry; values that are in
+            use; another collector has metrics of these names.
     """
     if not isinstance(registry, CollectorRegistry):
         raise TypeError(
@@ -78,7 +111,7 @@ def join(kind: type[F], registry: Any, labels: Any) -> tuple[F, tuple[str, ...]]
     with _lock:
         kinds = _registered.setdefault(registry, {})
         found = kinds.get(kind)
-        if found is None:
+        if found is None or not found.is_registered(registry):
             found = kind(names)
             _register(found, registry)
             kinds[kind] = found
@@ -98,19 +131,14 @@ def join(kind: type[F], registry: Any, labels: Any) -> tuple[F, tuple[str, ...]]
 
 
 def child(metric: Any, *values: str) -> Any:
-    """The metric under these label values; the metric itself where it has no labels."""
+    """The metric with these label values; the metric itself where it has no labels."""
     return metric.labels(*values) if values else metric
 
 
 def _register(families: Families, registry: CollectorRegistry) -> None:
-    done: list[Any] = []
     try:
-        for collector in (families, *families.counted()):  # first what counts its own readings
-            registry.register(collector)
-            done.append(collector)
+        registry.register(families)
     except ValueError as error:
-        for collector in done:
-            registry.unregister(collector)
         raise ValueError(
             f"registry must not have metrics named as those of a {families.title}, got one that has: {error}"
         ) from error
