@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lagkv_ext.user_files import parse_object, read_text
+
 # The keyword arguments of `LagKVCache`.
 NAMES = (
     "lag_size",
@@ -28,27 +30,26 @@ NAMES = (
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Keyword arguments from a settings file: ``LagKVCache(model.config, **read_settings("lagkv.json"))``.
 
-    The file holds a JSON object of arguments of `LagKVCache`, all optional; layers in ``layer_keep_ratio`` are
-    named by their numbers as text, as JSON has no other keys. Values are checked by who uses them.
+    The file has a JSON object with arguments of `LagKVCache`, all optional. ``layer_keep_ratio`` names layers by their
+    numbers as text, since JSON has no other keys. The cache checks the values.
 
-    Raises ValueError: the file cannot be read, is no JSON object, or has an unknown name.
+    Raises ValueError: the file cannot be read, is not a JSON object, or has an unknown name.
     """
+    source = f"the settings file {path}"
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = read_text(path, source)
     except OSError as error:
-        raise ValueError(f"the settings file {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"the settings file {path} is no JSON: {error}") from error
-    return checked_settings(data, f"the settings file {path}")
+        raise ValueError(f"{source} cannot be read: {error.strerror or error}") from error
+    return checked_settings(parse_object(text, source), source)
 
 
 def checked_settings(data: Any, source: str) -> dict[str, Any]:
-    """Keyword arguments of `LagKVCache` from parsed JSON; ``source`` says in messages where that was read.
+    """Keyword arguments of `LagKVCache` from parsed JSON; ``source`` names its origin in messages.
 
-    Raises ValueError: no object, or an unknown name.
+    Raises ValueError: ``data`` is not an object, or has an unknown name.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{source} must hold a JSON object, got {type(data).__name__}")
+        raise ValueError(f"{source} must have a JSON object, got {type(data).__name__}")
     if unknown := [name for name in data if name not in NAMES]:
         raise ValueError(f"{source} has the unknown name {unknown[0]!r}; known: {', '.join(NAMES)}")
     if (ratios := data.get("layer_keep_ratio")) is not None:
@@ -61,6 +62,6 @@ def checked_settings(data: Any, source: str) -> dict[str, Any]:
 
 
 def settings_text(arguments: Mapping[str, Any]) -> str:
-    """What `read_settings` reads back as ``arguments``, keyword arguments of `LagKVCache`."""
-    # json makes text of the layers' numbers by itself.
+    """The text that `read_settings` reads back as ``arguments``, keyword arguments of `LagKVCache`."""
+    # json converts the layers' numbers to text.
     return json.dumps(dict(arguments), indent=2) + "\n"

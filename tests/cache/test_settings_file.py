@@ -69,8 +69,8 @@ def test_what_is_written_is_read_and_makes_the_same_cache(tmp_path_factory, want
     ("text", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("{", "is no JSON"),
-        ("[1]", "must hold a JSON object, got list"),
+        ("{", "is not valid JSON"),
+        ("[1]", "must have a JSON object, got list"),
         ('{"keep_ration": 0.5}', "has the unknown name 'keep_ration'; known: lag_size, keep_ratio"),
         ('{"layer_keep_ratio": {"first": 0.5}}', "must be an object of layer numbers and ratios"),
         ('{"layer_keep_ratio": [0.5]}', "must be an object of layer numbers and ratios"),

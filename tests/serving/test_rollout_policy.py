@@ -50,7 +50,7 @@ def changed(field: str, value: object) -> str:
         ("share", True, "share must be a number from 0 to 1, got True"),
         ("share", None, "share must be a number from 0 to 1, got None"),
         ("min_prompt_tokens", -1, "min_prompt_tokens must be an integer of at least 0, got -1"),
-        ("settings", [1], "settings must hold a JSON object, got list"),
+        ("settings", [1], "settings must have a JSON object, got list"),
         ("settings.keep_ration", 1, "settings has the unknown name 'keep_ration'; known: lag_size"),
         ("settings.keep_ratio", 2, "settings: keep_ratio must be in (0, 1], got 2"),
         (
@@ -83,14 +83,14 @@ def test_every_wrong_value(field, value, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no JSON"),
-        ("[1]", "must hold a JSON object, got list"),
-        ('{"share": 0.1, "share": 1}', "names 'share' twice"),
-        ('{"settings": {"keep": 1, "keep": 2}}', "names 'keep' twice"),
-        ('{"share": NaN}', "must hold finite numbers, got NaN"),
-        ('{"share": Infinity}', "must hold finite numbers, got Infinity"),
+        ("", "is not valid JSON"),
+        ("[1]", "must have a JSON object, got list"),
+        ('{"share": 0.1, "share": 1}', "has the name 'share' twice"),
+        ('{"settings": {"keep": 1, "keep": 2}}', "has the name 'keep' twice"),
+        ('{"share": NaN}', "must have finite numbers, got NaN"),
+        ('{"share": Infinity}', "must have finite numbers, got Infinity"),
         ('{"version": 1, "enabled": true, "share": 1}', "must say 'settings'; required are version, enabled"),
-        ("[" * 100_000, "is no JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         (changed("share", 10**400), "share must be a number from 0 to 1"),
     ],
 )

@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lagkv_ext.user_files import read_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -48,11 +50,11 @@ def own_text() -> tuple[str, tuple[Fact, ...]]:
 def read_files(text_file: Path, facts_file: Path) -> tuple[str, tuple[Fact, ...]]:
     """Text and facts of the user; raises DemoError for what cannot be read."""
     try:
-        return text_file.read_text(encoding="utf-8"), parse_facts(
-            facts_file.read_text(encoding="utf-8"), str(facts_file)
-        )
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(text_file, str(text_file))
+        facts = read_text(facts_file, str(facts_file))
+    except (OSError, ValueError) as error:
         raise DemoError(f"cannot read the text or its facts: {error}") from error
+    return text, parse_facts(facts, str(facts_file))
 
 
 def parse_facts(source: str, name: str) -> tuple[Fact, ...]:

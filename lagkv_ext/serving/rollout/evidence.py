@@ -14,8 +14,9 @@ import os
 from pathlib import Path
 
 from lagkv_ext.serving.rollout.breaker import Check
-from lagkv_ext.serving.rollout.policy import RolloutError, integer, number, read_object
+from lagkv_ext.serving.rollout.policy import integer, number, read_object
 from lagkv_ext.serving.rollout.store import now
+from lagkv_ext.user_files import decode
 
 _log = logging.getLogger(__name__)
 _LINE = 256  # bytes; none is longer
@@ -76,13 +77,13 @@ class Evidence:
         for line in whole.splitlines():
             try:
                 found.append(_check_of(line))
-            except (RolloutError, UnicodeDecodeError, KeyError) as error:
+            except (ValueError, KeyError) as error:
                 _log.error("a line of %s is no check and is left out: %s", self.path, error)
         return found
 
 
 def _check_of(line: bytes) -> Check:
-    data = read_object(line.decode(), "the line")
+    data = read_object(decode(line, "the line"), "the line")
     kl = data["kl"]
     number("agreement", data["agreement"], 0, 1)
     if kl is not None:

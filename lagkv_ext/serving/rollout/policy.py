@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lagkv_ext.settings_file import checked_settings
+from lagkv_ext.user_files import parse_object, read_text
 
 
 class RolloutError(ValueError):
@@ -111,7 +112,8 @@ def parse(text: str, source: str, config: Any = None) -> Policy:
 
 def read(path: Path, config: Any = None) -> Policy:
     """As `parse`. Raises FileNotFoundError, other OSError, and RolloutError."""
-    return parse(_text(path), f"the rollout file {path}", config)
+    source = f"the rollout file {path}"
+    return parse(text_of(path, source), source, config)
 
 
 def check_values(settings: Mapping[str, Any], source: str) -> None:
@@ -137,34 +139,19 @@ def check_values(settings: Mapping[str, Any], source: str) -> None:
 
 
 def read_object(text: str, source: str) -> dict[str, Any]:
-    """A JSON object in which nothing is ambiguous: no name twice, no NaN, no infinity. RolloutError otherwise."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
-            raise RolloutError(f"{source} names {twice!r} twice")
-        return found
-
-    def refuse(constant: str) -> Any:
-        raise RolloutError(f"{source} must hold finite numbers, got {constant}")
-
+    """`parse_object` with RolloutError."""
     try:
-        data = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
-    except RolloutError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise RolloutError(f"{source} is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise RolloutError(f"{source} must hold a JSON object, got {type(data).__name__}")
-    return data
+        return parse_object(text, source)
+    except ValueError as error:
+        raise RolloutError(str(error)) from error
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path, source: str) -> str:
+    """`read_text` with RolloutError where the file is not UTF-8. OSError where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RolloutError(f"the rollout file {path} is no UTF-8: {error}") from error
+        return read_text(path, source)
+    except ValueError as error:
+        raise RolloutError(str(error)) from error
 
 
 def _names(source: str, data: dict[str, Any], kind: Any, required: tuple[str, ...] = ()) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from lagkv_ext.commands.evaluate.metrics import METRICS
 from lagkv_ext.commands.evaluate.types import EvaluationError, Question, Sample, Skipped
+from lagkv_ext.user_files import read_text
 
 # LongBench's metric and answer length per dataset (its eval.py and dataset2maxlen.json).
 LONGBENCH: dict[str, tuple[str, int]] = {
@@ -172,7 +173,7 @@ def _own_prompt(
 def read_templates(path: Path) -> dict[str, str]:
     """LongBench's dataset2prompt.json: dataset -> prompt with {context} and {input}."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path, str(path)))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as LongBench's dataset2prompt.json: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(x, str) and "{context}" in x for x in data.values()):
@@ -195,16 +196,16 @@ def _text(path: Path, skipped: list[Skipped]) -> str | None:
         if path.stat().st_size > _LARGEST:
             skipped.append(Skipped(path.name, f"is larger than {_LARGEST >> 20} MiB"))
             return None
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, path.name)
+    except (OSError, ValueError) as error:
         skipped.append(Skipped(path.name, f"cannot be read: {error}"))
         return None
 
 
 def _jsonl(path: Path, skipped: list[Skipped]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, path.name).split("\n")
+    except (OSError, ValueError) as error:
         skipped.append(Skipped(str(path), f"cannot be read: {error}"))
         return
     for number, line in enumerate(lines, 1):
