@@ -136,7 +136,7 @@ def test_off_and_back_work_where_the_file_is_damaged_or_gone(folder, monkeypatch
     run("set", "--share", 0.2)
     Path("other.json").write_text("{")
     for command in (("set", "--share", 0.3), ("on",), ("show",)):
-        assert "is no JSON" in run(*command, status=2)
+        assert "is not valid JSON" in run(*command, status=2)
     assert "from version 2: version 3 written\n  enabled true -> false" in run("off")
     Path("other.json").unlink()
     assert "version 4 written\n  enabled false -> true" in run("back")
@@ -146,7 +146,7 @@ def test_off_and_back_work_where_the_file_is_damaged_or_gone(folder, monkeypatch
     Path("other.json").unlink()
     assert "version 6 written" in run("init", folder / "other.json")  # the numbers go on
     Path("other.history/000002.json").write_text("{")
-    assert "is no JSON" in run("history")
+    assert "is not valid JSON" in run("history")
 
 
 # -- the runbook

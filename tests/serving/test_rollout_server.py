@@ -126,7 +126,7 @@ def test_it_starts_only_with_a_good_file(tmp_path):
     ):
         server(store)
     store.path.write_text("{")
-    with pytest.raises(RolloutError, match="is no JSON"):
+    with pytest.raises(RolloutError, match="is not valid JSON"):
         server(store)
     # Ratios that no model refuses but this one: it has three layers.
     store.path.write_text(policy(settings={"layer_keep_ratio": {5: 0.5}}).text)
@@ -141,8 +141,8 @@ def test_it_starts_only_with_a_good_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda p: p.write_text("{"), "is no JSON"),
-        (lambda p: p.write_bytes(b"\xff"), "is no UTF-8"),
+        (lambda p: p.write_text("{"), "is not valid JSON"),
+        (lambda p: p.write_bytes(b"\xff"), "is not UTF-8"),
         (lambda p: (p.unlink(), p.mkdir()), "cannot be read: Is a directory"),
         (
             lambda p: p.write_text(policy(version=2, settings={"keep": 99, "lag_size": 8}).text),

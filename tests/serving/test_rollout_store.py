@@ -138,7 +138,7 @@ def test_a_file_made_by_hand_comes_into_the_history(tmp_path):
 def test_a_trip_record_that_cannot_be_read_is_doubt_and_goes_with_the_next_version(tmp_path):
     store = stored(tmp_path)
     store.tripped.write_text("{")
-    with pytest.raises(RolloutError, match="is no JSON"):
+    with pytest.raises(RolloutError, match="is not valid JSON"):
         store.trip()
     old, new = store.write(
         lambda old: old

@@ -225,13 +225,21 @@ def _write(file: Path, make: Callable[[Policy | None], Policy], dry_run: bool, *
         return checked(make(old))
 
     with _refusing():
+        names = _names_of(store.path)
         old, new = store.write(make_checked, over=over, dry_run=dry_run)
     if old == new:
         typer.echo(f"version {new.version} of {file} says so already: nothing was written")
         return
     would = "would be " if dry_run else ""
     came = "" if old is None else f" from version {old.version}"
-    typer.echo(f"{file}{came}: version {new.version} {would}written")
+    link = f" (a link to {store.path})" if file.is_symlink() else ""
+    typer.echo(f"{file}{link}{came}: version {new.version} {would}written")
+    if names > 1:
+        typer.echo(
+            f"warning: {store.path} had {names} names (hard links). Servers that read it by another name do not see "
+            "this version: use symbolic links",
+            err=True,
+        )
     for change in _changes(old, new):
         typer.echo(f"  {change}")
     if old is not None and tripped is not None and tripped.version >= old.version:
@@ -308,7 +316,15 @@ def _there(policy: Policy | None, file: Path) -> Policy:
 def _store(file: Path) -> Store:
     from lagkv_ext.serving.rollout.store import Store
 
-    return Store(file)
+    with _refusing():
+        return Store(file)
+
+
+def _names_of(path: Path) -> int:
+    try:
+        return path.stat().st_nlink
+    except FileNotFoundError:
+        return 0
 
 
 class _refusing:

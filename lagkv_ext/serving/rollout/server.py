@@ -68,8 +68,7 @@ class Rollout:
     def __init__(self, path: str | Path, config: Any, *, reload_s: float = 1.0):
         number("reload_s", reload_s, 0, float("inf"))
         self._config, self._reload_s = config, reload_s
-        self._store = Store(path, patience_s=_PATIENCE_S)
-        self._watch = Watch(self._store, config)
+        self._watch = Watch(_store(path), config)
         self._looking = threading.Lock()  # held by the one thread that looks at the files
         self._counting = threading.Lock()
         self._decisions: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
@@ -237,7 +236,7 @@ class Rollout:
         if self._unsaved is None:
             return
         try:
-            self._store.record_trip(self._unsaved)
+            self._watch.store.record_trip(self._unsaved)
             self._unsaved = None
         except OSError as error:
             self._tell_once("the trip could not be written, only this process has fallen back so far", error)
@@ -265,9 +264,12 @@ class Rollout:
 
     def _look(self) -> None:
         self._next_look = time.monotonic() + self._reload_s
+        store = self._watch.store
         force = self._watch.look()
         if force.policy.version != self._force.policy.version:
             self._begin(force)
+        elif self._watch.store is not store:  # a link leads to the same version in another folder
+            self._evidence = self._evidence_of(force)
         self._force = force
         self._read_evidence()
         self._save_trip()
@@ -278,7 +280,10 @@ class Rollout:
             self._force = force
             self._errors = 0
         self._breaker = Breaker(force.policy.guard)
-        self._evidence = Evidence(self._store.checks_of(force.policy.version), force.policy.guard.window)
+        self._evidence = self._evidence_of(force)
+
+    def _evidence_of(self, force: Force) -> Evidence:
+        return Evidence(self._watch.store.checks_of(force.policy.version), force.policy.guard.window)
 
     # -- what others see
 
@@ -300,6 +305,13 @@ class Rollout:
                 unusable=self._watch.unusable,
                 reload_errors=self._watch.errors,
             )
+
+
+def _store(path: str | Path) -> Store:
+    try:
+        return Store(path, patience_s=_PATIENCE_S)
+    except OSError as error:
+        raise RolloutError(f"the rollout file {path} cannot be read: {error.strerror}") from error
 
 
 __all__ = ["Decision", "Rollout", "RolloutError"]

@@ -1,17 +1,21 @@
-"""The rollout file on disk, its history, and the record of a trip: whole files only, and versions that only grow.
+"""Stores the rollout file, its history and the record of a trip: complete files only, and versions that only grow.
 
 Beside ``lagkv-rollout.json``, the version in force:
 
 - ``lagkv-rollout.history/000003.json``: every version, never changed; ``000003.tripped.json`` where it tripped.
-- ``lagkv-rollout.tripped.json``: the version that tripped, for all processes; of no meaning to later versions.
+- ``lagkv-rollout.tripped.json``: the version that tripped, for all processes; later versions ignore it.
 - ``lagkv-rollout.checks/000003.jsonl``: the quality checks of a version (`evidence`).
 - ``lagkv-rollout.lock``: held (flock) while something is written; the system frees it when a process dies.
+
+Where the path is a symbolic link, all of these lie beside the file that it leads to: everybody who means the same file
+shares one history, one trip and one lock, by whatever name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lagkv_ext.serving.rollout.policy import Policy, RolloutError, integer, read, read_object
+from lagkv_ext.serving.rollout.policy import Policy, RolloutError, integer, read, read_object, text_of
 
 DOUBT = 2**62  # above every version
 _NUMBERED = re.compile(r"(\d{6,})\.")
@@ -54,14 +58,25 @@ def stamp(seconds: float) -> str:
 
 
 class Store:
-    """Reads and writes the rollout file ``path``. The methods that write are safe among threads and processes: one
-    after the other, and TimeoutError (an OSError) where another one does not end within ``patience_s``."""
+    """Reads and writes the rollout file at ``name``, a path that may be a symbolic link. ``path`` is the file that it
+    leads to when the store is made.
 
-    def __init__(self, path: str | Path, *, patience_s: float = 30.0):
-        self.path, self._patience_s = Path(path), patience_s
+    Writing is safe among threads and processes: one writes after the other. TimeoutError (an OSError): another writer
+    did not finish within ``patience_s``.
+
+    Raises OSError: the symbolic links lead nowhere.
+    """
+
+    def __init__(self, name: str | Path, *, patience_s: float = 30.0):
+        self.name, self._patience_s = Path(name), patience_s
+        self.path = target_of(self.name)
         self.history = self._beside(".history")
         self.tripped = self._beside(".tripped.json")
         self.checks = self._beside(".checks")
+
+    def again(self) -> Store:
+        """The store at the same name, whose symbolic links may lead elsewhere by now. Raises OSError."""
+        return Store(self.name, patience_s=self._patience_s)
 
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(self.path.name.removesuffix(".json") + ending)
@@ -167,7 +182,16 @@ class Store:
         if trip is not None and trip.version < DOUBT:  # the server that tripped may not have had the right to
             self._keep_trip(trip)
         place(self._pending(new.version), new.text, first=True)
-        place(self.path, new.text)
+        try:
+            place(self.path, new.text)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise OSError(
+                errno.EBUSY,
+                "cannot be replaced, since this file is mounted by itself: mount its folder instead",
+                str(self.path),
+            ) from error
         os.rename(self._pending(new.version), self._kept(new.version))
         self.tripped.unlink(missing_ok=True)  # of an older version, whose record is in the history
 
@@ -230,6 +254,30 @@ class Store:
             os.close(fd)
 
 
+def target_of(path: Path) -> Path:
+    """The file that ``path`` leads to through symbolic links, whether it exists or not.
+
+    Raises OSError: the links form a loop.
+    """
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():  # realpath gives up there
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return found
+
+
+def mounted_by_itself(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether the file is a mount of its own, as containers mount single files: whoever replaces it outside changes
+    nothing here. False where the system does not list its mounts."""
+    try:
+        lines = mounts.read_bytes().splitlines()
+    except OSError:
+        return False
+    # Field 5 is the mount point, with blanks and backslashes as octal numbers.
+    points = (line.split(b" ")[4] for line in lines if line.count(b" ") > 4)
+    found = (re.sub(rb"\\([0-7]{3})", lambda x: bytes([int(x[1], 8)]), point) for point in points)
+    return os.fsencode(path) in found
+
+
 def place(path: Path, text: str, *, first: bool = False) -> None:
     """Write a file as a whole: whoever reads it sees all of ``text`` or what was there before, also after a crash.
 
@@ -274,16 +322,15 @@ def _text(trip: Trip) -> str:
 
 
 def _read_trip(path: Path) -> Trip | None:
+    source = f"the trip record {path}"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path, source)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise RolloutError(f"the trip record {path} is no UTF-8: {error}") from error
-    data = read_object(text, f"the trip record {path}")
+    data = read_object(text, source)
     try:
         trip = Trip(**data)
         integer("version", trip.version, 1)
     except (TypeError, RolloutError) as error:
-        raise RolloutError(f"the trip record {path} is not usable: {error}") from error
+        raise RolloutError(f"{source} is not usable: {error}") from error
     return trip

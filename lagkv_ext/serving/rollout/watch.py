@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lagkv_ext.serving.rollout.policy import Policy, RolloutError, read
-from lagkv_ext.serving.rollout.store import Store, Trip, now
+from lagkv_ext.serving.rollout.store import Store, Trip, mounted_by_itself, now, target_of
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Signature = tuple[int, ...] | None
+_STAYS = "the version in force stays"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Watch:
         self._seen: dict[Path, Signature] = {}
         self._told: dict[Path, object] = {}
         self._unusable: set[Path] = set()
+        self._warn_of_mount()
         try:
             self._seen[store.path] = _signature(store.path)
             self._policy = self._good = read(store.path, config)
@@ -68,12 +70,42 @@ class Watch:
 
     def look(self) -> Force:
         """What is in force now. Never raises."""
+        if not self._follow_links():
+            return self.force
         path = self.store.path
-        self._look_at(path, lambda: read(path, self.config), self._take, "what is in force stays")
+        self._look_at(path, lambda: read(path, self.config), self._take, _STAYS)
         record = self.store.tripped
         if not self._look_at(record, self.store.trip, self._take_trip_record, "it counts as tripped"):
             self._doubt = True
         return self.force
+
+    def _follow_links(self) -> bool:
+        """Follow a symbolic link that leads to another file than at the last look. False where it leads nowhere."""
+        name = self.store.name
+        try:
+            moved = target_of(name) != self.store.path
+            store = self.store.again() if moved else self.store
+        except OSError as error:
+            self._tell(name, str(error), f"{name} cannot be read: {error.strerror}", _STAYS)
+            self._unusable.add(name)
+            return False
+        self._unusable.discard(name)
+        if moved:
+            _log.info("%s leads to %s from now on", name, store.path)
+            self.store = store
+            # Nothing is known of these files, even where they were followed before.
+            self._seen.clear()
+            self._unusable.clear()
+            self._warn_of_mount()
+        return True
+
+    def _warn_of_mount(self) -> None:
+        if mounted_by_itself(self.store.path):
+            _log.error(
+                "%s is mounted by itself: a version that lagkv rollout writes elsewhere, off too, is never seen here; "
+                "mount its folder instead",
+                self.store.path,
+            )
 
     def take_trip(self, trip: Trip) -> Force:
         """A trip stays for its version, also where its record vanishes."""
