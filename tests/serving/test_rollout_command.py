@@ -120,7 +120,7 @@ def test_refusals_say_why_and_write_nothing(folder):
     assert "is there already, version 1: change it with lagkv rollout set" in run("init", status=2)
     assert "say what to set: --share" in run("set", status=2)
     assert "guard.window must be at least guard.min_checks (20), got 3" in run("set", "--window", 3, status=2)
-    assert "there is no version 9 of lagkv-rollout.json; known: 1" in run("back", 9, status=2)
+    assert f"there is no version 9 of {folder / 'lagkv-rollout.json'}; known: 1" in run("back", 9, status=2)
     assert "there is no version before 1 that differs and did not trip" in run("back", status=2)
     assert store().versions() == [1]
     tiny_config("gemma3").save_pretrained("model")

@@ -39,6 +39,7 @@ class Watch:
         self._seen: dict[Path, Signature] = {}
         self._told: dict[Path, object] = {}
         self._unusable: set[Path] = set()
+        self._lost = False  # the symbolic links lead nowhere
         self._warn_of_mount()
         try:
             self._seen[store.path] = _signature(store.path)
@@ -66,7 +67,7 @@ class Watch:
     @property
     def unusable(self) -> bool:
         """Whether a file is there, as of the last look, that cannot be used."""
-        return bool(self._unusable)
+        return self._lost or bool(self._unusable)
 
     def look(self) -> Force:
         """What is in force now. Never raises."""
@@ -87,9 +88,9 @@ class Watch:
             store = self.store.again() if moved else self.store
         except OSError as error:
             self._tell(name, str(error), f"{name} cannot be read: {error.strerror}", _STAYS)
-            self._unusable.add(name)
+            self._lost = True
             return False
-        self._unusable.discard(name)
+        self._lost = False
         if moved:
             _log.info("%s leads to %s from now on", name, store.path)
             self.store = store
