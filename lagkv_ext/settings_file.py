@@ -17,7 +17,6 @@ NAMES = (
     "sink_size",
     "score",
     "value_weight",
-    "order",
     "layer_keep_ratio",
     "skip_layers",
     "max_tokens",
@@ -25,6 +24,9 @@ NAMES = (
     "offloading",
     "offload_only_non_sliding",
 )
+
+#: The one value of "order" that settings of version 1 may still have.
+ORDER = "use_then_compress"
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def checked_settings(data: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(data, dict):
         raise ValueError(f"{source} must have a JSON object, got {type(data).__name__}")
+    data = without_order(data, source)
     if unknown := [name for name in data if name not in NAMES]:
         raise ValueError(f"{source} has the unknown name {unknown[0]!r}; known: {', '.join(NAMES)}")
     if (ratios := data.get("layer_keep_ratio")) is not None:
@@ -59,6 +62,21 @@ def checked_settings(data: Any, source: str) -> dict[str, Any]:
             )
         data = {**data, "layer_keep_ratio": {int(k): v for k, v in ratios.items()}}
     return data
+
+
+def without_order(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The settings without ``order``, which version 1 of the files could name; ``source`` says where they were read.
+
+    Raises ValueError: an order other than the one that is left.
+    """
+    order = data.get("order", ORDER)
+    if order != ORDER:
+        raise ValueError(
+            f"{source}: order must be {ORDER!r}, got {order!r}: attention of a step always sees the cache as it was "
+            "before the compression that the step sets off; 'compress_then_use' made no measurable difference and was "
+            'removed. Delete "order"'
+        )
+    return {name: value for name, value in data.items() if name != "order"}
 
 
 def settings_text(arguments: Mapping[str, Any]) -> str:

@@ -40,7 +40,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
     Use it where a `DynamicCache` would be used: ``model.generate(..., past_key_values=LagKVCache(model.config))``.
     Full-attention layers are compressed recursively, in the prompt (in one piece or in chunks) and in decoding:
     whenever two full partitions have come together, every partition but the last loses all but its ``keep`` best
-    tokens. Layers of other kinds (sliding window, chunked, linear attention, shared) keep the cache that `DynamicCache`
+    tokens. Attention of a step sees the cache as it was before the compression that the step sets off (the paper's
+    order). Layers of other kinds (sliding window, chunked, linear attention, shared) keep the cache that `DynamicCache`
     gives them. ``get_seq_length()`` counts the tokens seen; how many rows a layer still holds is in `report`.
 
     Args:
@@ -52,10 +53,6 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         sink_size: leading tokens that are always kept, at least 0.
         score: "std" (the paper) or "cosine".
         value_weight: weight of the value score against the key score, finite.
-        order: "use_then_compress" (the paper): attention of a step sees the cache as it was before the compression
-            that this step sets off. "compress_then_use": it sees the result, but always every token of its own step, or
-            tokens would look at what comes after them; so a prompt given in one piece is attended in full. Both
-            drop the same tokens, given the same keys and values.
         layer_keep_ratio: layers with a ``keep_ratio`` of their own, ``{layer: ratio}``; a negative index counts from
             the last layer of the model; only full-attention layers.
         skip_layers: layers that are never compressed; negative indices as above.
@@ -99,7 +96,6 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         sink_size: int = 16,
         score: str = "std",
         value_weight: float = 1.0,
-        order: str = "use_then_compress",
         layer_keep_ratio: Mapping[int, float] | None = None,
         skip_layers: Iterable[int] = (),
         max_tokens: int | None = None,
@@ -115,7 +111,6 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             sink_size=sink_size,
             value_weight=value_weight,
             score=score,
-            order=order,
             max_tokens=max_tokens,
             quantization=quantization,
         )

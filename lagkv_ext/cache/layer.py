@@ -71,8 +71,7 @@ class LagKVLayer(RowLayer):
         The offset puts the ``query_length`` new rows at their true positions, so that they are causal among
         themselves; every older row comes out at a position before them, so that all new tokens see it.
         """
-        rows = self.rows + query_length - self._dropped(self._count_before_use(query_length))
-        return rows, self.seen + query_length - rows
+        return self.rows + query_length, self.seen - self.rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Take in new tokens ``[B, H, n, D]``; returns the keys and values that attention of this step sees.
@@ -83,22 +82,17 @@ class LagKVLayer(RowLayer):
         """
         buffer = self._ready(key_states, value_states)
         new = key_states.shape[2]
-        before_use = self._count_before_use(new)
-        planned = None if self.record_past else self._track.plan(new)
+        planned = Plan((), self.rows + new, self.start) if self.record_past else self._track.plan(new)
         self._track.append(new)
         total = self.rows
-        if planned is not None and planned.passes:
-            partly = 0 < before_use < planned.passes[0].count
-            if total > buffer.capacity or partly or len(planned.passes) > 1:
-                return self._replace(key_states, value_states, planned, before_use)
+        if planned.passes and (total > buffer.capacity or len(planned.passes) > 1):
+            return self._replace(key_states, value_states, planned)
         if total > buffer.capacity:
             buffer.reallocate(self._capacity_for(total))
         buffer.append(key_states, value_states)
-        if planned is not None and planned.passes:
+        if planned.passes:
             self._due = planned.passes
             self._track.account(planned)
-            if before_use:
-                self.settle()
         return buffer.key, buffer.value
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -174,15 +168,7 @@ class LagKVLayer(RowLayer):
 
     # -- compression
 
-    def _count_before_use(self, new: int) -> int:
-        """Partitions compressed before attention of this step: those without new tokens, which all must be seen."""
-        if self.settings.order == "use_then_compress":
-            return 0
-        old = max(self.rows - self.start, 0) // self.settings.lag_size
-        due = 0 if self.record_past else self.settings.compressed_count(self.rows + new, self.start)
-        return min(old, due)
-
-    def _replace(self, key: Tensor, value: Tensor, planned: Plan, before_use: int) -> tuple[Tensor, Tensor]:
+    def _replace(self, key: Tensor, value: Tensor, planned: Plan) -> tuple[Tensor, Tensor]:
         """Compress into new storage of exactly the rows that stay. The full states belong to the caller alone."""
         assert self._buffer is not None
         with plain_tensors():
@@ -191,23 +177,12 @@ class LagKVLayer(RowLayer):
                 value = torch.cat([self._buffer.value, value], dim=2)
             self._buffer = None  # the old rows are free before the new ones come
             self._track.account(planned)
-            first = planned.passes[0]
-            once_key, once_value, index = self._compress(key, value, first.start)
-            self._track.record(index, first)
-            new_key, new_value = once_key, once_value
-            for done in planned.passes[1:]:
+            new_key, new_value = key, value
+            for done in planned.passes:
                 new_key, new_value, index = self._compress(new_key, new_value, done.start)
                 self._track.record(index, done)
             self._buffer = RowBuffer(new_key, new_value)
-            if before_use == 0:
-                return key, value
-            if before_use == first.count:
-                return once_key, once_value
-            # Some new tokens are among what is dropped: for this step compress only the partitions before them.
-            end = first.start + (before_use + 1) * self.settings.lag_size
-            old_key, old_value, _ = self._compress(key[:, :, :end], value[:, :, :end], first.start)
-            key = torch.cat([old_key, key[:, :, end:]], dim=2)
-            return key, torch.cat([old_value, value[:, :, end:]], dim=2)
+            return key, value
 
     # -- memory
 

@@ -26,8 +26,6 @@ class _Step:
     begins: list[int]  # the first of them
     counts: list[int]
     plans: list[Plan]
-    before_use: list[int]  # partitions compressed before attention
-    old: list[int]  # rows from before the step that attention sees
 
 
 class PaddedLayer(RowLayer):
@@ -96,14 +94,12 @@ class PaddedLayer(RowLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As `LagKVLayer.get_mask_sizes`, of the sequence with the most rows; the others have hidden columns."""
-        columns = max(self._step(query_length).old) + query_length
-        return columns, self._seen + query_length - columns
+        return self.rows + query_length, self._seen - self.rows
 
     def visible(self, new: int) -> Tensor:
         """bool ``[B, columns]`` on the CPU: the columns that attention of a step of ``new`` columns may see."""
-        step = self._step(new)
-        hidden = max(step.old) - torch.tensor(step.old)
-        return torch.cat([torch.arange(max(step.old)) >= hidden[:, None], step.tokens], dim=1)
+        hidden = self.rows - torch.tensor(self.rows_per_sequence)
+        return torch.cat([torch.arange(self.rows) >= hidden[:, None], self._step(new).tokens], dim=1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Take in new columns ``[B, H, n, D]``; returns what attention of this step sees, ``[B, H, columns, D]``."""
@@ -130,8 +126,6 @@ class PaddedLayer(RowLayer):
             buffer.reallocate(total + self._room(total))
         buffer.append(key_states, value_states)
         self._due = due if any(due) else []
-        if any(step.before_use):
-            self.settle()
         return buffer.key, buffer.value
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -216,7 +210,7 @@ class PaddedLayer(RowLayer):
             for b, passes in enumerate(due):
                 if passes:
                     rows = [x[b : b + 1, :, x.shape[2] - passes[0].rows :] for x in (key, value)]
-                    kept_key, kept_value = self._run(b, passes, *rows)[-1]
+                    kept_key, kept_value = self._run(b, passes, *rows)
                     rows[0][:, :, -kept_key.shape[2] :] = kept_key
                     rows[1][:, :, -kept_key.shape[2] :] = kept_value
         self._buffer.drop_first(self._buffer.rows - self.rows)
@@ -226,21 +220,13 @@ class PaddedLayer(RowLayer):
     def _step(self, new: int) -> _Step:
         tokens = self._padding.columns(self._seen, new)
         counts = tokens.sum(dim=1).tolist()
-        plans, before_use, old = [], [], []
+        plans = []
         for track, count in zip(self._tracks, counts, strict=True):
             # A sequence that only gets padding does nothing, as it would alone.
             waits = self.record_past or count == 0
-            planned = Plan((), track.rows + count, track.start) if waits else track.plan(count)
-            partitions = 0
-            if planned.passes and self.settings.order == "compress_then_use":
-                # Those without new tokens, which all must be seen.
-                partitions = max(track.rows - track.start, 0) // self.settings.lag_size
-                partitions = min(partitions, planned.passes[0].count)
-            plans.append(planned)
-            before_use.append(partitions)
-            old.append(track.rows - self._dropped(partitions))
+            plans.append(Plan((), track.rows + count, track.start) if waits else track.plan(count))
         begins = tokens.int().argmax(dim=1).tolist() if new else [0] * len(counts)
-        return _Step(tokens, begins, counts, plans, before_use, old)
+        return _Step(tokens, begins, counts, plans)
 
     def _in_place(self, step: _Step, old_rows: tuple[int, ...]) -> bool:
         """Whether new columns may be written behind the old ones and compressed there."""
@@ -249,15 +235,7 @@ class PaddedLayer(RowLayer):
             # Rows must end in the last column, without a gap.
             if (count and begin + count < new) or (rows and count < new):
                 return False
-        due = [planned.passes for planned in step.plans]
-        if any(len(passes) > 1 for passes in due):
-            return False
-        if not any(step.before_use):
-            return True
-        # Before attention everything due runs, or nothing: and all of it must be without new tokens.
-        return all(
-            before == passes[0].count for before, passes in zip(step.before_use, due, strict=True) if passes
-        )
+        return all(len(planned.passes) <= 1 for planned in step.plans)
 
     def _replace(
         self, key: Tensor, value: Tensor, step: _Step, old_rows: tuple[int, ...]
@@ -265,12 +243,11 @@ class PaddedLayer(RowLayer):
         """Move the rows that stay into new storage of exactly as many columns as the longest sequence needs."""
         assert self._buffer is not None
         with plain_tensors():
-            new, columns = step.tokens.shape[1], self._buffer.rows
+            columns = self._buffer.rows
             if columns:
                 key = torch.cat([self._buffer.key, key], dim=2)
                 value = torch.cat([self._buffer.value, value], dim=2)
             self._buffer = None  # the old rows are free before the new ones come
-            seen: list[tuple[Tensor, ...]] = []  # what attention sees of the old rows
 
             def stay() -> Iterable[tuple[Tensor, ...]]:
                 for b, (begin, count, rows) in enumerate(
@@ -278,45 +255,19 @@ class PaddedLayer(RowLayer):
                 ):
                     spans = [(columns - rows, columns), (columns + begin, columns + begin + count)]
                     all_rows = [_join(x[b : b + 1], spans) for x in (key, value)]
-                    results = self._run(b, step.plans[b].passes, *all_rows)
-                    if any(step.before_use):
-                        old = self._before_use(results, step.before_use[b], step.plans[b].passes)
-                        seen.append(tuple(x[:, :, : x.shape[2] - count] for x in old))
-                    yield results[-1]
+                    yield self._run(b, step.plans[b].passes, *all_rows)
 
             self._buffer = self._right_aligned(stay(), self.rows, key, value)
-            if not any(step.before_use):
-                return key, value
-            old = self._right_aligned(seen, max(step.old), key, value)
-            return (
-                torch.cat([old.key, key[:, :, -new:]], dim=2),
-                torch.cat([old.value, value[:, :, -new:]], dim=2),
-            )
-
-    def _before_use(
-        self, results: list[tuple[Tensor, Tensor]], partitions: int, passes: tuple[Pass, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """All rows of one sequence with only the first ``partitions`` compressed: those without new tokens."""
-        if partitions == 0:
-            return results[0]
-        first = passes[0]
-        if partitions == first.count:
-            return results[1]
-        end = first.start + (partitions + 1) * self.settings.lag_size
-        key, value = results[0]
-        old_key, old_value, _ = self._compress(key[:, :, :end], value[:, :, :end], first.start)
-        return torch.cat([old_key, key[:, :, end:]], dim=2), torch.cat([old_value, value[:, :, end:]], dim=2)
+            return key, value
 
     def _run(
         self, sequence: int, passes: tuple[Pass, ...], key: Tensor, value: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The rows of a sequence before the first of ``passes``, after it, and after the last."""
-        results = [(key, value)]
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of a sequence after the compressions ``passes``."""
         for done in passes:
             key, value, index = self._compress(key, value, done.start)
             self._tracks[sequence].record(index, done)
-            results = [*results[:2], (key, value)]
-        return results
+        return key, value
 
     def _right_aligned(
         self, parts: Iterable[tuple[Tensor, ...]], columns: int, key: Tensor, value: Tensor

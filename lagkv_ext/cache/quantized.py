@@ -46,11 +46,10 @@ class QuantizedLagKVLayer(LagKVLayer):
         """As `LagKVLayer.update`."""
         buffer = self._ready(key_states, value_states)
         new = key_states.shape[2]
-        before_use = self._count_before_use(new)
         planned = None if self.record_past else self._track.plan(new)
         self._track.append(new)
         if planned is not None and planned.passes:
-            return self._replace(key_states, value_states, planned, before_use)
+            return self._replace(key_states, value_states, planned)
         total = buffer.rows + new
         if total > buffer.capacity:
             most = self.settings.sink_size + 2 * self.settings.lag_size  # before the next rows are quantised
@@ -73,7 +72,7 @@ class QuantizedLagKVLayer(LagKVLayer):
             planned = self._track.plan()
             if planned.passes:
                 empty = self._buffer.key[:, :, :0], self._buffer.value[:, :, :0]
-                self._replace(*empty, planned, 0)
+                self._replace(*empty, planned)
             self._quantize_old_rows()
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -114,7 +113,7 @@ class QuantizedLagKVLayer(LagKVLayer):
         )
         return key, value
 
-    def _replace(self, key: Tensor, value: Tensor, planned: Plan, before_use: int) -> tuple[Tensor, Tensor]:
+    def _replace(self, key: Tensor, value: Tensor, planned: Plan) -> tuple[Tensor, Tensor]:
         assert self._buffer is not None
         with plain_tensors():
             held, quantized = self._all_rows(), self._quantized
@@ -124,7 +123,7 @@ class QuantizedLagKVLayer(LagKVLayer):
             if quantized is not None and min(x.start for x in planned.passes) < self.quantized_rows:
                 before = self._positions(key)[:, :, : self.quantized_rows].contiguous()
             self._buffer = RowBuffer.empty(key, value)  # its rows are among these now
-            seen = super()._replace(key, value, planned, before_use)
+            seen = super()._replace(key, value, planned)
             buffer, settled = self._buffer, self.rows - self._track.recent
             rows = buffer.key, buffer.value
             if before is None:

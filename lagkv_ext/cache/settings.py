@@ -11,8 +11,6 @@ from typing import Any
 from lagkv_ext import arguments, formulas, ops
 from lagkv_ext.cache.quantizer import FORMATS
 
-ORDERS = ("use_then_compress", "compress_then_use")
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
@@ -24,7 +22,6 @@ class LayerSettings:
     sink_size: int
     value_weight: float
     score: str
-    order: str
     max_tokens: int | None = None
     quantization: str | None = None  #: of the rows that stay, one of `quantizer.FORMATS`
 
@@ -55,7 +52,6 @@ def layer_settings(
     sink_size: int,
     value_weight: float,
     score: str,
-    order: str,
     max_tokens: int | None = None,
     quantization: str | None = None,
 ) -> LayerSettings:
@@ -77,15 +73,12 @@ def layer_settings(
     if not math.isfinite(_number("value_weight", value_weight)):
         raise ValueError(f"value_weight must be finite, got {value_weight}")
     _one_of("score", score, arguments.SCORES)
-    _one_of("order", order, ORDERS)
     if max_tokens is not None:
         max_tokens = _integer("max_tokens", max_tokens)
         _check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
     if quantization is not None:
         _one_of("quantization", quantization, FORMATS)
-    return LayerSettings(
-        lag_size, keep, sink_size, float(value_weight), score, order, max_tokens, quantization
-    )
+    return LayerSettings(lag_size, keep, sink_size, float(value_weight), score, max_tokens, quantization)
 
 
 def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:

@@ -52,7 +52,7 @@ class LagKVStaticCache(ReportsLayers, Cache):
             torch's default device.
         step_tokens: most tokens of a step at fixed addresses, at most ``lag_size - keep``. Room for such a step is kept
             free: what is held is what ``LagKVCache`` holds with ``max_tokens=capacity - step_tokens + 1``.
-        lag_size, keep_ratio, keep, sink_size, score, value_weight, order: as for ``LagKVCache``; ``keep`` must be below
+        lag_size, keep_ratio, keep, sink_size, score, value_weight: as for ``LagKVCache``; ``keep`` must be below
             ``lag_size``, and all full-attention layers are treated alike.
 
     Raises:
@@ -83,7 +83,6 @@ class LagKVStaticCache(ReportsLayers, Cache):
         sink_size: int = 16,
         score: str = "std",
         value_weight: float = 1.0,
-        order: str = "use_then_compress",
     ):
         check_config(config)
         if not hasattr(Cache, "get_query_offset"):
@@ -98,7 +97,6 @@ class LagKVStaticCache(ReportsLayers, Cache):
             sink_size=sink_size,
             value_weight=value_weight,
             score=score,
-            order=order,
         )
         settings = with_capacity(settings, capacity, step_tokens)
         self._text_config = config.get_text_config(decoder=True)

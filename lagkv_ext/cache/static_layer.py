@@ -73,26 +73,17 @@ class LagKVStaticLayer(SlotLayer):
         return self._rows_left()[0] if self.padding is None else self.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:  # type: ignore[override]
-        """``(columns, rows dropped before attention)``: every old row comes out before the new tokens."""
+        """``(columns, 0)``: columns of the mask are rows."""
         if self.awaits_prompt:
             return query_length, 0
         if query_length > self.step_tokens:
-            rows = int(self.get_query_offset())
-            columns = self._as_growing().get_mask_sizes(query_length)[0]
-            return columns, rows + query_length - columns
-        if self._compresses_first or not self.is_initialized or self.padding is not None:
-            return self.capacity, 0
-        return self.capacity, self._dropped(self.length + query_length)[0]
+            return int(self.get_query_offset()) + query_length, 0
+        return self.capacity, 0
 
     def visible(self, new: int) -> Tensor:
         """bool ``[B, capacity]``: the slots that attention of a step of ``new`` tokens may see, the last ``new`` of
         each sequence causally."""
-        if self._compresses_first:
-            rows = self._rows_left() + new
-        else:
-            rows = self.length + new
-            rows = rows - self._dropped(rows)
-        return torch.arange(self.capacity, device=self.device) < rows[:, None]
+        return torch.arange(self.capacity, device=self.device) < (self._rows_left() + new)[:, None]
 
     # -- what the cache asks; these read lengths on the host
 
@@ -131,8 +122,7 @@ class LagKVStaticLayer(SlotLayer):
     # -- steps
 
     def step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self._compresses_first:
-            self.settle()
+        self.settle()
         arrived = torch.arange(key.shape[2], device=self.device)
         sequence = torch.arange(self.batch_size, device=self.device)[:, None, None]
         head = torch.arange(key.shape[1], device=self.device)[:, None]
@@ -145,8 +135,6 @@ class LagKVStaticLayer(SlotLayer):
         for count in (self.length, self.tokens, self.seen):
             count.add_(key.shape[2])
         self.due.fill_(True)
-        if not self._compresses_first:
-            self.settle()
         return self.keys, self.values
 
     def settle(self) -> None:
@@ -212,11 +200,6 @@ class LagKVStaticLayer(SlotLayer):
         return LagKVLayer.of_rows(self.keys[:, :, :rows], self.values[:, :, :rows], track)
 
     # -- lengths
-
-    @property
-    def _compresses_first(self) -> bool:
-        """Whether a step runs the compression of the step before, and not its own."""
-        return self.settings.order == "use_then_compress"
 
     def _dropped(self, rows: Tensor) -> Tensor:
         """What a compression of so many rows drops, by sequence."""

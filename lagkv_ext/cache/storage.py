@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lagkv_ext.cache.layer_state import LayerState, WrongState, restore, state_of
+from lagkv_ext.settings_file import without_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -182,6 +183,9 @@ def _read(path: str | os.PathLike, device: torch.device) -> tuple[dict[str, Any]
     shaped = isinstance(about, dict) and isinstance(about.get("model"), dict)
     if not shaped or not all(isinstance(x, dict) for x in about.get("layers") or [None]):
         raise ValueError(f"{path} is damaged: its metadata do not describe a model and layers")
+    for i, layer in enumerate(about["layers"]):
+        if isinstance(layer.get("settings"), dict):
+            layer["settings"] = without_order(layer["settings"], f"{path}, layer {i}")
     return about, tensors
 
 

@@ -98,11 +98,10 @@ class OracleLayer:
         lag_size: int,
         keep: int,
         sink_size: int,
-        order: str = "use_then_compress",
         max_tokens: int | None = None,
         **scoring: Any,
     ):
-        self.lag_size, self.keep, self.order, self.scoring = lag_size, keep, order, scoring
+        self.lag_size, self.keep, self.scoring = lag_size, keep, scoring
         self.start = self.sink_size = sink_size
         self.max_tokens = max_tokens
         self.positions: Tensor | None = None  # [B, H, rows]
@@ -116,14 +115,9 @@ class OracleLayer:
         old = total - new
         if self.positions is None:
             self.positions = key.new_zeros((batch, heads, 0), dtype=torch.long)
-        old_partitions = max(self.positions.shape[2] - self.start, 0) // self.lag_size
         arrived = torch.arange(old, total).expand(batch, heads, new)
         self.positions = torch.cat([self.positions, arrived], dim=2)
         visible = self.positions
-        if self.order == "compress_then_use" and old_partitions:
-            # As many old partitions as may go: all of them but, where it is the last full one, the last.
-            end = min(self.start + (old_partitions + 1) * self.lag_size, visible.shape[2])
-            visible = torch.cat([self._kept(key, value, visible[:, :, :end]), visible[:, :, end:]], dim=2)
         while self._compress(key, value) and self.positions.shape[2] >= (self.max_tokens or float("inf")):
             pass
 

@@ -28,8 +28,6 @@ from tests.cache.models import (
     tiny_model,
 )
 
-ORDERS = ("use_then_compress", "compress_then_use")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
@@ -51,7 +49,6 @@ def budgets(draw):
         sink_size=sink_size,
         value_weight=1.0,
         score="std",
-        order=draw(st.sampled_from(["use_then_compress", "compress_then_use"])),
         max_tokens=sink_size + 2 * lag_size + draw(st.integers(0, 40)),
     )
 
@@ -95,7 +92,6 @@ def test_a_budget_just_large_enough_rescoring_what_was_kept():
         sink_size=4,
         value_weight=1.0,
         score="std",
-        order="use_then_compress",
         max_tokens=20,
     )
     rows, start, lengths = 0, 4, []
@@ -166,10 +162,8 @@ def test_rows_and_positions_after_any_number_of_restarts(settings, steps, decode
         held = record.append(key, value)
         returned = layer.update(key, value)
         assert returned[0].shape[2] == returned[1].shape[2] == columns
-        assert torch.equal(returned[0][:, :, -new:], key)
-        if settings.order == "use_then_compress":
-            assert torch.equal(returned[0], held[0])
-            assert torch.equal(returned[1], held[1])
+        assert torch.equal(returned[0], held[0])
+        assert torch.equal(returned[1], held[1])
         assert layer.rows == record.length < settings.max_tokens
         if i % 7 == 0 or i >= len(steps) + decode - 3:
             assert torch.equal(layer.kept_positions(), record.rows[2])
@@ -202,9 +196,7 @@ def small_layer(**changes):
         "value_weight": 1.0,
         "score": "std",
     }
-    return LagKVLayer(
-        layer_settings(**{**settings, "order": "use_then_compress", "max_tokens": 30, **changes})
-    )
+    return LagKVLayer(layer_settings(**{**settings, "max_tokens": 30, **changes}))
 
 
 def test_crop_after_a_restart_removes_recent_tokens_alone():
@@ -247,14 +239,13 @@ def test_memory_is_constant_for_ever():
 # -- a model
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_under_a_budget_sees_exactly_the_kept_rows(kind, order):
+def test_attention_under_a_budget_sees_exactly_the_kept_rows(kind):
     """A prompt of more than the budget, then single tokens and chunks."""
     model, chunks = tiny_model(kind, "sdpa", torch.float64), [100, *[1] * 60, 9, 30, *[1] * 30]
     ids = prompt(sum(chunks), batch=2)
-    cache = LagKVCache(model.config, keep=2, order=order, max_tokens=28, **SMALL)
-    layers = {i: OracleLayer(keep=2, order=order, max_tokens=28, **SMALL) for i in full_layers(kind)}
+    cache = LagKVCache(model.config, keep=2, max_tokens=28, **SMALL)
+    layers = {i: OracleLayer(keep=2, max_tokens=28, **SMALL) for i in full_layers(kind)}
     expected = Oracle(kind, layers).forward(ids, chunks)
     torch.testing.assert_close(forward(model, cache, ids, chunks), expected, rtol=1e-9, atol=1e-9)
     for i, layer in layers.items():

@@ -41,7 +41,6 @@ def make_layer(**changes) -> LagKVLayer:
         "sink_size": 4,
         "value_weight": 1.0,
         "score": "std",
-        "order": "use_then_compress",
     }
     return LagKVLayer(layer_settings(**{**settings, **changes}))
 
@@ -136,16 +135,15 @@ ACTIONS = st.lists(
     lag_size=st.integers(1, 9),
     keep=st.integers(1, 9),
     sink_size=st.integers(0, 9),
-    order=st.sampled_from(["use_then_compress", "compress_then_use"]),
     scoring=st.fixed_dictionaries(
         {"score": st.sampled_from(["std", "cosine"]), "value_weight": st.sampled_from([0.0, 1.0, 2.5])}
     ),
     actions=ACTIONS,
 )
-def test_any_life_of_a_layer(lag_size, keep, sink_size, order, scoring, actions):
+def test_any_life_of_a_layer(lag_size, keep, sink_size, scoring, actions):
     """Appending, cropping, beams, forks, in any order: rows, values and positions of every head, bit for bit."""
     keep = min(keep, lag_size)
-    layer = make_layer(lag_size=lag_size, keep=keep, sink_size=sink_size, order=order, **scoring)
+    layer = make_layer(lag_size=lag_size, keep=keep, sink_size=sink_size, **scoring)
     record = Record(lag_size, keep, sink_size, scoring)
     batch, abandoned = 2, []
     for step, (action, number) in enumerate(actions):
@@ -160,13 +158,8 @@ def test_any_life_of_a_layer(lag_size, keep, sink_size, order, scoring, actions)
                 seen = layer.update(key, value)
                 assert seen[0].shape[2] == seen[1].shape[2] == columns
                 held = record.append(key, value)
-                # Whatever the order, attention sees every new token.
-                assert torch.equal(seen[0][:, :, -new:], key)
-                if order == "use_then_compress":
-                    assert torch.equal(seen[0], held[0])
-                    assert torch.equal(seen[1], held[1])
-                elif columns == record.length:
-                    assert torch.equal(seen[1], record.rows[1])
+                assert torch.equal(seen[0], held[0])
+                assert torch.equal(seen[1], held[1])
         elif action == "crop":
             if record.rows is None or number <= record.croppable or not record.compressions:
                 layer.crop(-number)
@@ -205,16 +198,13 @@ def test_any_life_of_a_layer(lag_size, keep, sink_size, order, scoring, actions)
     sink=st.integers(0, 6),
     lag_size=st.integers(2, 24),
     keep=st.integers(1, 24),
-    order=st.sampled_from(["use_then_compress", "compress_then_use"]),
     chunks=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     decode=st.integers(0, 40),
     seed=st.integers(0, 1 << 20),
 )
-def test_the_authors_algorithm_keeps_the_same_tokens(
-    heads, dims, sink, lag_size, keep, order, chunks, decode, seed
-):
+def test_the_authors_algorithm_keeps_the_same_tokens(heads, dims, sink, lag_size, keep, chunks, decode, seed):
     keep = min(keep, lag_size)
-    layer = make_layer(lag_size=lag_size, keep=keep, sink_size=sink, order=order)
+    layer = make_layer(lag_size=lag_size, keep=keep, sink_size=sink)
     theirs = [AuthorsHead(*dims, sink, lag_size, keep) for _ in range(heads)]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -246,12 +236,11 @@ def test_other_dtypes(dtype):
 
 
 @given(
-    order=st.sampled_from(["use_then_compress", "compress_then_use"]),
     steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 7)), min_size=1, max_size=12),
 )
-def test_recording_the_past_rejected_tokens_leave_no_trace(order, steps):
+def test_recording_the_past_rejected_tokens_leave_no_trace(steps):
     """Assisted decoding: every step takes in tokens, of which `crop` rejects some; they never choose what is kept."""
-    layer, record = make_layer(order=order), Record(8, 2, 4, {})
+    layer, record = make_layer(), Record(8, 2, 4, {})
     layer.activate_past_recording()
     for i, (accepted, rejected) in enumerate(steps):
         key, value = states(accepted + rejected, seed=i)
@@ -264,21 +253,6 @@ def test_recording_the_past_rejected_tokens_leave_no_trace(order, steps):
         record.append(key[:, :, :accepted], value[:, :, :accepted])
         assert_same(layer, record)
         assert layer.storages()[0].shape[2] <= 2 * max(74, layer.rows + layer.rows // 16)
-
-
-def test_compress_then_use_sees_all_tokens_of_its_own_step():
-    """Also where they fit the buffer: 12 + 16 rows are 3 partitions, of which 2 lose a token, the second a new one."""
-    layer = make_layer(keep=7, order="compress_then_use")
-    first, second = states(12), states(16, seed=1)
-    layer.update(*first)
-    assert layer.storages()[0].shape[2] >= 28
-    assert layer.get_mask_sizes(16) == (27, 1)
-    key, value = layer.update(*second)
-    everything = [torch.cat(pair, dim=2) for pair in zip(first, second, strict=True)]
-    expected = reference.compress(*(x[:, :, :20] for x in everything), 4, 8, 7)
-    assert torch.equal(key, torch.cat([expected[0], everything[0][:, :, 20:]], dim=2))
-    assert torch.equal(value, torch.cat([expected[1], everything[1][:, :, 20:]], dim=2))
-    assert torch.equal(layer.keys, reference.compress(*everything, 4, 8, 7)[0])
 
 
 def test_states_in_any_memory_order():
@@ -338,10 +312,9 @@ def test_the_traffic_counter_sees_a_copy():
     assert traffic.elements == 2 * 2 * 301 * 8
 
 
-@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
-def test_decoding_allocates_rarely(order):
+def test_decoding_allocates_rarely():
     """Steady decoding replaces its buffer once in three compressions at most, and never has room for much more."""
-    layer = make_layer(order=order)
+    layer = make_layer()
     layer.update(*states(20))
     pointers = []
     for i in range(800):
@@ -366,11 +339,10 @@ def test_without_compression_growth_is_geometric():
     assert traffic.elements < 20 * 2000 * 14
 
 
-@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
 @pytest.mark.parametrize("new", [52, 31])
-def test_a_prompt_leaves_exactly_the_kept_rows(new, order):
+def test_a_prompt_leaves_exactly_the_kept_rows(new):
     """After the prompt and after a long chunk nothing holds more than the rows kept: storages, not views."""
-    layer = make_layer(order=order)
+    layer = make_layer()
     for i in range(2):
         layer.update(*states(new, seed=i))
         key, value, chosen = layer.storages()
@@ -418,8 +390,7 @@ def test_what_attention_sees_stays_intact_until_the_next_step():
     assert layer.compressions >= 8
 
 
-@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
-def test_every_change_comes_after_the_compression_that_is_due(order):
+def test_every_change_comes_after_the_compression_that_is_due():
     """The last token of a partition sets off a compression in place, which may still wait when the next call comes."""
     changes = [
         (lambda x: x.crop(-1), lambda x: x.crop(1)),
@@ -432,7 +403,7 @@ def test_every_change_comes_after_the_compression_that_is_due(order):
         (lambda x: copy.deepcopy(x).crop(-5), lambda x: None),
     ]
     for ours, theirs in changes:
-        layer, record = make_layer(order=order), Record(8, 2, 4, {})
+        layer, record = make_layer(), Record(8, 2, 4, {})
         for i, new in enumerate([30, *[1] * 6]):
             layer.update(*states(new, seed=i))
             assert layer.compressions == 1 + (i == 6)

@@ -31,7 +31,6 @@ from tests.cache.models import (
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64
 EAGER = {"rtol": 1e-3, "atol": 1e-3}  # transformers' eager attention takes its softmax in float32
-ORDERS = ("use_then_compress", "compress_then_use")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,16 +58,15 @@ def length_after(chunks, lag_size, keep, sink_size):
 # -- what the model computes
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_sees_exactly_the_kept_rows(kind, attention, order):
+def test_attention_sees_exactly_the_kept_rows(kind, attention):
     """Prompt, chunks shorter and longer than a partition, single tokens: all logits, the kept set of all heads."""
     model = tiny_model(kind, attention, torch.float64)
     ids = prompt(110, batch=2)
     chunks = [30, 3, 41, 5, *[1] * 20, 7, 4]
-    cache = LagKVCache(model.config, keep=3, order=order, **SMALL)
-    layers = {i: OracleLayer(keep=3, order=order, **SMALL) for i in full_layers(kind)}
+    cache = LagKVCache(model.config, keep=3, **SMALL)
+    layers = {i: OracleLayer(keep=3, **SMALL) for i in full_layers(kind)}
     tolerance = EXACT if attention == "sdpa" else EAGER
     torch.testing.assert_close(
         forward(model, cache, ids, chunks), Oracle(kind, layers).forward(ids, chunks), **tolerance
@@ -80,7 +78,6 @@ def test_attention_sees_exactly_the_kept_rows(kind, attention, order):
 
 @given(
     kind=st.sampled_from(KINDS),
-    order=st.sampled_from(ORDERS),
     score=st.sampled_from(["std", "cosine"]),
     value_weight=st.sampled_from([0.0, 1.0, 0.7]),
     sink_size=st.integers(0, 9),
@@ -88,7 +85,7 @@ def test_attention_sees_exactly_the_kept_rows(kind, attention, order):
     keeps=st.tuples(*[st.integers(1, 9)] * 4),
     chunks=st.lists(st.integers(1, 40), min_size=1, max_size=6),
 )
-def test_any_chunks_any_ratio_per_layer(kind, order, score, value_weight, sink_size, lag_size, keeps, chunks):
+def test_any_chunks_any_ratio_per_layer(kind, score, value_weight, sink_size, lag_size, keeps, chunks):
     model = tiny_model(kind, "sdpa", torch.float64)
     keeps = {i: min(keeps[i], lag_size) for i in full_layers(kind)}
     cache = LagKVCache(
@@ -98,12 +95,11 @@ def test_any_chunks_any_ratio_per_layer(kind, order, score, value_weight, sink_s
         layer_keep_ratio={
             i: (keep + 0.5) / lag_size if keep < lag_size else 1.0 for i, keep in keeps.items()
         },
-        order=order,
         score=score,
         value_weight=value_weight,
     )
     layers = {
-        i: OracleLayer(lag_size, keep, sink_size, order, score=score, value_weight=value_weight)
+        i: OracleLayer(lag_size, keep, sink_size, score=score, value_weight=value_weight)
         for i, keep in keeps.items()
     }
     ids = prompt(sum(chunks), seed=sum(chunks))
@@ -164,15 +160,14 @@ def test_keep_ratio_1_generates_what_the_uncompressed_cache_generates(kind, atte
     assert len(set(expected[0, 50:].tolist())) > 5  # not one token for ever
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("chunk", [None, 6, 19])
 @pytest.mark.parametrize("kind", KINDS)
-def test_generate_is_greedy_decoding_of_the_oracle(kind, chunk, order):
+def test_generate_is_greedy_decoding_of_the_oracle(kind, chunk):
     model, ids = tiny_model(kind, "sdpa", torch.float64), prompt(61, batch=2)
-    cache = LagKVCache(model.config, keep_ratio=0.25, order=order, **SMALL)
+    cache = LagKVCache(model.config, keep_ratio=0.25, **SMALL)
     tokens = generate(model, ids, cache, new=25, prefill_chunk_size=chunk)
     prefill = [61] if chunk is None else [len(x) for x in torch.arange(61).split(chunk)]
-    layers = {i: OracleLayer(keep=2, order=order, **SMALL) for i in full_layers(kind)}
+    layers = {i: OracleLayer(keep=2, **SMALL) for i in full_layers(kind)}
     logits = Oracle(kind, layers).forward(tokens[:, :-1], [*prefill, *[1] * 24])
     assert torch.equal(logits[:, 60:].argmax(dim=-1), tokens[:, 61:])
     rows, compressions = length_after([*prefill, *[1] * 24], 8, 2, 4)
@@ -220,12 +215,11 @@ def test_beam_search_scores_are_those_of_the_compressed_model(kind):
     torch.testing.assert_close(result.sequences_scores.double(), alone, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_assisted_decoding_keeps_what_the_accepted_tokens_keep(kind, order):
+def test_assisted_decoding_keeps_what_the_accepted_tokens_keep(kind):
     """Prompt lookup proposes tokens, most are rejected: the kept set and the result are as if they had never been."""
     model, ids = tiny_model(kind, "sdpa", torch.float64), prompt(12).repeat(1, 5)
-    cache, lengths, crops = LagKVCache(model.config, keep=2, order=order, **SMALL), [], []
+    cache, lengths, crops = LagKVCache(model.config, keep=2, **SMALL), [], []
     crop = cache.crop
 
     def watched_crop(tokens_to_remove):

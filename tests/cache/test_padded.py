@@ -27,7 +27,6 @@ from tests.cache.padded_batches import (
     texts,
 )
 
-ORDERS = ("use_then_compress", "compress_then_use")
 MIXED = [{}, {"layer_keep_ratio": {-1: 0.5}}, {"skip_layers": [1]}]
 # Early versions lose the positions of padded sequences in a prompt given in chunks, with any cache.
 PADS_CHUNKS = hasattr(Cache, "get_query_offset")
@@ -65,11 +64,10 @@ def separated(kind, lengths, arguments, new):
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_tokens": 24}], ids=str)
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_generate_gives_every_sequence_what_it_gets_alone(kind, order, changes):
+def test_generate_gives_every_sequence_what_it_gets_alone(kind, changes):
     """float32, with the attention implementations that build masks; compressions come at different steps."""
-    arguments = {**SMALL, "keep": 2, "order": order, **changes}
+    arguments = {**SMALL, "keep": 2, **changes}
     sequences, expected = separated(kind, (40, 26, 1), arguments, new=16)
     ids, mask = padded(sequences)
     for attention in ("sdpa", "eager"):
@@ -92,13 +90,12 @@ def test_generate_gives_every_sequence_what_it_gets_alone(kind, order, changes):
     lag_size=st.integers(2, 9),
     keep=st.integers(1, 9),
     sink_size=st.integers(0, 9),
-    order=st.sampled_from(ORDERS),
     score=st.sampled_from(["std", "cosine"]),
     room=st.one_of(st.none(), st.integers(0, 20)),
     chunk=st.one_of(st.none(), st.integers(1, 30)) if PADS_CHUNKS else st.none(),
     new=st.integers(2, 14),
 )
-def test_any_lengths(kind, lengths, extra, lag_size, keep, sink_size, order, score, room, chunk, new):
+def test_any_lengths(kind, lengths, extra, lag_size, keep, sink_size, score, room, chunk, new):
     """float64, in which no two scores of random states are near each other; also prompts in chunks."""
     model, sequences = tiny_model(kind, "sdpa", torch.float64), texts(lengths, seed=sum(lengths))
     ids, mask = padded(sequences, extra=extra)
@@ -106,7 +103,6 @@ def test_any_lengths(kind, lengths, extra, lag_size, keep, sink_size, order, sco
         "lag_size": lag_size,
         "keep": min(keep, lag_size - 1),
         "sink_size": sink_size,
-        "order": order,
         "score": score,
         "value_weight": 0.7,  # with 1, two tokens by cosine can only tie or win both
         "max_tokens": None if room is None else sink_size + 2 * lag_size + room,
@@ -137,9 +133,8 @@ def test_any_lengths(kind, lengths, extra, lag_size, keep, sink_size, order, sco
 @pytest.mark.parametrize(
     "settings", [pytest.param(x, marks=needs_offset if x else []) for x in MIXED], ids=str
 )
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_padding_in_any_step_on_any_side(kind, order, settings):
+def test_padding_in_any_step_on_any_side(kind, settings):
     """Prompt, single tokens, several at once; layers that hide different columns."""
     chunks = [45, *[1] * 12, 6, 20, *[1] * 9, 5]
     mask = torch.ones(3, sum(chunks), dtype=torch.long)
@@ -150,7 +145,7 @@ def test_padding_in_any_step_on_any_side(kind, order, settings):
     mask[0, 63:83] = 0  # all of it
     mask[0, 50] = 0  # a single column
     model = tiny_model(kind, "sdpa", torch.float64)
-    arguments = {**SMALL, "keep_ratio": 0.25, "order": order, **settings}
+    arguments = {**SMALL, "keep_ratio": 0.25, **settings}
     assert_steps_alone(model, kind, arguments, prompt(mask.shape[1], batch=3), mask, chunks, EXACT, 8)
 
 

@@ -18,8 +18,6 @@ from lagkv_ext.cache.padded import PaddedLayer
 from lagkv_ext.cache.padding import Padding
 from lagkv_ext.cache.settings import layer_settings
 
-ORDERS = ("use_then_compress", "compress_then_use")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
@@ -131,15 +129,12 @@ ACTIONS = st.lists(
     lag_size=st.integers(1, 9),
     keep=st.integers(1, 9),
     sink_size=st.integers(0, 9),
-    order=st.sampled_from(ORDERS),
     room=st.one_of(st.none(), st.integers(0, 20)),
     record_past=st.sampled_from([False, False, True]),
     first=st.lists(st.tuples(st.integers(0, 26), st.sampled_from([0, 0, 3])), min_size=1, max_size=4),
     actions=ACTIONS,
 )
-def test_any_life_of_a_padded_layer(
-    batch, lag_size, keep, sink_size, order, room, record_past, first, actions
-):
+def test_any_life_of_a_padded_layer(batch, lag_size, keep, sink_size, room, record_past, first, actions):
     """Rows, values, positions and what attention sees, bit for bit those of every sequence alone."""
     keep = min(keep, lag_size)
     settings = layer_settings(
@@ -149,7 +144,6 @@ def test_any_life_of_a_padded_layer(
         sink_size=sink_size,
         value_weight=1.0,
         score="std",
-        order=order,
         max_tokens=None if room is None or keep == lag_size else sink_size + 2 * lag_size + room,
     )
     state = Batch(settings, batch, record_past)
@@ -184,9 +178,7 @@ def test_any_life_of_a_padded_layer(
 
 def test_memory_of_a_padded_layer():
     """After a prompt exactly the columns kept; in decoding room for a partition or a sixteenth; the full states die."""
-    settings = layer_settings(
-        lag_size=8, keep=2, keep_ratio=None, sink_size=4, value_weight=1.0, score="std", order=ORDERS[0]
-    )
+    settings = layer_settings(lag_size=8, keep=2, keep_ratio=None, sink_size=4, value_weight=1.0, score="std")
     state = Batch(settings, 3, record_past=False)
     state.step([(0, 0), (20, 0), (60, 0)], 100, seed=0)
     columns = state.layer.rows
@@ -213,7 +205,6 @@ def test_padding_alone_sets_off_nothing():
         sink_size=4,
         value_weight=1.0,
         score="std",
-        order=ORDERS[0],
         max_tokens=30,
     )
     state = Batch(settings, 2, record_past=False)

@@ -106,7 +106,7 @@ def settings(form="int4", **changes):
         "value_weight": 1.0,
         "score": "std",
     }
-    return layer_settings(**{**values, "order": "use_then_compress", "quantization": form, **changes})
+    return layer_settings(**{**values, "quantization": form, **changes})
 
 
 def states(new, seed, dtype=torch.float32, dims=(8, 6)):
@@ -136,7 +136,6 @@ def assert_holds(layer, given_states):
 
 @given(
     form=st.sampled_from(FORMATS),
-    order=st.sampled_from(["use_then_compress", "compress_then_use"]),
     score=st.sampled_from(["std", "cosine"]),
     lag_size=st.integers(1, 9),
     keep=st.integers(1, 9),
@@ -144,11 +143,9 @@ def assert_holds(layer, given_states):
     dtype=st.sampled_from(DTYPES),
     steps=st.lists(st.one_of(st.just(1), st.integers(1, 60)), min_size=1, max_size=30),
 )
-def test_the_same_tokens_stay_as_without_quantisation(
-    form, order, score, lag_size, keep, sink_size, dtype, steps
-):
+def test_the_same_tokens_stay_as_without_quantisation(form, score, lag_size, keep, sink_size, dtype, steps):
     shared = {
-        "lag_size": lag_size, "keep": min(keep, lag_size), "sink_size": sink_size, "order": order, "score": score
+        "lag_size": lag_size, "keep": min(keep, lag_size), "sink_size": sink_size, "score": score
     }  # fmt: skip
     layer, plain = QuantizedLagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
     given_states = [x[:, :, :0] for x in states(1, 0, dtype)]
@@ -234,7 +231,7 @@ def test_crop_stops_at_quantised_rows():
 @pytest.mark.parametrize("keep", [4, 16])
 def test_bytes_after_a_long_text(form, share, keep):
     """Against the unquantised cache, which holds the same rows in bfloat16; all that is kept alive counts."""
-    shared = {"lag_size": 16, "keep": keep, "order": "compress_then_use"}
+    shared = {"lag_size": 16, "keep": keep}
     layer, plain = QuantizedLagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
     for i in range(8):
         for x in (layer, plain):

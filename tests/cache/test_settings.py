@@ -55,7 +55,7 @@ def settings_of(cache, layer=0):
         ({"sink_size": -1}, ValueError, "sink_size must be at least 0, got -1"),
         ({"value_weight": float("inf")}, ValueError, "value_weight must be finite, got inf"),
         ({"value_weight": None}, TypeError, "value_weight must be a number, got None"),
-        ({"order": "use"}, ValueError, "order must be 'use_then_compress' or 'compress_then_use', got 'use'"),
+        ({"order": "use_then_compress"}, TypeError, "unexpected keyword argument 'order'"),
         ({"skip_layers": [3]}, ValueError, "skip_layers must hold layer indices between -3 and 2, got 3"),
         ({"skip_layers": [-4]}, ValueError, "skip_layers must hold layer indices between -3 and 2, got -4"),
         ({"skip_layers": ["0"]}, TypeError, "a layer index in skip_layers must be an integer, got '0'"),
@@ -82,7 +82,6 @@ def test_defaults_are_the_papers():
         "sink_size": 16,
         "value_weight": 1.0,
         "score": "std",
-        "order": "use_then_compress",
         "max_tokens": None,
         "quantization": None,
     }

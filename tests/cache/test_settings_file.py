@@ -32,7 +32,6 @@ def arguments(draw):
         "sink_size": sink_size,
         "score": draw(st.sampled_from(["std", "cosine"])),
         "value_weight": draw(st.floats(-2, 2)),
-        "order": draw(st.sampled_from(["use_then_compress", "compress_then_use"])),
         "max_tokens": draw(st.none() | st.integers(sink_size + 2 * lag_size, 4096)),
         **draw(
             st.fixed_dictionaries({"keep_ratio": RATIO})
@@ -88,6 +87,18 @@ def test_what_is_wrong_is_named_by_every_reader(tmp_path, capsys, text, message)
     done = CliRunner().invoke(cli.app, ["demo", "--settings", str(path)])
     assert done.exit_code == 2, done.output
     assert message in done.output
+
+
+def test_the_order_of_old_files(tmp_path):
+    """Version 1 could name an order: the one that is left is dropped, the other refused."""
+    path = tmp_path / "lagkv.json"
+    path.write_text('{"lag_size": 8, "order": "use_then_compress"}')
+    assert read_settings(path) == {"lag_size": 8}
+    path.write_text('{"lag_size": 8, "order": "compress_then_use"}')
+    with pytest.raises(
+        ValueError, match=r"lagkv\.json: order must be .*, got 'compress_then_use': .* Delete"
+    ):
+        read_settings(path)
 
 
 def test_profile_takes_the_file_and_options_go_first(tmp_path, capsys):

@@ -24,7 +24,6 @@ from lagkv_ext.cache.static_window import StaticWindowLayer
 from tests.cache.families import DECODERS, decoder
 from tests.cache.models import SMALL, forward, generate, prompt, tiny_config, tiny_model
 
-ORDERS = ("use_then_compress", "compress_then_use")
 BUDGET = 22  # rows: with SMALL and keep=2 every second or third compression starts again from the sink
 # The growing cache attends to its rows alone, this one to all slots with most of them hidden.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -56,7 +55,6 @@ def static_layers(draw):
         sink_size=sink_size,
         value_weight=draw(st.sampled_from([0.0, 1.0, 2.5])),
         score=draw(st.sampled_from(["std", "cosine"])),
-        order=draw(st.sampled_from(ORDERS)),
     )
     step_tokens = draw(st.one_of(st.just(1), st.integers(1, lag_size - keep)))
     capacity = sink_size + 2 * lag_size + step_tokens - 1 + draw(st.integers(0, 30))
@@ -171,11 +169,8 @@ def test_any_life_of_a_window(window, step_tokens, chunks):
     assert (layer.get_seq_length(), addresses([layer])) == (seen, before)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_step_allocates_no_rows(order):
-    settings = layer_settings(
-        lag_size=8, keep=2, keep_ratio=None, sink_size=4, value_weight=1.0, score="std", order=order
-    )
+def test_a_step_allocates_no_rows():
+    settings = layer_settings(lag_size=8, keep=2, keep_ratio=None, sink_size=4, value_weight=1.0, score="std")
     layer = LagKVStaticLayer(with_capacity(settings, BUDGET, 1), BUDGET, 1)
     layer.lazy_initialization(*states(0))
 
@@ -199,9 +194,9 @@ def test_a_step_allocates_no_rows(order):
 # -- models
 
 
-def pair(model, order="use_then_compress", **arguments):
+def pair(model, **arguments):
     """The growing cache and the static one."""
-    settings = {"keep": 2, "order": order, **SMALL}
+    settings = {"keep": 2, **SMALL}
     growing = LagKVCache(model.config, max_tokens=BUDGET, **settings)
     capacity = BUDGET + arguments.get("step_tokens", 1) - 1
     return growing, LagKVStaticCache(model.config, capacity=capacity, **settings, **arguments)
@@ -213,15 +208,14 @@ def totals(cache):
     return [(x.tokens_seen, x.tokens_kept, x.bytes_uncompressed, x.compressions) for x in layers]
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_models_compute_what_they_compute_with_the_growing_cache(kind, attention, order):
+def test_models_compute_what_they_compute_with_the_growing_cache(kind, attention):
     """A prompt in one piece or token by token, longer than all slots or not; chunks later on; many starts again."""
     model = tiny_model(kind, attention, torch.float64)
     close = CLOSE if attention == "sdpa" else {"rtol": 1e-4, "atol": 1e-4}  # eager softmax is float32
     for chunks in ([1] * 70, [60, *[1] * 20, 9, *[1] * 9, 22]):
-        growing, static = pair(model, order)
+        growing, static = pair(model)
         ids = prompt(sum(chunks), batch=2)
         expected = forward(model, growing, ids, chunks)
         torch.testing.assert_close(forward(model, static, ids, chunks), expected, **close)
@@ -230,23 +224,21 @@ def test_models_compute_what_they_compute_with_the_growing_cache(kind, attention
         assert static.get_seq_length() == sum(chunks)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_steps_of_several_tokens(kind, order):
+def test_steps_of_several_tokens(kind):
     model = tiny_model(kind, "sdpa", torch.float64)
-    growing, static = pair(model, order, step_tokens=6)
+    growing, static = pair(model, step_tokens=6)
     chunks, ids = [5, 6, 1, 3, 2, 6, 6, 30, 4, 4, 1, 6, 6, 6], prompt(86, batch=2)
     expected = forward(model, growing, ids, chunks)
     torch.testing.assert_close(forward(model, static, ids, chunks), expected, **CLOSE)
     assert static.kept_hash() == growing.kept_hash()
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_generation_is_that_of_the_growing_cache(kind, options, order):
+def test_generation_is_that_of_the_growing_cache(kind, options):
     model, ids = tiny_model(kind), prompt(45, batch=2)
-    growing, static = pair(model, order)
+    growing, static = pair(model)
     text = generate(model, ids, growing, new=50, **options)
     assert torch.equal(generate(model, ids, static, new=50, **options), text)
     assert static.kept_hash() == growing.kept_hash()
@@ -259,9 +251,9 @@ def test_generation_is_that_of_the_growing_cache(kind, options, order):
 
 def test_a_mask_of_ones_is_no_mask():
     """Its length is that of the tokens seen: less than the slots, or more."""
-    for kind, order, attention in itertools.product(["llama", "gemma3"], ORDERS, ["sdpa", "eager"]):
+    for kind, attention in itertools.product(["llama", "gemma3"], ["sdpa", "eager"]):
         model = tiny_model(kind, attention, torch.float64)
-        _, static = pair(model, order)
+        _, static = pair(model)
         ids, chunks, logits, seen = prompt(52, batch=2), [10, *[1] * 22, 20], [], 0
         expected = forward(model, copy.deepcopy(static), ids, chunks)
         for part in ids.split(chunks, dim=1):
@@ -278,12 +270,11 @@ def test_families(family):
     model = decoder(family, torch.float64)
     close = CLOSE if model.config._attn_implementation == "sdpa" else {"rtol": 1e-4, "atol": 1e-4}
     chunks, ids = [33, *[1] * 25, 12], prompt(70, batch=2)
-    for order in ORDERS:
-        growing, static = pair(model, order)
-        expected = forward(model, growing, ids, chunks)
-        torch.testing.assert_close(forward(model, static, ids, chunks), expected, **close)
-        assert static.kept_hash() == growing.kept_hash()
-        assert min(x.restarts.min() for x in static.layers if isinstance(x, LagKVStaticLayer)) >= 1
+    growing, static = pair(model)
+    expected = forward(model, growing, ids, chunks)
+    torch.testing.assert_close(forward(model, static, ids, chunks), expected, **close)
+    assert static.kept_hash() == growing.kept_hash()
+    assert min(x.restarts.min() for x in static.layers if isinstance(x, LagKVStaticLayer)) >= 1
 
 
 def test_reset_starts_again_at_the_same_addresses():

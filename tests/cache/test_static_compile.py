@@ -60,23 +60,18 @@ def restarts(cache):
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention", "order", "compiler"),
+    ("kind", "attention", "compiler"),
     [
-        ("llama", "sdpa", "use_then_compress", "aot_eager"),
-        ("llama", "eager", "compress_then_use", "aot_eager"),
-        (
-            "gemma3",
-            "sdpa",
-            "compress_then_use",
-            "eager",
-        ),  # tracing alone: the rest takes long for four layers
+        ("llama", "sdpa", "aot_eager"),
+        ("llama", "eager", "aot_eager"),
+        ("gemma3", "sdpa", "eager"),  # tracing alone: the rest takes long for four layers
     ],
 )
-def test_one_graph_for_all_steps(kind, attention, order, compiler):
+def test_one_graph_for_all_steps(kind, attention, compiler):
     """From the first token on: the window fills, layers compress, and start again from the sink."""
     model, ids = shallow(kind, attention), prompt(90, batch=2)
     cache = LagKVStaticCache(
-        model.config, capacity=BUDGET, max_batch_size=2, dtype=torch.float64, keep=2, order=order, **SMALL
+        model.config, capacity=BUDGET, max_batch_size=2, dtype=torch.float64, keep=2, **SMALL
     )
     before = addresses(cache)
     step = torch.compile(
@@ -85,7 +80,7 @@ def test_one_graph_for_all_steps(kind, attention, order, compiler):
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         logits = torch.cat([step(token) for token in ids.split(1, dim=1)], dim=1)
     assert compilations() == 1
-    growing = LagKVCache(model.config, max_tokens=BUDGET, keep=2, order=order, **SMALL)
+    growing = LagKVCache(model.config, max_tokens=BUDGET, keep=2, **SMALL)
     close = {"rtol": 1e-10, "atol": 1e-10} if attention == "sdpa" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(logits, forward(model, growing, ids, [1] * 90), **close)
     assert cache.kept_hash() == growing.kept_hash()
@@ -93,11 +88,10 @@ def test_one_graph_for_all_steps(kind, attention, order, compiler):
     assert addresses(cache) == before
 
 
-@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
-def test_steps_of_several_tokens_compile_once(order):
+def test_steps_of_several_tokens_compile_once():
     """A prompt, too, may go through the compiled step, ``step_tokens`` at a time."""
     model, ids = shallow("gemma3"), prompt(90, batch=2)
-    settings = {"keep": 2, "order": order, **SMALL}
+    settings = {"keep": 2, **SMALL}
     cache = LagKVStaticCache(
         model.config, capacity=BUDGET + 4, step_tokens=5, max_batch_size=2, dtype=torch.float64, **settings
     )
@@ -135,7 +129,6 @@ def test_endless_decoding():
         sink_size=4,
         value_weight=1.0,
         score="std",
-        order="use_then_compress",
     )
     layer = LagKVStaticLayer(with_capacity(settings, 100, 1), 100, 1)
     pool = torch.randn(1009, 2, 1, 2, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -175,13 +168,12 @@ def test_endless_decoding():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-@pytest.mark.parametrize("order", ["use_then_compress", "compress_then_use"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_a_captured_step_is_replayed_as_the_cache_fills_and_starts_again(kind, order):
+def test_a_captured_step_is_replayed_as_the_cache_fills_and_starts_again(kind):
     """One CUDA graph, captured once; then the cache is reset, and the graph replayed for every token."""
     model = copy.deepcopy(tiny_model(kind, "sdpa", torch.float64)).cuda()
     ids = prompt(90, batch=2).cuda()
-    growing = LagKVCache(model.config, max_tokens=BUDGET, keep=2, order=order, **SMALL)
+    growing = LagKVCache(model.config, max_tokens=BUDGET, keep=2, **SMALL)
     expected = forward(model, growing, ids, [1] * 90)
     cache = LagKVStaticCache(
         model.config,
@@ -190,7 +182,6 @@ def test_a_captured_step_is_replayed_as_the_cache_fills_and_starts_again(kind, o
         dtype=torch.float64,
         device="cuda",
         keep=2,
-        order=order,
         **SMALL,
     )
     token = ids[:, :1].clone()

@@ -32,7 +32,6 @@ def make(model, **arguments):
         ({"keep": 8}, ValueError, r"capacity \(28\) needs a keep below lag_size \(8\), got 8"),
         ({"keep": None, "keep_ratio": 1.0}, ValueError, "needs a keep below lag_size"),
         ({"keep": 9}, ValueError, r"keep must be at most lag_size \(8\), got 9"),
-        ({"order": "later"}, ValueError, "order must be 'use_then_compress' or 'compress_then_use', got 'later'"),
         ({"max_batch_size": 0}, ValueError, "max_batch_size must be at least 1, got 0"),
         ({"dtype": torch.float16}, ValueError, "needs max_batch_size .* got dtype=torch.float16 and device=None"),
         ({"device": "cpu"}, ValueError, "needs max_batch_size .* got dtype=None and device=cpu"),

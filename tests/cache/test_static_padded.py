@@ -19,7 +19,6 @@ from lagkv_ext.cache.settings import layer_settings, with_capacity
 from lagkv_ext.cache.static_layer import LagKVStaticLayer
 from tests.cache.models import SMALL, generate, prompt, tiny_model
 
-ORDERS = ("use_then_compress", "compress_then_use")
 BUDGET = 22
 LEFT = (0, 23, 7)  # padding columns of three sequences
 
@@ -41,9 +40,9 @@ def batch(length):
     return ids, mask
 
 
-def pair(model, order="use_then_compress", **arguments):
+def pair(model, **arguments):
     """The growing cache and the static one."""
-    settings = {"keep": 2, "order": order, **SMALL}
+    settings = {"keep": 2, **SMALL}
     growing = LagKVCache(model.config, max_tokens=BUDGET, **settings)
     return growing, LagKVStaticCache(model.config, capacity=BUDGET, **settings, **arguments)
 
@@ -51,15 +50,12 @@ def pair(model, order="use_then_compress", **arguments):
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     decoded=st.integers(1, 60),
-    order=st.sampled_from(ORDERS),
     extra=st.integers(0, 20),
     step_tokens=st.integers(1, 3),
 )
-def test_any_life_of_a_padded_layer(lengths, decoded, order, extra, step_tokens):
+def test_any_life_of_a_padded_layer(lengths, decoded, extra, step_tokens):
     """Prompts of any lengths, padded on the left: rows, positions and what attention sees of every sequence."""
-    settings = layer_settings(
-        lag_size=6, keep=2, keep_ratio=None, sink_size=3, value_weight=1.0, score="std", order=order
-    )
+    settings = layer_settings(lag_size=6, keep=2, keep_ratio=None, sink_size=3, value_weight=1.0, score="std")
     capacity = 15 + step_tokens - 1 + extra
     layer = LagKVStaticLayer(with_capacity(settings, capacity, step_tokens), capacity, step_tokens)
     columns = max(lengths)
@@ -86,12 +82,11 @@ def test_any_life_of_a_padded_layer(lengths, decoded, order, extra, step_tokens)
     )
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 @pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gemma3", "sdpa")])
-def test_generation_is_that_of_the_growing_cache(kind, attention, options, order):
+def test_generation_is_that_of_the_growing_cache(kind, attention, options):
     model, (ids, mask) = tiny_model(kind, attention, torch.float64), batch(50)
-    growing, static = pair(model, order)
+    growing, static = pair(model)
     text = generate(model, ids, growing, new=50, attention_mask=mask, **options)
     assert torch.equal(generate(model, ids, static, new=50, attention_mask=mask, **options), text)
     assert static.kept_hash() == growing.kept_hash()
@@ -139,13 +134,12 @@ def test_generate_compiles_its_steps_once():
     del model._compiled_call
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_compiled_step_that_makes_its_own_mask(order):
+def test_a_compiled_step_that_makes_its_own_mask():
     """`visible_columns` on the device: for loops other than generate's."""
     torch._dynamo.reset()
     counters.clear()
     model, (ids, mask) = tiny_model("llama", "sdpa", torch.float64), batch(90)
-    growing, static = pair(model, order)
+    growing, static = pair(model)
 
     def step(token, position):
         shown = static.visible_columns(0)[:, None, None]

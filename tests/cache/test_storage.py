@@ -70,14 +70,13 @@ def of_report(cache):
     before=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     after=st.lists(st.one_of(st.just(1), st.integers(1, 30)), min_size=1, max_size=12),
     keeps=st.tuples(*[st.integers(1, 8)] * 4),
-    order=st.sampled_from(["use_then_compress", "compress_then_use"]),
     score=st.sampled_from(["std", "cosine"]),
     max_tokens=st.one_of(st.none(), st.integers(20, 60)),
     batch=st.integers(1, 2),
     quantization=st.sampled_from([None, "int8", "int4", "fp8"]),
 )
 def test_any_split_goes_on_as_if_never_saved(
-    directory, kind, before, after, keeps, order, score, max_tokens, batch, quantization
+    directory, kind, before, after, keeps, score, max_tokens, batch, quantization
 ):
     """The states are given, so that everything must be equal bit by bit."""
     config = tiny_config(kind)
@@ -86,7 +85,6 @@ def test_any_split_goes_on_as_if_never_saved(
         config,
         keep=min(keeps),
         layer_keep_ratio={i: min((keeps[i] + 0.5) / 8, 1.0) for i in full_layers(kind)},
-        order=order,
         score=score,
         value_weight=0.7,
         max_tokens=max_tokens,
@@ -283,6 +281,22 @@ def rewritten(path, change):
     save_file(
         tensors, path, {"cache": json.dumps(about), **{k: v for k, v in metadata.items() if k != "cache"}}
     )
+
+
+def with_order(path, order):
+    rewritten(
+        path, lambda t, a, m: [x["settings"].update(order=order) for x in a["layers"] if "settings" in x]
+    )
+
+
+def test_the_order_of_old_files(directory):
+    path, config = saved(directory, "gemma3")
+    expected = LagKVCache.load(path, config).kept_hash()
+    with_order(path, "use_then_compress")
+    assert LagKVCache.load(path, config).kept_hash() == expected
+    with_order(path, "compress_then_use")
+    with pytest.raises(ValueError, match=r"layer 1: order must be .*, got 'compress_then_use'"):
+        LagKVCache.load(path, config)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ SETTINGS = st.fixed_dictionaries(
         "sink_size": st.integers(0, 6),
         "keep": st.integers(1, 3),
         "score": st.sampled_from(["std", "cosine"]),
-        "order": st.sampled_from(["use_then_compress", "compress_then_use"]),
     },
     optional={
         "max_tokens": st.integers(30, 60),

@@ -60,6 +60,11 @@ def changed(field: str, value: object) -> str:
         ),
         ("settings.layer_keep_ratio", {"7": 1}, "settings: layer_keep_ratio must hold layer indices"),
         ("settings.skip_layers", [0.5], "settings: a layer index in skip_layers must be an integer, got 0.5"),
+        (
+            "settings.order",
+            "compress_then_use",
+            "settings: order must be 'use_then_compress', got 'compress_then_use'",
+        ),
         ("guard", 1, "guard must be an object, got 1"),
         ("guard.min_agrement", 1, "guard has the unknown name 'min_agrement'; known: min_agreement"),
         ("guard.min_agreement", 0, "guard.min_agreement must be a number over 0 to 1, got 0"),
@@ -78,6 +83,12 @@ def test_every_wrong_value(field, value, message):
     assert str(error.value).startswith("the file F")
     assert str(error.value).count("the file F") == 1
     assert message in str(error.value)
+
+
+def test_the_order_that_is_left_may_still_be_named():
+    assert parse(changed("settings.order", "use_then_compress"), "the file F", CONFIG) == parse(
+        changed("version", 1), "the file F", CONFIG
+    )
 
 
 @pytest.mark.parametrize(

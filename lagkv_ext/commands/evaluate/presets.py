@@ -54,11 +54,10 @@ def _small(size: int, prompts: int) -> tuple[Spec, ...]:
 
 
 def _recursion() -> tuple[Setting, ...]:
-    """`LagKVCache` itself: in one piece (compresses once) and in chunks (recursively), in both orders."""
+    """`LagKVCache` itself: in one piece (compresses once) and in chunks (recursively)."""
     variants: tuple[dict[str, Any], ...] = (
         {},
         {"chunk": 256},
-        {"chunk": 256, "order": "compress_then_use"},
     )
     return tuple(
         Setting("lagkv-cache", 0.25, options=tuple(sorted({"score": score, **options}.items())))

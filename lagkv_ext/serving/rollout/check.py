@@ -30,9 +30,9 @@ def replay(
     The compressed cache goes through the compressions of the generation: the prompt comes in one piece, or in the
     chunks in which `generate` was told to read it (``prefill_chunk_size``), and the answer in steps that end where a
     compression comes due. Between two compressions the tokens of a step see what they would see one by one, so the
-    same rows stay; what differs is rounding, as between any two batch shapes of a model. (``compress_then_use``: the
-    token that sets off a compression comes alone. Quantised rows, models with linear and full attention in one layer:
-    all tokens come one by one.) The full cache gets the same steps, so that nothing but compression differs.
+    same rows stay; what differs is rounding, as between any two batch shapes of a model. (Quantised rows, models with
+    linear and full attention in one layer: all tokens come one by one.) The full cache gets the same steps, so that
+    nothing but compression differs.
 
     Costs two readings of the prompt and ``2 T / lag_size`` steps or so, both caches, and no other memory that grows
     with ``N``. Each answer token is judged given the right ones before it.
@@ -109,8 +109,7 @@ def _next_step(cache: Any) -> int:
         if type(layer) is not LagKVLayer:
             return 1
         if layer.settings.compresses:
-            due = layer.start + 2 * layer.settings.lag_size - layer.rows
-            step = min(step, due if layer.settings.order == "use_then_compress" else due - 1)
+            step = min(step, layer.start + 2 * layer.settings.lag_size - layer.rows)
     return max(step, 1)
 
 

@@ -127,7 +127,6 @@ def check_values(settings: Mapping[str, Any], source: str) -> None:
         "keep": None,
         "value_weight": 1.0,
         "score": "std",
-        "order": "use_then_compress",
     }
     others = ("layer_keep_ratio", "skip_layers", "offloading", "offload_only_non_sliding")
     try:
