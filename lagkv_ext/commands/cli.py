@@ -84,9 +84,9 @@ if typer is not None:
         model: Annotated[
             str,
             typer.Option(
-                help="gemma3-270m (from its PyPI package), a directory, a .gguf file, or a hub name."
+                help="smollm2, gemma3 (from their PyPI packages), a directory, a .gguf file, or a hub name."
             ),
-        ] = "gemma3-270m",
+        ] = "smollm2",
         ratios: Annotated[
             str, typer.Option(help="How many tokens become one: 4 keeps a quarter of each partition.")
         ] = "2,4,8",

@@ -47,7 +47,7 @@ def run_demo(
             "--text and --facts belong together: give both, or neither for the text that comes along"
         )
     content, wanted = (
-        demo_facts.own_text() if text is None or facts is None else demo_facts.read_files(text, facts)
+        demo_facts.short_letter() if text is None or facts is None else demo_facts.read_files(text, facts)
     )
     if threads is not None:
         torch.set_num_threads(threads)

@@ -40,11 +40,20 @@ class Reading:
     answer_spans: tuple[tuple[int, int], ...]
 
 
-def own_text() -> tuple[str, tuple[Fact, ...]]:
-    """The project's own text: a letter of about 2,000 tokens that holds 12 facts."""
+def short_letter() -> tuple[str, tuple[Fact, ...]]:
+    """The demo's own text: about 1,000 tokens with 7 facts, all of which SmolLM2 135M answers with its full cache."""
+    return _packaged("short_letter")
+
+
+def long_letter() -> tuple[str, tuple[Fact, ...]]:
+    """The letter in full: about 2,000 tokens with 12 facts, many of them alike."""
+    return _packaged("coast_road")
+
+
+def _packaged(name: str) -> tuple[str, tuple[Fact, ...]]:
     data = files("lagkv_ext.commands.demo") / "data"
-    text = (data / "coast_road.txt").read_text(encoding="utf-8")
-    return text, parse_facts((data / "coast_road.json").read_text(encoding="utf-8"), "coast_road.json")
+    text = (data / f"{name}.txt").read_text(encoding="utf-8")
+    return text, parse_facts((data / f"{name}.json").read_text(encoding="utf-8"), f"{name}.json")
 
 
 def read_files(text_file: Path, facts_file: Path) -> tuple[str, tuple[Fact, ...]]:

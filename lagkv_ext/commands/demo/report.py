@@ -73,7 +73,16 @@ def explanation(result: Result) -> list[str]:
 
 def _quality(result: Result) -> list[str]:
     facts, full = len(result.reading.facts), result.full
-    lines = [f"The model itself: with the full cache it gets {full.answers_right} of {facts} facts right."]
+    layers, kept = len(result.full_layers), result.layer_count
+    reach = (
+        f"in all {kept} layers"
+        if layers == kept
+        else f"in {layers} of {kept} layers, and only these are compressed"
+    )
+    lines = [
+        f"The model itself: with the full cache it gets {full.answers_right} of {facts} facts right. It has full "
+        f"attention {reach}."
+    ]
     if not full.answers_right:
         lines.append(
             "So its other answers say nothing about compression: ask easier facts, or a larger model."
@@ -92,10 +101,25 @@ def _quality(result: Result) -> list[str]:
             + "; ".join(parts)
             + "."
         )
+        lines.append(_survivors(result, group, f"{ratio:g}x"))
     blind = [o.setting.name for o in result.outcomes[1:] if o.answer_tokens_kept <= o.answer_tokens_by_chance]
     if blind:
         lines.append(f"No better than chance at holding what was asked for: {', '.join(blind)}.")
     return lines
+
+
+def _survivors(result: Result, group: list[Outcome], ratio: str) -> str:
+    """The facts that a ratio keeps and those that it costs, named."""
+    known = [n for n, answer in enumerate(result.full.answers) if answer.right]
+    safe = [n for n in known if all(o.answers[n].right for o in group)]
+    lost = [n for n in known if not any(o.answers[n].right for o in group)]
+    some = [n for n in known if n not in safe and n not in lost]
+    parts = [
+        f"{words}: " + ", ".join(result.reading.facts[n].answer for n in facts)
+        for words, facts in (("right with every score", safe), ("with some", some), ("lost with all", lost))
+        if facts
+    ]
+    return f"{ratio}, of the facts that the full cache gets right: " + "; ".join(parts) + "."
 
 
 def _held_share(outcome: Outcome) -> float:

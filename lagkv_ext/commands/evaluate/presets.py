@@ -45,6 +45,7 @@ def _small(size: int, prompts: int) -> tuple[Spec, ...]:
     """The tasks on which a model of 270M parameters has something to lose, with few questions each."""
     return (
         Spec("facts", size, prompts, (("facts", 3),)),
+        Spec("codes", size, prompts, (("asked", 3),)),
         Spec("passkey", size, prompts),
         Spec("multikey-uuid", size, prompts, (("asked", 1),)),
         Spec("multikey-digits", size, prompts, (("asked", 1),)),

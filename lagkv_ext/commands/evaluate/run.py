@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -173,7 +174,16 @@ def collect(tokenizer: Any, plan: Plan, specs: Sequence[Spec]) -> tuple[list[Sam
         count = names[sample.task, sample.name] = names.get((sample.task, sample.name), 0) + 1
         if count > 1:
             samples[i] = dataclasses.replace(sample, name=f"{sample.name} ({count})")
-    return samples, skipped
+    return in_turn(samples), skipped
+
+
+def in_turn(samples: Sequence[Sample]) -> list[Sample]:
+    """The tasks' samples in turn, so that a run that is stopped early has measured all tasks about equally often."""
+    by_task: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_task.setdefault(sample.task, []).append(sample)
+    rounds = itertools.zip_longest(*by_task.values())
+    return [sample for each in rounds for sample in each if sample is not None]
 
 
 def _search(runner: Runner, samples: list[Sample], plan: Plan, preset: Preset, progress: Progress) -> None:

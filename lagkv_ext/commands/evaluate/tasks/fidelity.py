@@ -19,9 +19,9 @@ def fidelity(
     ``pieces(text, n)`` cuts a text into pieces of n tokens. Windows are spread evenly over each text; ``seed`` is
     not used: there is nothing to draw.
     """
-    from lagkv_ext.commands.demo.facts import own_text
+    from lagkv_ext.commands.demo.facts import long_letter
 
-    texts = {"prose": own_text()[0], "code": _code()}
+    texts = {"prose": long_letter()[0], "code": _code()}
     samples = []
     for n in range(prompts):
         kind = ("prose", "code")[n % 2]
@@ -48,9 +48,9 @@ def fidelity(
 
 def letter() -> list[Sample]:
     """The demo's letter with its facts, asked one by one: natural text, facts where its author put them."""
-    from lagkv_ext.commands.demo.facts import own_text
+    from lagkv_ext.commands.demo.facts import long_letter
 
-    text, facts = own_text()
+    text, facts = long_letter()
     questions = tuple(Question(f"\n\n{fact.question}", answer=f" {fact.answer}") for fact in facts)
     return [Sample("letter", "coast_road", text, questions, {"language": "en"})]
 
