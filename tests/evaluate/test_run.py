@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lagkv_ext.commands.evaluate import storage
 from lagkv_ext.commands.evaluate.ask import Asker
 from lagkv_ext.commands.evaluate.prefill import read
-from lagkv_ext.commands.evaluate.run import RESULTS, Plan, collect, evaluate
+from lagkv_ext.commands.evaluate.run import RESULTS, Plan, collect, evaluate, in_turn
 from lagkv_ext.commands.evaluate.runner import Runner
 from lagkv_ext.commands.evaluate.storage import Results
 from lagkv_ext.commands.evaluate.tasks import TASKS, Counter, Spec, build
@@ -32,6 +32,9 @@ SETTINGS = [
     Setting("random", 0.25, **SMALL),
     Setting("snapkv", 0.25, **SMALL),
     Setting("lagkv-cache", 0.25, options=(("chunk", 40), ("score", "std")), **SMALL),
+    Setting("lagkv-blend-smooth3-head", 0.25, options=(("chunk", 40),), **SMALL),
+    Setting("lagkv-std", 0.25, options=(("chunk", 40),), **SMALL),
+    Setting("keydiff", 0.25, options=(("chunk", "decode"),), **SMALL),
 ]
 SAMPLES = [
     Sample(
@@ -125,6 +128,29 @@ class TestRunner:
             run.run([Sample("mixed", "short", "abc", (Question("y", answer=" z"),))], SETTINGS[:1])
             assert [x["kind"] for x in results.records] == ["result", "skipped"]
             assert "4 tokens are fewer than sink_size + 2 * lag_size = 36" in run.skipped[0].why
+
+    def test_settings_that_no_stream_can_measure_are_left_out(self, tmp_path):
+        with Results(tmp_path / RESULTS, HEADER) as results:
+            run = runner(results)
+            pieces = [Setting(m, 0.25, options=(("chunk", 8),), **SMALL) for m in ("h2o", "window")]
+            run.run([Sample("mixed", "short", "abc", (Question("y", answer=" z"),))], pieces)
+            assert [x["kind"] for x in results.records] == ["result", "skipped", "skipped"]
+            assert "read in one piece" in run.skipped[0].why
+            assert "4 tokens are fewer than" in run.skipped[1].why
+
+    def test_a_stream_says_what_the_deployed_cache_says(self, finished):
+        _, records = finished
+        by_name = {(x["sample"], x["setting_name"]): x for x in records}
+        for sample in "abc":
+            stream, cache = (
+                by_name[
+                    sample, next(s.name for s in SETTINGS if s.method == m and dict(s.options).get("chunk"))
+                ]
+                for m in ("lagkv-std", "lagkv-cache")
+            )
+            assert stream["rows"] == cache["rows"]
+            for one, other in zip(stream["questions"], cache["questions"], strict=True):
+                assert one["score"] == other["score"]
 
     def test_model_without_chat_template(self):
         with pytest.raises(EvaluationError, match="no chat template"):
@@ -237,8 +263,8 @@ class TestResume:
 class TestTasks:
     @pytest.mark.parametrize("task", list(TASKS))
     def test_same_seed_same_samples(self, task):
-        counter = Counter(evaluate_models.tokenizer())
-        size = 3000
+        counter = Counter(evaluate_models.tokenizer(), evaluate_models.model())
+        size = 600 if task == "facts-written" else 3000  # one forward pass for every token
         one, two = (Spec(task, size, 2)(5, counter) for _ in range(2))
         other = Spec(task, size, 2)(6, counter)
         assert one == two
@@ -255,7 +281,8 @@ class TestTasks:
                     assert q.answer.strip() in sample.context
 
     def test_names_are_unique(self):
-        samples = build([Spec(t, 2000, 2) for t in TASKS], evaluate_models.tokenizer(), 0)
+        specs = [Spec(t, 600 if t == "facts-written" else 2000, 2) for t in TASKS]
+        samples = build(specs, evaluate_models.tokenizer(), 0, evaluate_models.model())
         names = [(s.task, s.name) for s in samples]
         assert len(names) == len(set(names))
 
@@ -278,6 +305,34 @@ class TestTasks:
             pieces = counter.pieces(text, n)
             assert "".join(pieces) == text
             assert all(len(p) == n for p in pieces[:-1])
+
+    def test_text_that_the_model_writes(self):
+        """Between the given sentences stands what the model draws, and nothing ends the text before its size."""
+        counter = Counter(evaluate_models.tokenizer(), evaluate_models.model())
+        one, two = Spec("facts-written", 500, 2, (("facts", 2),))(1, counter)
+        for sample in (one, two):
+            assert counter(sample.context) == 500
+            rest = sample.context
+            for q in sample.questions:
+                said = q.text.strip() + q.answer + "."
+                assert said in rest
+                rest = rest.split(said, 1)[1]
+            assert len(rest) > 50
+        assert one.context[-50:] != two.context[-50:]
+        with pytest.raises(EvaluationError, match="needs the model"):
+            build([Spec("facts-written", 500, 1)], evaluate_models.tokenizer(), 0)
+
+    def test_samples_of_the_tasks_in_turn(self):
+        named = [
+            Sample(t, n, "", ()) for t, n in (("a", "1"), ("a", "2"), ("a", "3"), ("b", "1"), ("c", "1"))
+        ]
+        assert [(s.task, s.name) for s in in_turn(named)] == [
+            ("a", "1"),
+            ("b", "1"),
+            ("c", "1"),
+            ("a", "2"),
+            ("a", "3"),
+        ]
 
     def test_unknown_task(self):
         with pytest.raises(EvaluationError, match="there is no task 'x'; there are passkey"):

@@ -43,6 +43,12 @@ def evaluate(
     ] = None,
     lag_sizes: Annotated[str | None, typer.Option(help="Tokens per partition, as 64,128.")] = None,
     sink_size: Annotated[int, typer.Option(help="Leading tokens that are always kept.", min=0)] = 16,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            help="How contexts are read: whole (the default), tokens of a chunk, decode, as whole,512,decode."
+        ),
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Tokens of a generated context.", min=64)] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of each generated task.", min=1)] = None,
     data: Annotated[
@@ -121,6 +127,7 @@ def evaluate(
             keep_ratios=_numbers(keep_ratios, float, "--keep-ratios"),
             lag_sizes=_numbers(lag_sizes, int, "--lag-sizes"),
             sink_size=sink_size,
+            chunks=_names(chunks),
             size=size,
             prompts=prompts,
             data=data,

@@ -384,15 +384,23 @@ def _keep(setting: Setting, tokens: int) -> int:
     return fitting[-1]
 
 
+def too_short(setting: Setting, tokens: int) -> str | None:
+    """The reason why nothing would be compressed; None where something is."""
+    return _too_short(tokens, setting.sink_size, setting.lag_size) if setting.keep_ratio < 1 else None
+
+
+def _too_short(tokens: int, sink_size: int, lag_size: int) -> str | None:
+    least = sink_size + 2 * lag_size
+    return f"{tokens} tokens are fewer than sink_size + 2 * lag_size = {least}" if tokens < least else None
+
+
 def select(method: Method, layer: Layer) -> Tensor:
     """``method(layer)``, checked: the size asked for, ascending, in range.
 
     Raises NotPossible where the context is too short to be compressed.
     """
-    if layer.rows == layer.tokens and layer.keep < layer.lag_size:
-        raise NotPossible(
-            f"{layer.tokens} tokens are fewer than sink_size + 2 * lag_size = {layer.sink_size + 2 * layer.lag_size}"
-        )
+    if layer.keep < layer.lag_size and (reason := _too_short(layer.tokens, layer.sink_size, layer.lag_size)):
+        raise NotPossible(reason)
     if layer.keep == layer.lag_size:
         position = torch.arange(layer.tokens, dtype=torch.int32, device=layer.key.device)
         return position.expand(*layer.key.shape[:2], -1).contiguous()

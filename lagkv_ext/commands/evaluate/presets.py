@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from lagkv_ext.commands.evaluate.tasks import Spec
 from lagkv_ext.commands.evaluate.types import Setting
 
 RATIOS = (0.5, 0.25, 0.125)
 BASELINES = ("window", "random", "keynorm", "keydiff", "h2o", "snapkv")
-LAGKV = ("lagkv-std", "lagkv-cosine")
+LAGKV = ("lagkv-std", "lagkv-cosine", "lagkv-blend-smooth3-head")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,19 @@ def settings(
     return [*grid, *extra]
 
 
+def in_pieces(settings: list[Setting], chunks: tuple[str, ...]) -> list[Setting]:
+    """Every setting with its context read in each of these ways: "whole", in chunks, or as in decoding."""
+    return [
+        s
+        if chunk == "whole"
+        else dataclasses.replace(
+            s, options=(*s.options, ("chunk", chunk if chunk == "decode" else int(chunk)))
+        )
+        for s in settings
+        for chunk in chunks
+    ]
+
+
 def _small(size: int, prompts: int) -> tuple[Spec, ...]:
     """The tasks on which a model of 270M parameters has something to lose, with few questions each."""
     return (
@@ -55,16 +68,8 @@ def _small(size: int, prompts: int) -> tuple[Spec, ...]:
 
 
 def _recursion() -> tuple[Setting, ...]:
-    """`LagKVCache` itself: in one piece (compresses once) and in chunks (recursively)."""
-    variants: tuple[dict[str, Any], ...] = (
-        {},
-        {"chunk": 256},
-    )
-    return tuple(
-        Setting("lagkv-cache", 0.25, options=tuple(sorted({"score": score, **options}.items())))
-        for score in ("std", "cosine")
-        for options in variants
-    )
+    """In one piece (compresses once), in chunks, and as in decoding (both recursively)."""
+    return tuple(in_pieces([Setting(m, 0.25) for m in LAGKV], ("whole", "512", "128", "decode")))
 
 
 def _ablation() -> tuple[Setting, ...]:
@@ -86,7 +91,7 @@ def _ablation() -> tuple[Setting, ...]:
 
 PRESETS = {
     "quick": Preset(
-        "six tasks at 1,000 tokens, five prompts each: within 10 minutes on 2 cores with Gemma 3 270M",
+        "seven tasks at 1,000 tokens, five prompts each: within 10 minutes on 2 cores",
         _small(1000, 5),
         (*LAGKV, *BASELINES),
     ),
@@ -99,8 +104,10 @@ PRESETS = {
             Spec("facts-ja", 2000, 8, (("facts", 3),)),
             Spec("facts-zh", 2000, 8, (("facts", 3),)),
             Spec("letter"),
+            Spec("codes", 2000, 8),
             Spec("multikey-uuid", 2000, 8),
             Spec("multikey-digits", 2000, 8),
+            Spec("multikey-words", 2000, 8),
             Spec("variables", 2000, 8),
             Spec("words-common", 2000, 8),
             Spec("words-frequent", 2000, 8),
@@ -130,10 +137,11 @@ PRESETS = {
         extra=_ablation(),
     ),
     "recursion": Preset(
-        "one-shot against recursive compression in chunks, through LagKVCache, at 1/4",
+        "one-shot against recursive compression, in chunks and in decoding, at 1/4",
         (
             Spec("facts", 1000, 5, (("facts", 3),)),
-            Spec("multikey-uuid", 1000, 5, (("asked", 1),)),
+            Spec("passkey", 1000, 5),
+            Spec("facts-written", 1000, 5, (("facts", 3),)),
             Spec("fidelity", 1000, 5, (("tokens", 48),)),
         ),
         (),

@@ -33,6 +33,7 @@ class Plan:
     keep_ratios: tuple[float, ...] = ()
     lag_sizes: tuple[int, ...] = ()
     sink_size: int = 16
+    chunks: tuple[str, ...] = ()  # how contexts are read: "whole", tokens of a chunk, "decode"
     size: int | None = None  # tokens of a generated context
     prompts: int | None = None  # of each generated task
     data: Path | None = None  # own texts and prompts: then no generated tasks unless named
@@ -60,6 +61,11 @@ class Plan:
                     raise EvaluationError(
                         f"every {name} must be {'in (0, 1]' if 'ratio' in name else 'at least 1'}, got {value}"
                     )
+        for chunk in self.chunks:
+            if chunk not in ("whole", "decode") and not (chunk.isdecimal() and int(chunk) > 0):
+                raise EvaluationError(
+                    f"contexts are read whole, in decode, or in chunks of a number of tokens, got {chunk!r}"
+                )
         if self.sink_size < 0:
             raise EvaluationError(f"sink_size must be at least 0, got {self.sink_size}")
         for method in self.methods:
@@ -121,7 +127,7 @@ def evaluate(
     KeyboardInterrupt is caught: what has been measured is reported.
     """
     preset = plan.check()
-    samples, skipped = collect(loaded.tokenizer, plan, preset.specs)
+    samples, skipped = collect(loaded.tokenizer, plan, preset.specs, loaded.model)
     check_not_empty(samples, skipped)
     header = {
         **environment(loaded),
@@ -138,6 +144,8 @@ def evaluate(
             wanted = presets.settings(
                 preset.methods, preset.keep_ratios, preset.lag_sizes, plan.sink_size, preset.extra
             )
+            if plan.chunks:
+                wanted = presets.in_pieces(wanted, plan.chunks)
             try:
                 if plan.search:
                     _search(runner, samples, plan, preset, progress)
@@ -157,9 +165,11 @@ def evaluate(
     )
 
 
-def collect(tokenizer: Any, plan: Plan, specs: Sequence[Spec]) -> tuple[list[Sample], list[Skipped]]:
-    """All samples of a plan, and what could not be read."""
-    samples = build(specs, tokenizer, plan.seed)
+def collect(
+    tokenizer: Any, plan: Plan, specs: Sequence[Spec], model: Any = None
+) -> tuple[list[Sample], list[Skipped]]:
+    """All samples of a plan, and what could not be read. ``model``: for tasks whose text the model writes itself."""
+    samples = build(specs, tokenizer, plan.seed, model)
     skipped: list[Skipped] = []
     templates = task_files.read_templates(plan.longbench_prompts) if plan.longbench_prompts else None
     for found, left in (

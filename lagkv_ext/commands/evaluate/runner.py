@@ -187,6 +187,10 @@ class Runner:
                 reason = "attention is summed over a prompt that is read in one piece"
                 self._skip(work.sample, work.digest, setting.name, reason)
                 continue
+            short = methods.too_short(setting, prefill.tokens)
+            if short is not None:
+                self._skip(work.sample, work.digest, setting.name, short)
+                continue
             shape = setting.keep_ratio, setting.lag_size, setting.sink_size, str(chunk)
             found.setdefault(shape, []).append(setting)
         most = _LARGEST_STREAM if _batched(work, prefill) else 1

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lagkv_ext.commands.evaluate.tasks import fidelity, synthetic
+from lagkv_ext.commands.evaluate.tasks import fidelity, generated, synthetic
 from lagkv_ext.commands.evaluate.types import EvaluationError, Sample
 
 
 class Counter:
-    """Counts and cuts text with the model's tokenizer."""
+    """Counts and cuts text with the model's tokenizer. ``model``: for tasks whose text the model writes itself."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, model: Any = None):
+        self.tokenizer, self.model = tokenizer, model
 
     def __call__(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])
@@ -59,6 +59,7 @@ TASKS: dict[str, Maker] = {
     "facts": _synthetic(synthetic.hidden_facts),
     "facts-ja": _synthetic(synthetic.hidden_facts, language="ja"),
     "facts-zh": _synthetic(synthetic.hidden_facts, language="zh"),
+    "facts-written": generated.written_facts,
     "codes": _synthetic(synthetic.formal_codes),
     "letter": lambda seed, counter, size, prompts, more: fidelity.letter(),
     "multikey-uuid": _synthetic(synthetic.multikey, kind="uuid"),
@@ -77,6 +78,7 @@ DESCRIPTIONS = {
     "facts": "codes of cities in prose, asked one by one; share of the digits said right",
     "facts-ja": "the same in Japanese",
     "facts-zh": "the same in Chinese",
+    "facts-written": "facts in text that the model wrote itself, asked one by one; share of the digits said right",
     "codes": "five-digit numbers in the clauses of a contract, asked one by one; share of the digits said right",
     "letter": "facts of a natural letter, asked one by one; share of the answer's tokens said right",
     "multikey-uuid": "a list of keys with UUIDs; share of a UUID's tokens said right",
@@ -94,7 +96,7 @@ DESCRIPTIONS = {
 }
 
 
-def build(specs: Sequence[Spec], tokenizer: Any, seed: int) -> list[Sample]:
+def build(specs: Sequence[Spec], tokenizer: Any, seed: int, model: Any = None) -> list[Sample]:
     """All samples of the specs. Raises EvaluationError for an unknown task."""
-    counter = Counter(tokenizer)
+    counter = Counter(tokenizer, model)
     return [sample for spec in specs for sample in spec(seed, counter)]
