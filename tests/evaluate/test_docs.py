@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("numpy", reason="the evaluation needs numpy")
 
-from lagkv_ext.commands.evaluate import markdown, methods
+from lagkv_ext.commands.evaluate import markdown
 from lagkv_ext.commands.evaluate.types import Setting
 
 PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
@@ -136,34 +134,6 @@ def test_heat_tables_have_depths_and_lengths(tmp_path):
     assert "| depth | 500 tokens | 1000 tokens |" in text
     assert "| 10% | 10 | 20 |\n| 50% | 30 | 40 |" in text
     assert "**passkey, full cache**" in text
-
-
-def test_commands_of_the_page_have_options_that_exist():
-    """The paper's commands cannot be run here; at least they name nothing that is not there."""
-    typer = pytest.importorskip("typer")
-    from lagkv_ext.commands import cli
-    from lagkv_ext.commands.evaluate.presets import PRESETS
-
-    if not PAGE.exists():
-        pytest.skip("no docs here: tests run outside a checkout")
-    known = {o for p in typer.main.get_command(cli.app).commands["evaluate"].params for o in p.opts}
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    commands = [
-        line.partition("#")[0]
-        for block in blocks
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("lagkv evaluate")
-    ]
-    assert len(commands) > 5
-    for command in commands:
-        words = command.split()
-        assert {x for x in words if x.startswith("--")} <= known, command
-        for option, value in itertools.pairwise(words):
-            if option == "--preset":
-                assert value in PRESETS, command
-            if option == "--methods" and not value.startswith("..."):
-                for method in value.removesuffix(",...").split(","):
-                    assert ":" in method or methods.resolve(method), command
 
 
 def test_a_setting_is_held_against_variants_of_its_method_alone(tmp_path):

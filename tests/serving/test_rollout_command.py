@@ -11,14 +11,13 @@ import pytest
 pytest.importorskip("typer", reason="the command needs typer")
 pytest.importorskip("transformers", reason="the rollout needs transformers")
 
-import torch
 from typer.testing import CliRunner
 
 from lagkv_ext.commands.cli import app
 from lagkv_ext.serving.rollout import Check, Rollout, Store, Trip
 from lagkv_ext.serving.rollout.evidence import Evidence
 from lagkv_ext.serving.rollout.policy import parse
-from tests.cache.models import prompt, tiny_config, tiny_model
+from tests.cache.models import tiny_config
 
 RUNBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 RUNBOOK = RUNBOOK[RUNBOOK.index("## Rolling out") :]
@@ -155,23 +154,6 @@ def test_off_and_back_work_where_the_file_is_damaged_or_gone(folder, monkeypatch
 def test_the_file_in_the_runbook_is_one(folder):
     text = re.search(r"```json\n(.*?)```", RUNBOOK, re.DOTALL)[1]
     assert parse(text, "the runbook", tiny_config("llama")).version == 3
-
-
-def test_the_server_in_the_runbook_serves_checks_and_retries(folder):
-    run("init", "--share", 1, "--check-share", 1, "--min-agreement", 0.01, "--max-kl", 1000)
-    scope = {"model": tiny_model("llama")}
-    exec(re.search(r"```python\n(.*?)```", RUNBOOK, re.DOTALL)[1], scope)
-    inputs = {"input_ids": prompt(60), "attention_mask": torch.ones(1, 60).long()}
-    assert scope["answer"]("a", inputs).shape == (1, 110)
-    scope["checks"].join()
-    status = scope["rollout"].status()
-    assert (status.decisions["compressed"], status.checks) == (1, 1)
-    # A mask that a compressed cache refuses, and a full one takes: padding between tokens.
-    inputs["attention_mask"][0, 30] = 0
-    assert scope["answer"]("a", inputs).shape == (1, 110)
-    for _ in range(9):
-        scope["rollout"].failed(scope["rollout"].cache(request_id="a", prompt_tokens=1))
-    assert scope["rollout"].status().tripped  # the tenth failure was that request
 
 
 def test_every_command_in_the_runbook_exists(folder):

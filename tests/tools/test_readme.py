@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/operators.md run as they stand, in order; the README fits on one screen."""
+"""The Python blocks of the pages run as they stand; the README fits on one screen and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,36 @@ BLOCKS = [
 ]
 
 
-def test_there_are_five() -> None:
-    assert len(BLOCKS) == 5
+#: Python blocks of each page, and the tests that run them; those of README.md and docs/operators.md are `BLOCKS`.
+RUN_BY = {
+    "README.md": (3, "tests/tools/test_readme.py"),
+    "docs/operators.md": (2, "tests/tools/test_readme.py"),
+    "docs/quality.md": (1, "tests/tools/test_readme.py"),
+    "docs/operations.md": (3, "tests/serving/test_operations_page.py"),
+}
+
+
+def test_every_block_is_run_by_a_test() -> None:
+    """A new block is added here together with the test that runs it."""
+    found = {}
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        if count := len(re.findall(r"^```python$", page.read_text(encoding="utf-8"), re.MULTILINE)):
+            found[str(page.relative_to(ROOT))] = count
+    assert found == {page: count for page, (count, _) in RUN_BY.items()}
+    assert all((ROOT / test).exists() for _, test in RUN_BY.values())
+
+
+def test_settings_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the cache needs transformers")
+    from tests.cache.models import tiny_model
+
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("lagkv.json").write_text('{"lag_size": 8, "keep": 3}')
+    scope = {"model": tiny_model("llama"), "lagkv_ext": lagkv_ext, "LagKVCache": lagkv_ext.LagKVCache}
+    exec(block, scope)
+    assert {layer.settings.keep for layer in scope["cache"].layers} == {3}
 
 
 def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:

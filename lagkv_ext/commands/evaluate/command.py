@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -142,6 +143,8 @@ def evaluate(
             context=context,
             batch=batch,
         )
+        if any(":" in method for method in plan.methods):
+            _import_from_working_folder()
         plan.check()  # before a model is loaded
         if threads is not None:
             import torch
@@ -194,6 +197,13 @@ def evaluate(
             raise typer.Exit(130)
     except (EvaluationError, ModelError) as error:
         _refuse(error)
+
+
+def _import_from_working_folder() -> None:
+    """Lets module:function name a module beside the user, as under ``python -m``: a console script finds none there."""
+    folder = os.getcwd()
+    if "" not in sys.path and folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _refuse(message: object) -> Any:
