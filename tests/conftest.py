@@ -2,13 +2,17 @@
 
 ``pytest -m gpu`` runs exactly the tests that need a card, ``-m "not gpu"`` all others. ``--backend NAME`` (repeatable)
 limits the operator tests to some backends; ``--require-backend NAME`` turns the skip of a backend into a failure.
+``--only-gpu-skips`` fails where a test is skipped for another reason than a missing card
+(or a present one, for tests marked ``no_gpu``), such as a package or a program that CI must have.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.ops import backends
@@ -38,6 +42,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="fail where this backend cannot run",
     )
+    group.addoption(
+        "--only-gpu-skips",
+        action="store_true",
+        help="fail where a test is skipped for another reason than a missing GPU",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    allowed = item.get_closest_marker("no_gpu" if torch.cuda.is_available() else "gpu") is not None
+    if skipped and not allowed and item.config.getoption("--only-gpu-skips"):
+        _fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A module that is skipped as a whole hides tests that no marker speaks of."""
+    report = yield
+    if report.skipped and collector.config.getoption("--only-gpu-skips"):
+        _fail(report)
+    return report
+
+
+def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid} must not be skipped (--only-gpu-skips): {reason}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -132,6 +132,7 @@ def test_rows_are_read_on_the_cpu_only_when_they_are_there():
     assert torch.equal(layer.keys.cpu(), expected)
 
 
+@pytest.mark.no_gpu
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device")
 def test_without_a_device_offloading_is_refused():
     with pytest.raises(ValueError, match="there is no device here"):

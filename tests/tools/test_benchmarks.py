@@ -307,6 +307,7 @@ def test_a_length_that_is_none_is_refused(tokens, capsys):
     assert "a number of tokens is like" in capsys.readouterr().err
 
 
+@pytest.mark.no_gpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_gpu_is_refused(capsys):
     assert run.main(["--device", "cuda"]) == 2

@@ -246,6 +246,7 @@ def test_wrong_arguments_are_refused(arguments, words, capsys):
     assert shown.out == ""
 
 
+@pytest.mark.no_gpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_gpu_is_said(capsys):
     assert profiling.main(["--device", "cuda"]) == 2
