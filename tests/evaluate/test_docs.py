@@ -65,8 +65,10 @@ def test_tables_of_known_results(tmp_path):
     assert "old" not in text
     assert "Unfinished, and not shown: half." in text
     assert "half |" not in text
-    assert "| full cache | 100.0 (100 to 100) |" in text
-    assert "| window | 50.0 (50 to 50) ▼ |" in text
+    assert "| method | facts | mean |" in text
+    assert "| full cache | 100.0 (100 to 100) | 100.0 |" in text
+    assert "| window | 50.0 (50 to 50) ▼ | 50.0 |" in text
+    assert "| *rows kept, %* | 40 |  |" in text
     assert "**4x: keep_ratio 0.25** (40% of the rows kept)" in text
     page.write_text("<!-- ablation r.jsonl -->\n<!-- end -->\n")
     assert "| window, L=128, sink=16: 40% | 50.0 (50 to 50) ▼ |" in markdown.rewrite(page)

@@ -33,9 +33,8 @@ def tables(path: Path) -> str:
         out.append(
             f"**{1 / ratio:g}x: keep_ratio {ratio:g}** ({_share(summary, names[0])} of the rows kept)\n"
         )
-        out.append(
-            _table(summary, [("full cache", "full"), *((summary.settings[n].label, n) for n in names)])
-        )
+        lines = [("full cache", "full"), *((_short(summary.settings[n].label), n) for n in names)]
+        out.append(_table(summary, lines, rows_of=names[0]))
     return "\n".join(out)
 
 
@@ -169,15 +168,26 @@ def _share(summary: Summary, name: str) -> str:
     return f"{100 * sum(c.rows for c in cells) / sum(c.tokens for c in cells):.0f}%"
 
 
-def _table(summary: Summary, lines: list[tuple[str, str]]) -> str:
+def _table(summary: Summary, lines: list[tuple[str, str]], rows_of: str | None = None) -> str:
+    """A row for each setting, a column for each task, and their mean over the tasks that tell something.
+
+    ``rows_of``: a setting whose share of rows kept gets a row of its own, as the bound for what cannot be compressed.
+    """
     tasks = _finished(summary)
+    heard = [t for t in tasks if t not in summary.silent()]
     kl = [t for t in tasks if "kl" in (c.extra if (c := summary.cell("full", t)) else {})]
-    columns = [*tasks, *(f"{t}: KL, nats" for t in kl)]
+    columns = [*tasks, "mean", *(f"{t}: KL, nats" for t in kl)]
     out = ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for label, name in lines:
-        shown = [_cell(summary.cell(name, t)) for t in tasks]
+        found = [c for t in heard if (c := summary.cell(name, t)) is not None]
+        mean = f"{100 * fmean(c.interval.mean for c in found):.1f}" if len(found) == len(heard) > 0 else "-"
+        shown = [*(_cell(summary.cell(name, t)) for t in tasks), mean]
         shown += ["-" if (c := summary.cell(name, t)) is None else f"{c.extra['kl']:.3f}" for t in kl]
         out.append(f"| {label} | " + " | ".join(shown) + " |")
+    if rows_of is not None:
+        cells = [summary.cell(rows_of, t) for t in tasks]
+        shares = ["-" if c is None else f"{100 * c.rows / c.tokens:.0f}" for c in cells]
+        out.append("| *rows kept, %* | " + " | ".join([*shares, *[""] * (1 + len(kl))]) + " |")
     return "\n".join(out) + "\n"
 
 
