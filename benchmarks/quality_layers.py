@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lagkv_ext.commands.evaluate import methods, onednn
 from lagkv_ext.commands.evaluate.ask import Asker
@@ -23,7 +24,31 @@ from lagkv_ext.commands.evaluate.types import Sample, Setting
 from lagkv_ext.commands.models import full_attention_layers, load_model
 
 
-def kept(prefill: Prefill, setting: Setting, prompt: str) -> dict[int, torch.Tensor]:
+def crop_masks(model: Any) -> None:
+    """Lets layers hold different numbers of rows; transformers makes one mask for all, from its first layer's rows.
+
+    A question sees all rows of the cache and its own tokens so far. For models with full attention in all layers.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def cropped(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+    ) -> Any:
+        if query.shape[2] < key.shape[2]:
+            tokens, rows = query.shape[2], key.shape[2]
+            visible = torch.ones(tokens, rows, dtype=torch.bool, device=key.device).tril(rows - tokens)
+            mask = visible[None, None]
+        return attend(module, query, key, value, mask, **more)
+
+    AttentionInterface.register("lagkv_cropped", cropped)
+    AttentionMaskInterface.register("lagkv_cropped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = "lagkv_cropped"
+
+
+def kept(prefill: Prefill, setting: Setting, prompt: str) -> dict[int, Tensor]:
     """The rows that the setting's method keeps, per full-attention layer."""
     found = {}
     for i in prefill.layers:
@@ -33,7 +58,7 @@ def kept(prefill: Prefill, setting: Setting, prompt: str) -> dict[int, torch.Ten
     return found
 
 
-def held(prefill: Prefill, index: dict[int, torch.Tensor], tokens: torch.Tensor, layers: list[int]) -> float:
+def held(prefill: Prefill, index: dict[int, Tensor], tokens: Tensor, layers: list[int]) -> float:
     """Share of ``tokens`` (positions) that the heads of ``layers`` keep."""
     return fmean(
         torch.isin(tokens, index[i][0, h]).double().mean().item()
@@ -42,7 +67,7 @@ def held(prefill: Prefill, index: dict[int, torch.Tensor], tokens: torch.Tensor,
     )
 
 
-def answer_tokens(asker: Asker, sample: Sample) -> torch.Tensor:
+def answer_tokens(asker: Asker, sample: Sample) -> Tensor:
     """Positions of the answers' tokens in the context."""
     encoding = asker.tokenizer(sample.context, return_offsets_mapping=True)
     spans = []
@@ -58,7 +83,7 @@ def answer_tokens(asker: Asker, sample: Sample) -> torch.Tensor:
     return torch.tensor(inside, dtype=torch.int32)
 
 
-def score(asker: Asker, sample: Sample, prefill: Prefill, index: dict[int, torch.Tensor]) -> float:
+def score(asker: Asker, sample: Sample, prefill: Prefill, index: dict[int, Tensor]) -> float:
     marks = []
     for q in sample.questions:
         cache = prefill.fork(index) if index else prefill.fork()
@@ -86,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model)
     onednn.use(loaded.model)
+    crop_masks(loaded.model)
     asker = Asker(loaded.model, loaded.tokenizer)
     layers = full_attention_layers(loaded.model.config)
     size = -(-len(layers) // options.groups)
