@@ -24,6 +24,8 @@ NAMES = (
     "offloading",
     "offload_only_non_sliding",
 )
+# A note on where the settings come from: any JSON, for people and other tools.
+ABOUT = "about"
 
 #: The one value of "order" that settings of version 1 may still have.
 ORDER = "use_then_compress"
@@ -33,7 +35,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Keyword arguments from a settings file: ``LagKVCache(model.config, **read_settings("lagkv.json"))``.
 
     The file has a JSON object with arguments of `LagKVCache`, all optional. ``layer_keep_ratio`` names layers by their
-    numbers as text, since JSON has no other keys. The cache checks the values.
+    numbers as text, since JSON has no other keys. The cache checks the values. A member ``about`` is a note for people
+    and is left out.
 
     Raises ValueError: the file cannot be read, is not a JSON object, or has an unknown name.
     """
@@ -52,7 +55,7 @@ def checked_settings(data: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(data, dict):
         raise ValueError(f"{source} must have a JSON object, got {type(data).__name__}")
-    data = without_order(data, source)
+    data = {name: value for name, value in without_order(data, source).items() if name != ABOUT}
     if unknown := [name for name in data if name not in NAMES]:
         raise ValueError(f"{source} has the unknown name {unknown[0]!r}; known: {', '.join(NAMES)}")
     if (ratios := data.get("layer_keep_ratio")) is not None:
@@ -79,7 +82,10 @@ def without_order(data: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name != "order"}
 
 
-def settings_text(arguments: Mapping[str, Any]) -> str:
-    """The text that `read_settings` reads back as ``arguments``, keyword arguments of `LagKVCache`."""
+def settings_text(arguments: Mapping[str, Any], about: Any = None) -> str:
+    """The text that `read_settings` reads back as ``arguments``, keyword arguments of `LagKVCache`. ``about``: a note
+    in JSON that goes with them.
+    """
+    note = {} if about is None else {ABOUT: about}
     # json converts the layers' numbers to text.
-    return json.dumps(dict(arguments), indent=2) + "\n"
+    return json.dumps({**arguments, **note}, indent=2) + "\n"

@@ -69,7 +69,11 @@ def evaluate(
             "--search", help="Look for the smallest cache within the tolerance instead of a full grid."
         ),
     ] = False,
-    tolerance: Annotated[float, typer.Option(help="Points that a task may lose.", min=0.0)] = 2.0,
+    tolerance: Annotated[float, typer.Option(help="Points that a task may lose.", min=0.0, max=100.0)] = 2.0,
+    confidence: Annotated[
+        float,
+        typer.Option(help="Of the statement that the expected loss is within the tolerance, as 0.95."),
+    ] = 0.95,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.html and pictures.")] = Path(
         "lagkv-evaluation"
     ),
@@ -117,7 +121,13 @@ def evaluate(
     try:
         if report_only:
             path, found = run.report_again(
-                out / run.RESULTS, out, tolerance=tolerance, machine=machine, context=context, batch=batch
+                out / run.RESULTS,
+                out,
+                tolerance=tolerance,
+                confidence=confidence,
+                machine=machine,
+                context=context,
+                batch=batch,
             )
             typer.echo(f"{found.text()}\nreport: {path.resolve()}")
             return
@@ -139,6 +149,7 @@ def evaluate(
             seed=seed,
             search=search,
             tolerance=tolerance,
+            confidence=confidence,
             machine=machine,
             context=context,
             batch=batch,

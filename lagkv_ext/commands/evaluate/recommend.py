@@ -1,4 +1,4 @@
-"""The smallest cache whose loss is inside the tolerance, from what was measured; and a search for it with few runs."""
+"""The smallest cache whose loss is inside the tolerance, guaranteed where the prompts suffice; and a search for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import lagkv_ext.arguments
+from lagkv_ext.commands.evaluate.certify import Certificates
 from lagkv_ext.commands.evaluate.methods import LagKV
 from lagkv_ext.commands.evaluate.statistics import Difference
 from lagkv_ext.commands.evaluate.summary import Summary
@@ -40,27 +41,52 @@ class Judgement:
 @dataclass(frozen=True)
 class Recommendation:
     """``best`` is None where nothing qualifies: do not compress. ``ahead``: a smaller setting that passes too, but
-    whose options this version's `LagKVCache` does not take.
+    whose options this version's `LagKVCache` does not take. ``smaller``: one that passes too, but has no certificate,
+    which ``best`` has.
     """
 
     best: Judgement | None
     judged: tuple[Judgement, ...]
     tolerance: float
     ahead: Judgement | None = None
+    smaller: Judgement | None = None
+    certificates: Certificates | None = None
 
     @property
     def undecided(self) -> list[Judgement]:
         """Settings that no task speaks against, but that too few prompts were run for."""
         return [j for j in self.judged if "worse" not in j.tasks.values() and not j.passes]
 
+    def about(self) -> dict[str, Any] | None:
+        """The note in lagkv.json on what is known of the best setting; None where there is no best setting."""
+        if self.best is None:
+            return None
+        found: dict[str, Any] = {
+            "written_by": "lagkv evaluate",
+            "share_kept": round(self.best.share, 4),
+            "tolerance_points": self.tolerance,
+        }
+        if self.certificates is not None:
+            found["certificate"] = self.certificates.about(self.best.setting.name)
+        return found
+
     def text(self) -> str:
-        """One to three sentences."""
-        if self.ahead is None:
-            return self._best()
-        return (
-            f"{self._best()} {self.ahead.setting.name} would pass with {100 * self.ahead.share:.0f}%, but its options "
-            "are not yet taken by LagKVCache."
-        )
+        """One to five sentences."""
+        parts = [self._best()]
+        if self.best is not None and self.certificates is not None:
+            parts.append(self.certificates.text(self.best.setting.name))
+            if self.smaller is not None:
+                other = self.smaller
+                statement = self.certificates.text(other.setting.name)
+                parts.append(
+                    f"{other.setting.name} keeps {100 * other.share:.0f}% and passes here. {statement}"
+                )
+        if self.ahead is not None:
+            parts.append(
+                f"{self.ahead.setting.name} would pass with {100 * self.ahead.share:.0f}%, but its options "
+                "are not yet taken by LagKVCache."
+            )
+        return " ".join(parts)
 
     def _best(self) -> str:
         if self.best is None:
@@ -99,8 +125,11 @@ def judge(loss: Difference, tolerance: float) -> str:
     return "ok" if loss.verdict == "noise" and low is not None and 100 * low >= -WIDEST else "undecided"
 
 
-def recommend(summary: Summary, *, tolerance: float = TOLERANCE) -> Recommendation:
+def recommend(
+    summary: Summary, *, tolerance: float = TOLERANCE, certificates: Certificates | None = None
+) -> Recommendation:
     """Judge every setting of LagKV; the smallest that `LagKVCache` takes and that passes on every task is the best.
+    Where some of these have a certificate, it is the smallest with one.
 
     A setting counts only where it was measured on every task that the full cache was. Tasks on which the full cache
     itself is hardly better than guessing (`Summary.silent`) do not count.
@@ -124,9 +153,13 @@ def recommend(summary: Summary, *, tolerance: float = TOLERANCE) -> Recommendati
         )
     judged.sort(key=lambda j: (round(j.share, 6), j.worst[1]))
     passing = [j for j in judged if j.passes]
-    best = next((j for j in passing if deployable(j.setting)), None)
-    ahead = passing[0] if passing and passing[0] is not best else None
-    return Recommendation(best, tuple(judged), tolerance, ahead)
+    usable = [j for j in passing if deployable(j.setting)]
+    smallest = usable[0] if usable else None
+    certain = certificates.certified if certificates is not None else {}
+    best = next((j for j in usable if j.setting.name in certain), smallest)
+    ahead = passing[0] if passing and passing[0] is not smallest else None
+    smaller = smallest if smallest is not best else None
+    return Recommendation(best, tuple(judged), tolerance, ahead, smaller, certificates)
 
 
 def arguments(setting: Setting) -> dict[str, Any] | None:
@@ -164,9 +197,9 @@ def line(setting: Setting) -> str:
     return f"LagKVCache(model.config, {given})"
 
 
-def config(setting: Setting) -> str:
-    """`arguments` as the text of a settings file (`lagkv_ext.read_settings`)."""
-    return settings_text(arguments(setting) or {})
+def config(setting: Setting, about: Any = None) -> str:
+    """`arguments` as the text of a settings file (`lagkv_ext.read_settings`), with the note ``about``."""
+    return settings_text(arguments(setting) or {}, about)
 
 
 Measure = Callable[[Sequence[Setting]], Summary]

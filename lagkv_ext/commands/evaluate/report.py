@@ -1,4 +1,4 @@
-"""report.html: one file that needs no other, for who decides and for who has to believe it."""
+"""report.html, one file that needs no other, for people; report.json, the same verdict for programs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lagkv_ext.commands.evaluate import cost, methods, pictures, recommend
+from lagkv_ext.commands.evaluate import certify, cost, methods, pictures, recommend
+from lagkv_ext.commands.evaluate.certify import CONFIDENCE, Certificates
 from lagkv_ext.commands.evaluate.statistics import LEVEL, MIN_UNITS
 from lagkv_ext.commands.evaluate.summary import Cell, Summary, summarise
 from lagkv_ext.commands.evaluate.tasks.build import DESCRIPTIONS
 from lagkv_ext.commands.evaluate.types import FULL, EvaluationError, Setting
+
+FORMAT = "lagkv_ext.evaluation"
+VERSION = 1  # of report.json
 
 _CLASSES = {"worse": "worse", "better": "better", "noise": "noise", "unknown": "unknown"}
 
@@ -29,21 +33,32 @@ def write_report(
     folder: Path,
     *,
     tolerance: float = recommend.TOLERANCE,
+    confidence: float = CONFIDENCE,
     machine: cost.Machine | None = None,
     context: int | None = None,
     batch: int | None = None,
 ) -> tuple[Path, recommend.Recommendation]:
-    """Write ``report.html``, the PNG pictures and (where a setting qualifies) ``lagkv.json`` to ``folder``.
+    """Write ``report.html``, ``report.json``, the PNG pictures and (where a setting qualifies) ``lagkv.json`` to
+    ``folder``.
 
-    Raises EvaluationError: nothing has been measured yet.
+    Raises EvaluationError: nothing has been measured yet; a confidence or tolerance that makes no sense.
     """
     from jinja2 import Environment
+
+    certify.check(confidence, tolerance)
 
     header = headers[-1]
     summary = summarise(records, seed=header["seed"])
     if "full" not in summary.cells:
         raise EvaluationError("nothing has been measured yet: there is nothing to report")
-    found = recommend.recommend(summary, tolerance=tolerance)
+    known = certify.certificates(
+        records,
+        testable=recommend.deployable,
+        tolerance=tolerance,
+        confidence=confidence,
+        seed=header["seed"],
+    )
+    found = recommend.recommend(summary, tolerance=tolerance, certificates=known)
     drawn = pictures.draw(summary, found, folder)
     page = (importlib.resources.files("lagkv_ext.commands.evaluate") / "report.html.j2").read_text(
         encoding="utf-8"
@@ -59,7 +74,7 @@ def write_report(
             found=found,
             verdict=found.text(),
             line=recommend.line(found.best.setting) if found.best else "",
-            config=recommend.config(found.best.setting) if found.best else "",
+            config=recommend.config(found.best.setting, found.about()) if found.best else "",
             images=[
                 ("data:image/png;base64," + base64.b64encode(p.read_bytes()).decode(), c) for p, c in drawn
             ],
@@ -74,7 +89,8 @@ def write_report(
             spent=_spent(summary),
             methods=[(m, methods.description(m)) for m in _methods(summary)],
             costs=_costs(header, summary, found, machine or cost.Machine(), context, batch),
-            judged=[_judged(j) for j in found.judged],
+            judged=[_judged(j, known) for j in found.judged],
+            certain=_certain(known),
             examples=_examples(summary),
             level=round(100 * LEVEL),
             least=MIN_UNITS,
@@ -85,9 +101,11 @@ def write_report(
     )
     path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
+    machine_readable = json.dumps(_json(header, summary, found, known), indent=1, ensure_ascii=False)
+    (folder / "report.json").write_text(machine_readable + "\n", encoding="utf-8")
     configuration = folder / "lagkv.json"
     if found.best:
-        configuration.write_text(recommend.config(found.best.setting), encoding="utf-8")
+        configuration.write_text(recommend.config(found.best.setting, found.about()), encoding="utf-8")
     else:
         configuration.unlink(missing_ok=True)  # of an earlier run: it would still be taken for advice
     return path, found
@@ -151,13 +169,93 @@ def _methods(summary: Summary) -> list[str]:
     return list(dict.fromkeys(s.method for s in summary.settings.values()))
 
 
-def _judged(j: recommend.Judgement) -> dict[str, Any]:
-    state = "within" if j.passes else "worse" if "worse" in j.tasks.values() else "undecided"
+def _state(j: recommend.Judgement) -> str:
+    return "within" if j.passes else "worse" if "worse" in j.tasks.values() else "undecided"
+
+
+def _json(
+    header: dict[str, Any], summary: Summary, found: recommend.Recommendation, known: Certificates
+) -> dict[str, Any]:
+    """report.json. Scores and losses are in [0, 1], tolerances in points of 100."""
+    best = found.best
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": header["model"],
+        "started": header["started"],
+        "versions": header["versions"],
+        "tolerance_points": found.tolerance,
+        "confidence": known.confidence,
+        "verdict": found.text(),
+        "recommended": None
+        if best is None
+        else {
+            "setting": best.setting.name,
+            "arguments": recommend.arguments(best.setting),
+            "share_kept": best.share,
+            "certificate": known.about(best.setting.name),
+        },
+        "settings": [
+            {
+                "setting": j.setting.name,
+                "arguments": recommend.arguments(j.setting),
+                "share_kept": j.share,
+                "state": _state(j),
+                "tasks": {
+                    t: {
+                        "verdict": verdict,
+                        "score": summary.cells[j.setting.name][t].interval.mean,
+                        "full_cache": summary.cells["full"][t].interval.mean,
+                    }
+                    for t, verdict in j.tasks.items()
+                },
+                "certificate": known.about(j.setting.name),
+            }
+            for j in found.judged
+        ],
+        "attempts": [x.to_json() for x in known.attempts],
+    }
+
+
+def _certain(known: Certificates) -> dict[str, Any]:
+    """What the page says of the tests behind the guarantee."""
+    return {
+        "confidence": f"{100 * known.confidence:g}",
+        "attempts": [
+            {
+                "prompts": x.prompts,
+                "tasks": ", ".join(f"{task} {count}" for task, count in x.tasks.items()),
+                "confidence": f"{100 * x.confidence:g}%",
+                "tolerance": f"{x.tolerance:g}",
+                "level": f"{x.level:.3g}",
+                "test": "exact binomial" if x.binary else "Hoeffding-Bentkus",
+                "reason": x.reason,
+                "tested": [
+                    {
+                        "name": y.setting.name,
+                        "prompts": y.prompts,
+                        "loss": f"{100 * y.mean_loss:.2f}",
+                        "p": f"{y.p_value:.2g}",
+                        "certified": y.certified,
+                    }
+                    for y in x.tested
+                ],
+            }
+            for x in known.attempts
+        ],
+    }
+
+
+def _judged(j: recommend.Judgement, known: Certificates) -> dict[str, Any]:
+    name = j.setting.name
+    needed = known.needed.get(name)
+    guarantee = "yes" if name in known.certified else "no" if needed is None else f"{needed:,} more prompts"
     bad = [t for t, v in j.tasks.items() if v != "ok"]
     return {
         "name": j.setting.name,
         "share": f"{100 * j.share:.0f}%",
-        "state": state,
+        "state": _state(j),
+        "guarantee": guarantee if name in known.certified or name in known.needed else "not tested",
         "bad": ", ".join(bad),
         "worst": f"{j.worst[0]} ({j.worst[1]:.1f})",
         "excluded": f"{max(0.0, j.excluded):.1f}",

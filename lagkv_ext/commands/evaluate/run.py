@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lagkv_ext.commands.evaluate import cost, methods, presets, recommend, storage
+from lagkv_ext.commands.evaluate import certify, cost, methods, presets, recommend, storage
 from lagkv_ext.commands.evaluate.presets import PRESETS, Preset
 from lagkv_ext.commands.evaluate.report import write_report
 from lagkv_ext.commands.evaluate.runner import Progress, Runner, check_not_empty, environment
@@ -44,6 +44,7 @@ class Plan:
     seed: int = 0
     search: bool = False
     tolerance: float = recommend.TOLERANCE
+    confidence: float = certify.CONFIDENCE
     machine: cost.Machine = field(default_factory=cost.Machine)
     context: int | None = None
     batch: int | None = None
@@ -68,6 +69,7 @@ class Plan:
                 )
         if self.sink_size < 0:
             raise EvaluationError(f"sink_size must be at least 0, got {self.sink_size}")
+        certify.check(self.confidence, self.tolerance)
         for method in self.methods:
             if method != "full":
                 methods.resolve(method)
@@ -151,6 +153,7 @@ def evaluate(
                     _search(runner, samples, plan, preset, progress)
                 else:
                     runner.run(samples, wanted, progress)
+                _certify(results, plan)
             except KeyboardInterrupt:
                 interrupted = True
             records = list(results.records)
@@ -216,6 +219,20 @@ def _search(runner: Runner, samples: list[Sample], plan: Plan, preset: Preset, p
     )
 
 
+def _certify(results: storage.Results, plan: Plan) -> None:
+    """Test on the new prompts, and write down that they were used: the same prompts are never tested twice."""
+    found = certify.attempt(
+        results.records,
+        testable=recommend.deployable,
+        tolerance=plan.tolerance,
+        confidence=plan.confidence,
+        searched=plan.search,
+        seed=plan.seed,
+    )
+    if found is not None:
+        results.add(found.to_json())
+
+
 def _report(
     header: dict[str, Any], records: list[dict[str, Any]], out: Path, plan: Plan
 ) -> tuple[Path, recommend.Recommendation]:
@@ -225,6 +242,7 @@ def _report(
             records,
             out,
             tolerance=plan.tolerance,
+            confidence=plan.confidence,
             machine=plan.machine,
             context=plan.context,
             batch=plan.batch,

@@ -36,6 +36,7 @@ class Work:
 
     sample: Sample
     digest: str
+    context: str  # digest of the context alone: samples with the same one are not independent
     ids: Any
     encoded: list[Encoded]
     settings: list[Setting]
@@ -114,7 +115,8 @@ class Runner:
                 f"needs {needed} tokens, and the model's context is {self.asker.limit} tokens long",
             )
             return None
-        return Work(sample, hashed, ids, encoded, list(settings), missing)
+        context = hashlib.blake2b(sample.context.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        return Work(sample, hashed, context, ids, encoded, list(settings), missing)
 
     def _measure(self, work: Work, chosen: dict[str, methods.Method], say: Callable[[str], None]) -> None:
         sample = work.sample
@@ -246,6 +248,7 @@ class Runner:
                     "task": sample.task,
                     "sample": sample.name,
                     "digest": work.digest,
+                    "context": work.context,
                     "setting_name": setting.name,
                     "setting": setting.to_json(),
                     "facts": sample.facts,
@@ -356,7 +359,12 @@ def _short(value: Any) -> Any:
 def _shown(question: Question) -> dict[str, Any]:
     """What a reader of the results needs to see of the question."""
     answer = question.answer if question.kind == "literal" else "; ".join(question.answers)
-    return {"asked": question.text[-120:], "wanted": answer[:200], "how": question.kind}
+    return {
+        "asked": question.text[-120:],
+        "wanted": answer[:200],
+        "how": question.kind,
+        "binary": question.binary,
+    }
 
 
 def environment(loaded: Any) -> dict[str, Any]:

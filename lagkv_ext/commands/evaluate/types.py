@@ -42,6 +42,13 @@ class Question:
     metric: str = "contains"
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def binary(self) -> bool:
+        """Whether every score is 0 or 1, whatever the model says."""
+        if self.kind == "rank":
+            return len(self.answers) == 1
+        return self.kind == "generate" and self.metric in ("contains", "exact")
+
 
 @dataclass(frozen=True)
 class Sample:
