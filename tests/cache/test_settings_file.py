@@ -64,6 +64,13 @@ def test_what_is_written_is_read_and_makes_the_same_cache(tmp_path_factory, want
     ]
 
 
+def test_a_note_is_written_and_left_out(tmp_path):
+    path = tmp_path / "lagkv.json"
+    path.write_text(settings_text({"keep_ratio": 0.5}, {"certificate": [1, "é"]}))
+    assert json.loads(path.read_text()) == {"keep_ratio": 0.5, "about": {"certificate": [1, "é"]}}
+    assert read_settings(path) == {"keep_ratio": 0.5}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

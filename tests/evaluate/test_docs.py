@@ -156,3 +156,20 @@ def test_a_setting_is_held_against_variants_of_its_method_alone(tmp_path):
     assert "| lagkv-std, L=64, sink=16 | +10.0 (+10.0 to +10.0) ▲ |" in text
     assert "| lagkv-std-k, L=128, sink=16 | +20.0" in text
     assert "cosine" not in text
+
+
+def test_the_table_of_wrong_certificates_is_what_the_simulation_gives(capsys):
+    """Our columns: kvcalib is not installed with the tests."""
+    if not PAGE.exists():
+        pytest.skip("no docs here: tests run outside a checkout")
+    from benchmarks import certification
+
+    certification.main()
+
+    def ours(text: str) -> list[tuple[str, ...]]:
+        rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if "%" in line]
+        return [(*x[:2], *x[-2:]) for x in rows if len(x) == 6 and x[0] in ("100", "200", "400")]
+
+    shown = ours(PAGE.read_text(encoding="utf-8"))
+    assert len(shown) == 6
+    assert shown == ours(capsys.readouterr().out)
