@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from lagkv_ext.serving.rollout.breaker import Breaker, Check
+from lagkv_ext.serving.rollout.ladder import Ladder, Rung, read_ladder
 from lagkv_ext.serving.rollout.policy import Guard, Policy, RolloutError
 from lagkv_ext.serving.rollout.server import Decision, Rollout
 from lagkv_ext.serving.rollout.status import RolloutStatus
@@ -20,10 +21,13 @@ __all__ = [
     "Check",
     "Decision",
     "Guard",
+    "Ladder",
     "Policy",
     "Rollout",
     "RolloutError",
     "RolloutStatus",
+    "Rung",
     "Store",
     "Trip",
+    "read_ladder",
 ]
