@@ -1,7 +1,7 @@
 """``lagkv-ladder.json``: settings from the largest cache to the smallest, as the evaluation found them acceptable.
 
-``lagkv evaluate`` writes it. ``lagkv rollout set --ladder`` copies its rungs into a rollout file, where the ratio then adapts
-to the traffic::
+``lagkv evaluate`` writes it. ``lagkv rollout set --ladder`` copies its rungs into a rollout file, where the ratio then
+adapts to the traffic::
 
     {
       "format": "lagkv-ladder-1",
