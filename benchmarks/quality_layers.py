@@ -8,6 +8,7 @@ the answers' tokens that the group's heads keep, beside the share of all tokens 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from statistics import fmean
@@ -48,11 +49,15 @@ def crop_masks(model: Any) -> None:
     model.config._attn_implementation = "lagkv_cropped"
 
 
-def kept(prefill: Prefill, setting: Setting, prompt: str) -> dict[int, Tensor]:
-    """The rows that the setting's method keeps, per full-attention layer."""
+def kept(
+    prefill: Prefill, setting: Setting, prompt: str, ratios: dict[int, float] | None = None
+) -> dict[int, Tensor]:
+    """The rows that the setting's method keeps, per full-attention layer; ``ratios``: other keep_ratios by layer."""
     found = {}
     for i in prefill.layers:
         key, value = prefill.rows(i)
+        if ratios:
+            setting = dataclasses.replace(setting, keep_ratio=ratios[i])
         layer = methods.layer_of(setting, key, value, layer=i, prompt=prompt, seed=0)
         found[i] = methods.select(methods.resolve(setting.method), layer)
     return found
@@ -91,6 +96,16 @@ def score(asker: Asker, sample: Sample, prefill: Prefill, index: dict[int, Tenso
     return 100 * fmean(marks)
 
 
+def by_layer(text: str) -> dict[int, float]:
+    """``0-4:0.25,5-9:0.5`` as a keep_ratio for each layer."""
+    found: dict[int, float] = {}
+    for part in filter(None, text.split(",")):
+        layers, _, ratio = part.partition(":")
+        first, _, last = layers.partition("-")
+        found |= dict.fromkeys(range(int(first), int(last or first) + 1), float(ratio))
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,7 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="lagkv-blend-smooth3-head")
     parser.add_argument("--keep-ratio", type=float, default=0.25)
-    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=6, help="0: none, only --ratios")
+    parser.add_argument(
+        "--ratios", default="", help="also measured: keep_ratios by layer, as 0-4:0.25,5-9:0.5,10-29:0.1875"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -114,8 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     crop_masks(loaded.model)
     asker = Asker(loaded.model, loaded.tokenizer)
     layers = full_attention_layers(loaded.model.config)
-    size = -(-len(layers) // options.groups)
-    groups = [layers[i : i + size] for i in range(0, len(layers), size)]
+    size = -(-len(layers) // options.groups) if options.groups else len(layers)
+    groups = [layers[i : i + size] for i in range(0, len(layers), size)] if options.groups else []
+    ratios = by_layer(options.ratios)
     setting = Setting(options.method, options.keep_ratio)
     rows: list[dict[str, Any]] = []
     for sample in build([Spec(options.task, options.size, options.prompts)], loaded.tokenizer, options.seed):
@@ -129,6 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
             "full": score(asker, sample, prefill, {}),
             "compressed": score(asker, sample, prefill, index),
         }
+        if ratios:
+            row["by layer"] = score(asker, sample, prefill, kept(prefill, setting, sample.name, ratios))
         for group in groups:
             name = f"{group[0]}-{group[-1]}"
             row[name] = {
@@ -141,7 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.write_text(
             json.dumps({**vars(options), "out": str(options.out), "rows": rows}, indent=1) + "\n"
         )
-        print(f"{sample.name}: full {row['full']:.1f}, compressed {row['compressed']:.1f}", flush=True)
+        shown = (f"{k} {row[k]:.1f}" for k in ("full", "compressed", "by layer") if k in row)
+        print(f"{sample.name}: {', '.join(shown)}", flush=True)
+    if not groups:
+        return
     print("\n| layers | alone | spared | held | held of all |\n| --- | ---: | ---: | ---: | ---: |")
     for group in groups:
         name = f"{group[0]}-{group[-1]}"

@@ -1,4 +1,4 @@
-"""docs/quality.md: every number in its tables is in a committed results file."""
+"""The pages on quality: every number in its tables is in a committed results file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ pytest.importorskip("numpy", reason="the evaluation needs numpy")
 from lagkv_ext.commands.evaluate import markdown
 from lagkv_ext.commands.evaluate.types import Setting
 
-PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "quality.md"
+PAGES = ("docs/quality.md", "benchmarks/results/quality/README.md")
 
 
-def test_tables_are_those_of_the_results():
-    if not PAGE.exists():
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_are_those_of_the_results(name):
+    page = ROOT / name
+    if not page.exists():
         pytest.skip("no docs here: tests run outside a checkout")
-    text = PAGE.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.count("<!-- end -->") >= 1
-    assert markdown.rewrite(PAGE) == text, (
-        "run: python -m lagkv_ext.commands.evaluate.markdown docs/quality.md"
-    )
+    assert markdown.rewrite(page) == text, f"run: python -m lagkv_ext.commands.evaluate.markdown {name}"
 
 
 def test_tables_of_known_results(tmp_path):
