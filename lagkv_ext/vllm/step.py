@@ -1,0 +1,100 @@
+"""Turns a step's metadata into pieces and the compressions that they need (`plan.Pieces`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lagkv_ext.vllm.compress import Work, on_device, work
+from lagkv_ext.vllm.plan import crossings, pieces
+from lagkv_ext.vllm.specs import LagKVRawSpec
+
+
+class Tables:
+    """Where the builders of a layer's two cache groups meet in a step: the second completes the first's metadata."""
+
+    def __init__(self) -> None:
+        self._layers: frozenset[str] | None = None
+        self._complete: Callable[[Tensor], None] | None = None
+        self._compressed: Tensor | None = None
+
+    def meet(self, layers: frozenset[str]) -> None:
+        """RuntimeError where the second builder serves other layers than the first."""
+        if self._layers not in (None, layers):
+            raise RuntimeError(
+                f"lagkv: vLLM grouped {sorted(layers)} and {sorted(self._layers or ())} in one of two cache groups; "
+                "please report this"
+            )
+        self._layers = layers
+
+    def give_raw(self, complete: Callable[[Tensor], None]) -> None:
+        self._complete = complete
+        self._finish()
+
+    def give_compressed(self, table: Tensor) -> None:
+        self._compressed = table
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._complete is not None and self._compressed is not None:
+            complete, compressed = self._complete, self._compressed
+            self._complete = self._compressed = None
+            complete(compressed)
+
+
+def expand(spec: LagKVRawSpec, common: Any, compressed: Tensor) -> tuple[Any, Work | None]:
+    """``(metadata whose sequences are pieces, what to compress before)`` of a step's ``CommonAttentionMetadata``.
+
+    ``compressed [B, *]`` is the second group's table.
+    """
+    plan, raw = spec.plan, common.block_table_tensor
+    count = common.num_reqs
+    ends = common.seq_lens_cpu_upper_bound[:count].long()
+    begins = (ends - common.query_start_loc_cpu[: count + 1].long().diff()).clamp_min(0)
+    due = compression(spec, raw, compressed, begins, ends)
+    cut = pieces(plan, begins, ends)
+    if not bool((plan.m(cut.k) > 0).any()):
+        return common, due
+    rows = cut.end - plan.m(cut.k) * (plan.lag - plan.keep)
+    sizes, most = cut.end - cut.begin, int(rows.max())
+    start = torch.zeros(len(cut.k) + 1, dtype=common.query_start_loc_cpu.dtype)
+    start[1:] = sizes.cumsum(0)
+    seq_lens, query_start_loc, sequence, k = on_device(
+        raw.device, rows.to(common.seq_lens.dtype), start, cut.sequence, cut.k
+    )
+    width = -(-most // plan.block)
+    table = raw.new_zeros((len(cut.k), raw.shape[1]))
+    table[:, :width] = plan.shown(raw[sequence], compressed[sequence], k, width)
+    prefilling = common.is_prefilling
+    return (
+        common.replace(
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=start,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=rows.to(common.seq_lens_cpu_upper_bound.dtype),
+            num_reqs=len(cut.k),
+            max_query_len=int(sizes.max()),
+            max_seq_len=most,
+            block_table_tensor=table,
+            is_prefilling=None if prefilling is None else prefilling[cut.sequence],
+            req_idx=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        ),
+        due,
+    )
+
+
+def compression(
+    spec: LagKVRawSpec, raw: Tensor, compressed: Tensor, begins: Tensor, ends: Tensor
+) -> Work | None:
+    """What the step's tokens complete."""
+    plan = spec.plan
+    sequence, k = crossings(plan, begins, ends)
+    if len(k) == 0:
+        return None
+    (row,) = on_device(raw.device, sequence)
+    return work(plan, spec.settings, raw[row], compressed[row], plan.m(k - 1), k, raw.device)
