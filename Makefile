@@ -1,8 +1,8 @@
 # make demo   a real model reads a long text with its cache compressed          make test   every test
 # Each creates its environment (.venv), installs, builds and runs. Another torch: make test TORCH='torch==2.13.0'
-# (give another VENV too to keep both). Other targets: test-vllm (the plugin in vLLM, in an environment of its own), build, lint, format, kernel-report, check-headers (do the sources
-# compile with the oldest torch?), clean, and gpu-check, which on a machine with a GPU checks and measures everything with
-# the python3 and the torch that are there, offline.
+# (give another VENV too to keep both). Other targets: test-vllm (the plugin in vLLM, in an environment of its own), build,
+# lint, format, kernel-report, check-headers (do the sources compile with the oldest torch?), clean, and gpu-check, which
+# on a machine with a GPU checks and measures everything with the python3 and the torch that are there, offline.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch
@@ -46,11 +46,14 @@ test: build
 test-vllm: build $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest --hypothesis-profile=ci --only-gpu-skips -n $(MAX_JOBS) tests/vllm
 
-$(VLLM_STAMP): tests/vllm/requirements.txt
+# egg_info: the entry point by which vLLM finds the plugin, without building the libraries once more.
+$(VLLM_STAMP): tests/vllm/requirements.txt pyproject.toml | build
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $<
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	echo '$(CURDIR)' > "$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/lagkv-checkout.pth"
+	site=$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	  echo '$(CURDIR)' > "$$site/lagkv-checkout.pth" && \
+	  $(BIN)/python setup.py --quiet egg_info --egg-base "$$site"
 	touch $@
 
 lint: build

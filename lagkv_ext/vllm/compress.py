@@ -22,12 +22,29 @@ class Rows:
     block: Tensor
     row: Tensor
 
-    def of(self, pool: Tensor) -> Tensor:
-        """``[n, H, rows, D]`` of a pool ``[blocks, rows, H, D]``."""
-        return pool[self.block, self.row].transpose(1, 2)
 
-    def put(self, pool: Tensor, values: Tensor) -> None:
-        pool[self.block, self.row] = values.transpose(1, 2)
+@dataclass(frozen=True)
+class Pool:
+    """Keys or values of a layer's blocks, as a view ``[blocks, rows / span, span, H, *channels]`` of any strides."""
+
+    view: Tensor
+
+    def read(self, rows: Rows) -> Tensor:
+        """``[n, H, rows, D]``, a copy."""
+        return self.view[self._index(rows)].flatten(3).transpose(1, 2)
+
+    def write(self, rows: Rows, values: Tensor) -> None:
+        """Write ``values [n, H, rows, D]``."""
+        self.view[self._index(rows)] = values.transpose(1, 2).unflatten(3, self.view.shape[4:])
+
+    def _index(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor | int]:
+        span = self.view.shape[2]
+        return (rows.block, rows.row, 0) if span == 1 else (rows.block, rows.row // span, rows.row % span)
+
+
+def plain_pool(rows: Tensor) -> Pool:
+    """Of a view ``[blocks, rows, H, D]``."""
+    return Pool(rows.unsqueeze(2))
 
 
 @dataclass(frozen=True)
@@ -38,13 +55,13 @@ class Work:
     mixed: tuple[Rows, Rows] | None  #: (rest of the sink and first rows behind, mixed blocks)
     settings: Settings
 
-    def run(self, key_cache: Tensor, value_cache: Tensor) -> None:
-        """Compresses in one layer's pools ``[blocks, rows, H, D]`` of any strides."""
+    def run(self, keys: Pool, values: Pool) -> None:
+        """Compresses in one layer's pools."""
         settings = self.settings
         for source, target in self.passes:
             key, value, _ = torch.ops.lagkv.compress(
-                source.of(key_cache),
-                source.of(value_cache),
+                keys.read(source),
+                values.read(source),
                 0,
                 settings.lag_size,
                 settings.keep,
@@ -52,12 +69,12 @@ class Work:
                 score=settings.score,
             )
             rows = target.row.shape[1]
-            target.put(key_cache, key[:, :, :rows])
-            target.put(value_cache, value[:, :, :rows])
+            keys.write(target, key[:, :, :rows])
+            values.write(target, value[:, :, :rows])
         if self.mixed is not None:
             source, target = self.mixed
-            for pool in (key_cache, value_cache):
-                target.put(pool, source.of(pool))
+            for pool in (keys, values):
+                pool.write(target, pool.read(source))
 
 
 def work(

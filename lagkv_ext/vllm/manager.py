@@ -94,6 +94,19 @@ class LagKVRawManager(LagKVManager):
             self.counts.scheduled(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        if self.counts is not None:
+            self.counts.cached(request_id, num_local_computed_tokens)
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+
     def cache_blocks(
         self,
         request: Any,

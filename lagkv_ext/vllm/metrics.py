@@ -97,17 +97,22 @@ class RequestCounts:
         self._tokens: dict[str, int] = {}
         self._requests: dict[str, Any] = {}
 
+    def cached(self, request_id: str, tokens: int) -> None:
+        """The first ``tokens`` tokens of a request were found in the prefix cache."""
+        self._grow(request_id, self._tokens.get(request_id, 0), tokens)
+
     def scheduled(self, request_id: str, tokens: int) -> None:
-        before = self._tokens.get(request_id, 0)
-        if tokens <= before:
-            return
-        plan = self.plan
-        self._tokens[request_id] = tokens
-        totals.add("tokens_seen", tokens - before)
-        totals.add("tokens_kept", plan.rows(tokens) - plan.rows(before))
+        before, plan = self._tokens.get(request_id, 0), self.plan
+        self._grow(request_id, before, tokens)
         if partitions := plan.m(tokens // plan.boundary) - plan.m(before // plan.boundary):
             totals.add("partitions", partitions)
             totals.add("rows_dropped", partitions * (plan.lag - plan.keep))
+
+    def _grow(self, request_id: str, before: int, tokens: int) -> None:
+        if tokens > before:
+            self._tokens[request_id] = tokens
+            totals.add("tokens_seen", tokens - before)
+            totals.add("tokens_kept", self.plan.rows(tokens) - self.plan.rows(before))
 
     def seen(self, request: Any) -> None:
         self._requests.setdefault(request.request_id, request)
