@@ -53,9 +53,9 @@ def compilations(include: Path) -> dict[str, list[str]]:
             *(f"csrc/cpu/{x.name}" for x in sorted((ROOT / "csrc/cpu").glob("*ops.cpp"))),
         )
     }
-    commands["tests/cpp/operators.cpp"] = [
+    commands["tests/ops/cpp/operators.cpp"] = [
         *host,
-        *("-std=c++20", f"-I{ROOT / 'lagkv_ext/include'}", "tests/cpp/operators.cpp"),
+        *("-std=c++20", f"-I{ROOT / 'lagkv_ext/include'}", "tests/ops/cpp/operators.cpp"),
     ]
     nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")
     for source in sorted((ROOT / "csrc/cuda").glob("*operators.cu")):

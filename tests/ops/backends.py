@@ -7,7 +7,6 @@ CUDA kernels in the executor, ``cuda`` the CUDA kernels on a card.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import platform
 from collections.abc import Iterator
@@ -158,12 +157,12 @@ def make_cpu(level: str) -> Backend:
 
 
 def make_simt() -> Backend:
+    from tests import simt
+    from tests.simt import operators
+
     try:
-        operators = importlib.import_module("simt.operators")
-        importlib.import_module(
-            "simt"
-        ).module()  # builds it; a kernel that does not compile is no ImportError
-    except ImportError as error:
+        simt.module()  # builds it; a kernel that does not compile is another error
+    except simt.Unavailable as error:
         raise Unavailable(f"the SIMT executor cannot be built: {error}") from error
     return Backend("simt", operators)
 

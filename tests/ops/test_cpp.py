@@ -51,7 +51,7 @@ ROUTES = {
 def programs(tmp_path_factory, request) -> Path:
     """The folder of ``operators``, linked with lagkv::lagkv as a route of `ROUTES` gives it, and ``unlinked``."""
     folder = tmp_path_factory.mktemp("cpp")
-    configure(ROOT / "tests/cpp", folder, *ROUTES[request.param])
+    configure(ROOT / "tests/ops/cpp", folder, *ROUTES[request.param])
     run(tool("cmake"), "--build", folder)
     return folder
 
@@ -66,7 +66,7 @@ def int32(*values: int) -> torch.Tensor:
 
 
 def expected() -> list[torch.Tensor]:
-    """What tests/cpp/operators.cpp writes."""
+    """What tests/ops/cpp/operators.cpp writes."""
     ops = torch.ops.lagkv
     key, value = numbers(2, 3, 70, 16, step=0.37), numbers(2, 3, 70, 24, step=0.71)
     out = []
@@ -96,7 +96,7 @@ def test_every_operator_gives_the_bits_of_python(programs, tmp_path):
     for number, tensor in enumerate(expected()):
         count = tensor.nbytes
         got = torch.frombuffer(bytearray(written[:count]), dtype=tensor.dtype).reshape(tensor.shape)
-        assert torch.equal(got, tensor), f"tensor {number} of tests/cpp/operators.cpp"
+        assert torch.equal(got, tensor), f"tensor {number} of tests/ops/cpp/operators.cpp"
         written = written[count:]
     assert not written
 
