@@ -9,10 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "overlap.h"
 #include "params.h"
 
 namespace lagkv {
@@ -143,11 +145,42 @@ inline Score check_scoring(const char* op, double value_weight, const std::strin
   return Score::kCosine;
 }
 
-/// A tensor that is written must not hold one element at two places.
-inline void check_writable(const char* op, const char* name, const Tensor& x) {
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    check(x.stride(dim) != 0 || x.size(dim) <= 1 || x.numel() == 0, op, name,
-          " must not overlap itself, got stride 0 in dimension ", dim);
+struct StridesText {
+  const Tensor& x;
+};
+inline std::ostream& operator<<(std::ostream& out, StridesText strides) {
+  out << "[";
+  for (int64_t dim = 0; dim < strides.x.dim(); ++dim) out << (dim ? ", " : "") << strides.x.stride(dim);
+  return out << "]";
+}
+
+/// A tensor of an operator that writes some of its arguments.
+struct Argument {
+  const char* name;
+  const Tensor& x;
+  bool written;
+};
+
+/// What is written holds every element at one index, and shares no byte with another argument.
+template <size_t kCount>
+void check_overlap(const char* op, const Argument (&arguments)[kCount]) {
+  std::optional<Footprint> footprints[kCount];
+  for (size_t i = 0; i < kCount; ++i) {
+    const Tensor& x = arguments[i].x;
+    footprints[i].emplace(x.data_ptr(), x.element_size(), x.dim(), x.sizes().data(), x.strides().data());
+    check(!arguments[i].written || !overlaps_itself(*footprints[i]), op, arguments[i].name,
+          " must not overlap itself, got shape ", shape_text(x), " with strides ", StridesText{x});
+  }
+  for (size_t i = 1; i < kCount; ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      if (!arguments[i].written && !arguments[j].written) continue;
+      const Tensor &x = arguments[i].x, &other = arguments[j].x;
+      check(!overlap(*footprints[i], *footprints[j]), op, arguments[i].name, " must not overlap ",
+            arguments[j].name, ", got addresses ",
+            static_cast<int64_t>(footprints[i]->begin() - footprints[j]->begin()), " bytes apart, shapes ",
+            shape_text(x), " and ", shape_text(other), ", strides ", StridesText{x}, " and ",
+            StridesText{other});
+    }
   }
 }
 
@@ -163,10 +196,7 @@ inline Score check_compress(const char* op, const Tensor& key, const Tensor& val
 inline Score check_compress_(const char* op, const Tensor& key, const Tensor& value, int64_t start,
                              int64_t lag_size, int64_t keep, double value_weight, const std::string& score) {
   const Score kind = check_compress(op, key, value, start, lag_size, keep, value_weight, score);
-  check_writable(op, "key", key);
-  check_writable(op, "value", value);
-  check(key.numel() == 0 || key.data_ptr() != value.data_ptr(), op,
-        "value must not share its memory with key, got the same address for both");
+  check_overlap(op, {{"key", key, true}, {"value", value, true}});
   return kind;
 }
 

@@ -43,14 +43,6 @@ inline void check_ragged_pair(const char* op, const RowsLayout& layout, const Te
   }
 }
 
-inline void check_writable_pair(const char* op, const RowsLayout& layout, const Tensor& key,
-                                const Tensor& value) {
-  check_writable(op, layout.key, key);
-  check_writable(op, layout.value, value);
-  check(key.numel() == 0 || key.data_ptr() != value.data_ptr(), op, layout.value,
-        " must not share its memory with ", layout.key, ", got the same address for both");
-}
-
 /// start, length, cu_seqlens: int32, contiguous, one number a sequence (and one more).
 inline void check_numbers(const char* op, const RowsLayout& layout, const Tensor& key, const char* name,
                           const Tensor& x) {
@@ -70,15 +62,12 @@ inline void check_capacity(const char* op, int64_t capacity, const char* of) {
   check(capacity <= kMaxLength, op, of, " must come to at most ", kMaxLength, " tokens, got ", capacity);
 }
 
-/// start and length are both written, so they must be two tensors.
 inline void check_start_and_length(const char* op, const RowsLayout& layout, const Tensor& key,
                                    const Tensor& start, const Tensor& length, int64_t batch) {
   check_numbers(op, layout, key, "start", start);
   check_count(op, "start", start, batch);
   check_numbers(op, layout, key, "length", length);
   check_count(op, "length", length, batch);
-  check(batch == 0 || start.data_ptr() != length.data_ptr(), op,
-        "length must not share its memory with start, got the same address for both");
 }
 
 inline Score check_compress_ragged_(const Tensor& key, const Tensor& value, const Tensor& start,
@@ -91,7 +80,8 @@ inline Score check_compress_ragged_(const Tensor& key, const Tensor& value, cons
   check_lag_size(op, lag_size);
   check_keep(op, keep, "lag_size", lag_size);
   const Score kind = check_scoring(op, value_weight, score);
-  check_writable_pair(op, kSlots, key, value);
+  check_overlap(
+      op, {{"key", key, true}, {"value", value, true}, {"start", start, true}, {"length", length, true}});
   return kind;
 }
 
@@ -130,7 +120,11 @@ inline Score check_compress_paged_(const Tensor& key_cache, const Tensor& value_
   check_lag_size(op, lag_size);
   check_keep(op, keep, "lag_size", lag_size);
   const Score kind = check_scoring(op, value_weight, score);
-  check_writable_pair(op, kPages, key_cache, value_cache);
+  check_overlap(op, {{"key_cache", key_cache, true},
+                     {"value_cache", value_cache, true},
+                     {"block_table", block_table, false},
+                     {"start", start, true},
+                     {"length", length, true}});
   return kind;
 }
 

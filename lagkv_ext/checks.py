@@ -35,13 +35,6 @@ def check_compress_(
     key: Tensor, value: Tensor, start: int, lag_size: int, keep: int, value_weight: float, score: str
 ) -> None:
     check_compress(key, value, start, lag_size, keep, value_weight, score, op="compress_")
-    check_writable("compress_", "key", key)
-    check_writable("compress_", "value", value)
-    check(
-        key is not value,
-        "compress_",
-        lambda: "value must not share its memory with key, got the same address for both",
-    )
 
 
 def check_partition_bounds(x: Tensor, start: int, lag_size: int) -> None:
@@ -188,17 +181,3 @@ def check_keep(op: str, keep: int, bound_name: str, bound: int) -> None:
 def check_scoring(op: str, value_weight: float, score: str) -> None:
     check(math.isfinite(value_weight), op, lambda: f"value_weight must be finite, got {value_weight}")
     check(score in SCORES, op, lambda: f"score must be 'std' or 'cosine', got '{score}'")
-
-
-def check_writable(op: str, name: str, x: Tensor) -> None:
-    """A tensor that is written must not hold one element at two places."""
-    for dim in range(3):
-        if x.stride(dim) == 0:
-            check(
-                x.shape[dim] <= 1 or x.numel() == 0,
-                op,
-                lambda: (
-                    f"{name} must not overlap itself, got stride 0 in dimension "
-                    f"{[x.stride(d) == 0 and x.shape[d] > 1 for d in range(3)].index(True)}"
-                ),
-            )

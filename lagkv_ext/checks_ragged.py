@@ -20,7 +20,6 @@ from lagkv_ext.checks import (
     check_keep,
     check_lag_size,
     check_scoring,
-    check_writable,
     dtype_text,
     shape_text,
 )
@@ -55,7 +54,6 @@ def check_compress_ragged_(
     check_lag_size(op, lag_size)
     check_keep(op, keep, "lag_size", lag_size)
     check_scoring(op, value_weight, score)
-    _check_writable_pair(op, _SLOTS, key, value)
 
 
 def check_compress_varlen(
@@ -120,7 +118,6 @@ def check_compress_paged_(
     check_lag_size(op, lag_size)
     check_keep(op, keep, "lag_size", lag_size)
     check_scoring(op, value_weight, score)
-    _check_writable_pair(op, _PAGES, key_cache, value_cache)
 
 
 def check_slot_values(start: Tensor, length: Tensor, capacity: int) -> None:
@@ -247,16 +244,6 @@ def _check_rows(op: str, layout: _Layout, name: str, x: Tensor) -> None:
     check_contiguous(op, name, x)
 
 
-def _check_writable_pair(op: str, layout: _Layout, key: Tensor, value: Tensor) -> None:
-    check_writable(op, layout.key, key)
-    check_writable(op, layout.value, value)
-    check(
-        key is not value,
-        op,
-        lambda: f"{layout.value} must not share its memory with {layout.key}, got the same address for both",
-    )
-
-
 def _check_numbers(op: str, layout: _Layout, key: Tensor, name: str, x: Tensor) -> None:
     check(x.dim() == 1, op, lambda: f"{name} must have 1 dimension, got shape {shape_text(x)}")
     check(x.dtype == torch.int32, op, lambda: f"{name} must be int32, got {dtype_text(x)}")
@@ -283,11 +270,6 @@ def _check_start_and_length(
     for name, x in (("start", start), ("length", length)):
         _check_numbers(op, layout, key, name, x)
         _check_count(op, name, x, batch)
-    check(
-        start is not length,
-        op,
-        lambda: "length must not share its memory with start, got the same address for both",
-    )
 
 
 def _check_capacity(op: str, capacity: int, what: str) -> None:

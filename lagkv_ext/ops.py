@@ -102,8 +102,9 @@ def compress_(
         ``index [B, H, N']`` int32, ascending: input position of every row that stayed.
 
     Raises:
-        RuntimeError, ValueError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself (an expanded
-            tensor), both are one memory, or one requires grad while gradients are recorded. Nothing is written then.
+        TypeError, ValueError, RuntimeError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself or the
+            other in memory, or requires grad while gradients are recorded. Nothing is written then. Tensors that
+            interleave without sharing an element (halves of one buffer ``[..., 2 D]``, say) do not overlap.
     """
     sink_size = arguments.integer("sink_size", sink_size)
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)

@@ -155,15 +155,6 @@ def _wrong_numbers(op: str) -> list[RaggedWrong]:
                     f"{name} must have one number for each of 2 sequences, got shape [1]",
                 )
             )
-    if "length" in NUMBERS[op]:
-        wrong.append(
-            RaggedWrong(
-                op,
-                "length",
-                lambda a: a["start"],
-                "length must not share its memory with start, got the same address for both",
-            )
-        )
     return wrong
 
 
@@ -177,10 +168,6 @@ def _wrong_scalars(op: str) -> list[RaggedWrong]:
     ]
 
 
-def _expanded(name: str, dim: int):
-    return lambda a: a[name].narrow(dim, 0, 1).expand(a[name].shape)
-
-
 WRONG = [
     *(wrong for op in ARGUMENTS for wrong in (*_wrong_rows(op), *_wrong_numbers(op), *_wrong_scalars(op))),
     RaggedWrong("compress_varlen", "cu_seqlens", lambda a: a["cu_seqlens"][:0], "cu_seqlens must have at least 1 number (B + 1 of them), got shape [0]"),
@@ -190,14 +177,6 @@ WRONG = [
     RaggedWrong("compress_paged_", "block_table", lambda a: torch.stack([a["block_table"]] * 2, 2)[:, :, 0], "block_table must have a contiguous last dimension (stride 1), got stride 2"),
     RaggedWrong("compress_paged_", "block_table", lambda a: a["block_table"][:1], "start must have one number for each of 1 sequences, got shape [2]"),
     RaggedWrong("compress_paged_", "block_table", lambda a: torch.empty(0, 2**29, dtype=torch.int32, device=a["start"].device), f"block_table.size(1) * block_size must come to at most 2147483647 tokens, got {TOO_LONG}"),
-    *(
-        RaggedWrong(op, name, _expanded(name, dim), f"{name} must not overlap itself, got stride 0 in dimension {dim}")
-        for op in ("compress_ragged_", "compress_paged_") for name in ROWS[op] for dim in range(3)
-    ),
-    *(
-        RaggedWrong(op, ROWS[op][1], lambda a, key=ROWS[op][0]: a[key], f"{ROWS[op][1]} must not share its memory with {ROWS[op][0]}, got the same address for both")
-        for op in ("compress_ragged_", "compress_paged_")
-    ),
 ]  # fmt: skip
 
 # Values: on the CPU refused before anything is written; a device finds out in its kernels and leaves the sequence alone.
