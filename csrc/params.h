@@ -14,7 +14,8 @@ namespace lagkv {
 
 enum class Score : int32_t { kStd = 0, kCosine = 1 };
 
-/// Number of partitions P of a sequence of `length` tokens (docs/method.md, section 1). 0 where length < start.
+/// Number of partitions P of a sequence of `length` tokens (docs/method.md, section 1). 0 where length <
+/// start.
 LAGKV_HOST_DEVICE int64_t partition_count(int64_t length, int64_t start, int64_t lag_size) {
   return length > start ? (length - start) / lag_size : 0;
 }

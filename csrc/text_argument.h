@@ -1,8 +1,8 @@
 // A `str` argument of an operator. A kernel takes it as StringHandle, which is what crosses the stable ABI,
 // and reads it here: the conversion to std::string in torch's headers before 2.14 allocates a second string
 // on every call and never frees it (https://github.com/pytorch/pytorch/issues/191340), and a library built
-// with those headers would keep leaking under a newer torch. tests/ops/test_memory.py watches every operator for
-// such growth.
+// with those headers would keep leaking under a newer torch. tests/ops/test_memory.py watches every operator
+// for such growth.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
