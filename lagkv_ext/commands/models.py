@@ -60,7 +60,7 @@ class LoadedModel:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: ``$LAGKV_CACHE_DIR``, or ``~/.cache/lagkv_ext`` (``$XDG_CACHE_HOME`` counts)."""
+    """The folder of converted models: ``$LAGKV_CACHE_DIR``, or ``~/.cache/lagkv_ext`` (``$XDG_CACHE_HOME`` counts)."""
     if chosen := os.environ.get("LAGKV_CACHE_DIR"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

@@ -53,7 +53,7 @@ def draw(result: Result, path: Path) -> None:
 
 
 def _facts_axis(axis: Axes, result: Result) -> None:
-    """Where each fact stands, with its answer."""
+    """Draws each fact at its position, with its answer."""
     axis.set_ylim(0, 1)
     axis.set_yticks([])
     for side in ("top", "right", "left"):

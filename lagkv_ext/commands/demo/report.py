@@ -1,4 +1,4 @@
-"""What the demo prints and writes: the table, what its numbers say in words, and the raw results."""
+"""Prints and writes the demo's results: the table, sentences that explain it, and the raw numbers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _cells(outcome: Outcome, result: Result) -> list[str]:
 
 
 def explanation(result: Result) -> list[str]:
-    """What the numbers show, one sentence or two per subject. Every word that depends on a number is chosen by it."""
+    """Explains the numbers, one or two sentences per subject. Every word that depends on a number is chosen by it."""
     return [*_quality(result), _memory(result), _speed(result)]
 
 
@@ -166,7 +166,7 @@ def _speed(result: Result) -> str:
 
 
 def answers(result: Result) -> Table:
-    """Which cache answered which question right."""
+    """A row per question, a column per cache: whether it was answered right."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table

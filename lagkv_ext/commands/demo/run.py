@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, by itself and with the right answer under its eyes.
+    """An answer that the model generated, alone and when shown the right one token by token.
 
     ``said`` is its greedy continuation, as many tokens as the answer has; ``right``: it begins with the answer.
     ``tokens_right`` of ``tokens``: the answer's tokens predicted right when all tokens before them are the true ones
@@ -289,7 +289,7 @@ class _Bench:
         return cache
 
     def describe(self, outcome: Outcome, cache: Any) -> None:
-        """Sizes and kept tokens of a cache that has read the text. ``cache`` itself stays as it is."""
+        """Sizes and kept tokens of a cache that has read the text. ``cache`` is not changed."""
         tokens = self.ids.shape[1]
         heads = [self._kept(cache, layer, tokens) for layer in self.full_layers]
         self.heads = heads[0].shape[0]
@@ -312,7 +312,7 @@ class _Bench:
             outcome.compressions = decoding.report().compressions
 
     def ask(self, outcome: Outcome, cache: Any, fact: Fact) -> None:
-        """Ask on copies of the cache: once letting the model speak, once showing it the answer token by token."""
+        """Asks on copies of the cache: once the model generates, once it is shown the answer token by token."""
         question, answer = self._question(fact), self._answer(fact)
         shown = self._likeliest([question + answer], copy.deepcopy(cache), last=len(answer) + 1)[
             0, :-1

@@ -1,4 +1,4 @@
-"""Asking one question on a fork of a cache, and marking what the model says."""
+"""Asks one question on a fork of a cache, and marks the answer."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class Asker:
 
     @staticmethod
     def _cut(text: str, stop: tuple[str, ...]) -> str:
-        # An answer may begin with line breaks: only what follows something said ends it.
+        # An answer may begin with line breaks: only a stop after other text ends it.
         lead = len(text) - len(text.lstrip())
         ends = [at for s in stop if (at := text.find(s, lead)) >= 0]
         return text[: min(ends)] if ends else text

@@ -13,7 +13,7 @@ from lagkv_ext.commands.models import full_attention_layers
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a cache's size. ``window``: rows that a sliding-window layer holds at most; None: it has none."""
+    """Properties of a model that decide its cache's size. ``window``: rows of a sliding-window layer, None without."""
 
     layers: int
     full_layers: int

@@ -49,7 +49,7 @@ def ablation(path: Path) -> str:
 
 
 def against(path: Path, base: str) -> str:
-    """What others' means are above those of ``base``, in points, with the interval of the paired bootstrap.
+    """Differences of other settings' means from those of ``base``, in points, with paired bootstrap intervals.
 
     ``base`` is a method, which is held against every other method at the same keep_ratio, one table for each; or the
     full name of a setting, which is held against its own method's variants.

@@ -39,7 +39,7 @@ class NotPossible(Exception):
 
 @dataclass
 class Layer:
-    """What a method sees of one layer: keys and values ``[1, H, N, D]`` and the size that the cache has to
+    """The part of a layer that a method sees: keys and values ``[1, H, N, D]`` and the size that the cache has to
     come down to.
 
     ``start``: rows before it were left by earlier compressions, the first ``sink_size`` of them for ever.

@@ -20,7 +20,7 @@ class OneDnnLinear(nn.Linear):
 
 
 def available() -> bool:
-    """Whether this torch was built with oneDNN and has its operator."""
+    """True where this torch was built with oneDNN and has its operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -12,10 +12,11 @@ from lagkv_ext.commands.evaluate.recommend import Recommendation
 from lagkv_ext.commands.evaluate.summary import Summary
 from lagkv_ext.commands.evaluate.types import Setting
 
-# LagKV's two scores are what the eye must find; the rest stays behind them.
+# Red, blue and black are LagKV's; a reader looks for these first.
 _COLOURS = {
     "lagkv-std": "#d62728",
     "lagkv-cosine": "#1f77b4",
+    "lagkv-blend-smooth3-head": "#000000",
     "window": "#7f7f7f",
     "random": "#bcbd22",
     "keynorm": "#9467bd",

@@ -25,7 +25,7 @@ _BLOCK = 256  # queries whose attention weights exist at one time
 
 @dataclass
 class Attention:
-    """What queries of the context gave to its keys in one layer: ``[1, H, N]`` float32, mean over the
+    """Attention of the context's queries to its keys in one layer: ``[1, H, N]`` float32, mean over the
     heads of a group.
     """
 
@@ -86,7 +86,7 @@ def fork_cache(cache: Any, rows: dict[int, tuple[Tensor, Tensor]] | None = None,
 
 
 def can_batch(cache: Any) -> bool:
-    """Whether every layer keeps keys and values by row, which can be repeated for a batch."""
+    """True where every layer keeps keys and values by row, which can be repeated for a batch."""
     return all(_by_row(layer) for layer in cache.layers)
 
 

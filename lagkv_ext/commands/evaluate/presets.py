@@ -1,4 +1,4 @@
-"""What is run by name: tasks with sizes, methods, ratios."""
+"""Named evaluations: tasks with sizes, methods, ratios."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _small(size: int, prompts: int) -> tuple[Spec, ...]:
 
 
 def _recursion() -> tuple[Setting, ...]:
-    """In one piece (compresses once), in chunks, and as in decoding (both recursively)."""
+    """Contexts read in one piece (compressed once), in chunks, and as in decoding (compressed recursively)."""
     return tuple(in_pieces([Setting(m, 0.25) for m in LAGKV], ("whole", "512", "128", "decode")))
 
 

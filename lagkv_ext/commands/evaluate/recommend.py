@@ -29,7 +29,7 @@ class Judgement:
 
     setting: Setting
     tasks: dict[str, str]
-    share: float  # of the full-attention layers' bytes that stay
+    share: float  # of the full-attention layers' bytes that are kept
     worst: tuple[str, float]  # task and its mean loss in points
     excluded: float  # the largest loss in points that the confidence intervals leave possible
 
@@ -182,7 +182,7 @@ def arguments(setting: Setting) -> dict[str, Any] | None:
 
 
 def deployable(setting: Setting) -> bool:
-    """Whether this version's `LagKVCache` takes the setting's arguments."""
+    """True where this version's `LagKVCache` takes the setting's arguments."""
     found = arguments(setting)
     return (
         found is not None

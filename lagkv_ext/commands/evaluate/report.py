@@ -306,7 +306,7 @@ def _costs(
 
 
 def _examples(summary: Summary) -> list[dict[str, str]]:
-    """What was said, once per task and LagKV setting, so that a reader sees what a score means."""
+    """Generated answers, one per task and LagKV setting, so that a reader sees what a score means."""
     out: list[dict[str, str]] = []
     for task in summary.tasks:
         first = next(x["sample"] for x in summary.records if x["task"] == task)

@@ -1,4 +1,4 @@
-"""One evaluation from arguments to results.jsonl, report.html and pictures: what `lagkv evaluate` calls."""
+"""Runs one evaluation from arguments to results.jsonl, report.html and pictures, as `lagkv evaluate` does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to evaluate. Empty fields are those of the preset."""
+    """An evaluation to run. Empty fields are those of the preset."""
 
     preset: str = "quick"
     tasks: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the results are and what they recommend. ``interrupted``: stopped by Ctrl-C; what is there was reported."""
+    """Paths of the results, and the recommendation. ``interrupted``: stopped by Ctrl-C, reported as far as measured."""
 
     results: Path
     report: Path

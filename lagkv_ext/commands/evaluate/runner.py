@@ -56,7 +56,7 @@ class _Clock:
 
 
 def digest(sample: Sample) -> str:
-    """Of all that the model is shown: results are taken up again only for the very same sample."""
+    """Hash of everything that the model is shown; earlier results are reused for the very same sample only."""
     shown = [
         sample.context,
         sample.chat,
@@ -226,7 +226,7 @@ class Runner:
         references: list[dict[str, Any]],
         clock: _Clock,
     ) -> None:
-        """Ask every question on a fresh fork, whose batch holds a sequence for each setting; add what was missing."""
+        """Asks every question on a fresh fork, whose batch holds a sequence per setting; adds the missing results."""
         sample, count = work.sample, len(settings)
         cache = fork()
         rows = sum(cache.layers[i].keys.shape[2] for i in self.layers) / len(self.layers)
@@ -331,12 +331,12 @@ def _special(setting: Setting) -> bool:
 
 
 def _chunk(setting: Setting) -> int | str | None:
-    """How the setting's context is read: tokens of a chunk, "decode", or None for one piece."""
+    """The tokens of a chunk in which the setting's context is read, "decode", or None for one piece."""
     return dict(setting.options).get("chunk")
 
 
 def _batched(work: Work, prefill: Prefill) -> bool:
-    """Whether several caches can be asked the sample's questions at once."""
+    """True where several caches can be asked the sample's questions at once."""
     return can_batch(prefill.cache) and all(q.kind in ONE_PASS for q in work.sample.questions)
 
 
@@ -357,7 +357,7 @@ def _short(value: Any) -> Any:
 
 
 def _shown(question: Question) -> dict[str, Any]:
-    """What a reader of the results needs to see of the question."""
+    """The parts of a question that a reader of the results needs."""
     answer = question.answer if question.kind == "literal" else "; ".join(question.answers)
     return {
         "asked": question.text[-120:],
@@ -368,7 +368,7 @@ def _shown(question: Question) -> dict[str, Any]:
 
 
 def environment(loaded: Any) -> dict[str, Any]:
-    """What is needed to repeat a run: the header of the results file."""
+    """The header of the results file: all that is needed to repeat a run."""
     import transformers
 
     import lagkv_ext

@@ -59,7 +59,7 @@ class Results:
         return {key(x) for x in self.records if x["kind"] in ("result", "skipped")}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record; on a full disk the file is left as it was before, and EvaluationError says so."""
+        """Append one record; on a full disk the file is unchanged, and EvaluationError is raised."""
         self._append(record)
         self.records.append(record)
 

@@ -1,4 +1,4 @@
-"""From records to what tables and recommendations are made of: scores per setting and task, with intervals."""
+"""Groups records into scores per setting and task, with intervals, for tables and recommendations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Summary:
         return self.cells.get(setting, {}).get(task)
 
     def silent(self) -> list[str]:
-        """Tasks that say nothing about compression: the full cache itself is hardly better than guessing."""
+        """Tasks on which the full cache is hardly better than guessing, so that they cannot show a loss."""
         out = []
         for task in self.tasks:
             full = self.cell("full", task)

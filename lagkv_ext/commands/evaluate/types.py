@@ -1,6 +1,4 @@
-"""What the parts of the evaluation hand to each other: samples, questions, settings, results, and the
-error for users.
-"""
+"""Data that the parts of the evaluation exchange: samples, questions, settings, results, and the error for users."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Any
 
 
 class EvaluationError(Exception):
-    """Something the user can mend: the message says what was wrong, and what to do."""
+    """An error that the user can mend: the message says what was wrong and what to do."""
 
 
 @dataclass(frozen=True)

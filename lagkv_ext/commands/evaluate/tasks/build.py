@@ -1,4 +1,4 @@
-"""From task names and sizes to samples."""
+"""Makes samples from task names and sizes."""
 
 from __future__ import annotations
 

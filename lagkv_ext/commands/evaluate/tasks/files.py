@@ -182,7 +182,7 @@ def read_templates(path: Path) -> dict[str, str]:
 
 
 def _prompt(dataset: str, context: str, asked: str, templates: dict[str, str] | None) -> tuple[str, str]:
-    """What is read and compressed, and what is asked afterwards."""
+    """Splits a prompt into the part that is read and compressed and the part that is asked afterwards."""
     if templates is None:
         return context, f"\n\nQuestion: {asked}\nAnswer:" if asked else "\n\nSummary:"
     if dataset not in templates:

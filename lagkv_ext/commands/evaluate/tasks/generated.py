@@ -19,7 +19,7 @@ def written_facts(
     seed: int, counter: Any, size: int, prompts: int, arguments: dict[str, Any]
 ) -> list[Sample]:
     """The model goes on with a few sentences of prose until there are ``size`` tokens. From time to time a sentence
-    "The secret code of CITY is 12345." is put in its mouth; these are asked for, as in the task facts.
+    "The secret code of CITY is 12345." is inserted; these are asked for, as in the task facts.
 
     All prompts are written at once. What is drawn depends on the model, on ``seed`` and on rounding.
     """

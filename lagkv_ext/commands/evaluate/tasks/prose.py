@@ -285,7 +285,7 @@ _PLACES_ZH = ("北京", "上海", "广州", "成都", "西安", "杭州", "南�
 
 @dataclass(frozen=True)
 class Language:
-    """How a fact is put and asked for: ``fact`` ends where the answer begins, ``end`` closes the sentence."""
+    """The words of a fact and of its question: ``fact`` ends where the answer begins, ``end`` closes the sentence."""
 
     places: tuple[str, ...]
     fact: str

@@ -15,7 +15,7 @@ from lagkv_ext.commands.evaluate.types import Question, Sample
 
 Count = Callable[[str], int]
 
-# Words that begin with different tokens in the usual tokenizers, so that one token tells which was said.
+# Words that begin with different tokens in the usual tokenizers, so that one token tells which was generated.
 WORDS = (
     "apple",
     "river",
