@@ -178,6 +178,10 @@ if typer is not None:
 
     app.command("evaluate")(_evaluate)
 
+    from lagkv_ext.commands.explain.command import explain as _explain
+
+    app.command("explain")(_explain)
+
     from lagkv_ext.serving.monitor.command import app as _monitor
 
     app.add_typer(_monitor, name="monitor")

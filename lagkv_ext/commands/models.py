@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GEMMA, SMOLLM = "gemma3-270m", "smollm2-135m"
 DEFAULT_MODEL = GEMMA
@@ -101,6 +101,20 @@ def load_model(
             f"{sorted(set(layer_types(model.config)))}"
         )
     return LoadedModel(model.to(target).eval(), tokenizer, name, str(path))  # type: ignore[arg-type]
+
+
+def load_without_weights(
+    name: str = DEFAULT_MODEL, *, progress: Progress = lambda message: None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a model that `load_model` would load. Raises ModelError as it does."""
+    from transformers import AutoConfig
+
+    path = _resolve(ALIASES.get(name, name), progress)
+    tokenizer = _load_tokenizer(path)
+    try:
+        return AutoConfig.from_pretrained(path), tokenizer
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no configuration could be loaded from {path}: {_first_line(error)}") from error
 
 
 def layer_types(config: Any) -> list[str]:

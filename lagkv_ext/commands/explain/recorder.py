@@ -1,0 +1,158 @@
+"""Watches a cache compress: the scores, ranks and positions behind every choice.
+
+A cache does not keep scores. So every call of an operator that compresses is seen as torch dispatches it
+(`torch.overrides.TorchFunctionMode`, a public hook), and the same rows are scored with the same options first. What is
+derived from these calls is held against what the operators and the cache say: an operator or an option that is not
+known here is an error, not a wrong picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lagkv_ext import LagKVCache
+from lagkv_ext.commands.explain.explanation import Layer
+
+_COMPRESS = ("compress", "compress_")
+_MISMATCH = "explain does not understand how this cache chooses, please report it"
+
+
+class LayerRecord:
+    """One layer's tokens: the last score, rank and number of rivals of each, and the positions of the rows held."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None  # [H, rows] positions after the last compression
+        self.seen = 0  # tokens that were there at the last compression
+        self.compressed: list[
+            tuple[Tensor, Tensor, Tensor, int]
+        ] = []  # positions, score, rank [H, n]; compared
+
+    def add(self, arguments: Mapping[str, Any], scores: Tensor, index: Tensor) -> None:
+        """One compression: ``scores [1, H, P - 1, L]`` of the partitions, ``index [1, H, rows left]``."""
+        rows, heads = arguments["key"].shape[2], scores.shape[1]
+        start, lag, keep = (int(arguments[x]) for x in ("start", "lag_size", "keep"))
+        before = torch.empty(heads, 0, dtype=torch.long) if self.held is None else self.held
+        new = rows - before.shape[1]
+        recent = torch.arange(self.seen, self.seen + new).expand(heads, new)
+        positions = torch.cat([before, recent], dim=1)
+        self.seen += new
+        partitions = scores[0].float().cpu()
+        # Stable, NaN first: ties go to the lower position, and what cannot be judged is kept.
+        order = partitions.sort(dim=-1, descending=True, stable=True).indices
+        places = torch.arange(1, lag + 1).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, places)
+        scored = positions[:, start : start + partitions.shape[1] * lag]
+        kept = index[0].cpu().long()[:, : rows - partitions.shape[1] * (lag - keep)]
+        chosen = torch.zeros(heads, rows, dtype=torch.bool).scatter_(1, kept, True)
+        if not torch.equal(chosen[:, start : start + scored.shape[1]], rank.flatten(1) <= keep):
+            raise RuntimeError(f"{_MISMATCH}: {_options(arguments)} did not keep the highest scores")
+        self.compressed.append((scored, partitions.flatten(1), rank.flatten(1), lag))
+        self.held = positions.gather(1, kept)
+
+
+class Recorder(TorchFunctionMode):
+    """While open, records the compressions of the layer that `layer` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[int, LayerRecord] = {}
+        self.layer = -1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = _operator(func)
+        if name is None:
+            return func(*args, **kwargs)
+        if name not in _COMPRESS:
+            raise RuntimeError(f"explain does not know the operator lagkv::{name}, which this cache calls")
+        schema = getattr(torch.ops.lagkv, name).default._schema
+        arguments = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
+        known = {x.name for x in torch.ops.lagkv.lag_score.default._schema.arguments} | {"keep"}
+        if unknown := arguments.keys() - known:
+            raise RuntimeError(f"explain does not know the options {sorted(unknown)} of lagkv::{name}")
+        scored = {k: v for k, v in arguments.items() if k != "keep"}
+        # Before the call: compress_ moves the rows.
+        scores = torch.ops.lagkv.lag_score(**scored)
+        result = func(*args, **kwargs)
+        index = result if isinstance(result, Tensor) else result[2]
+        self.records.setdefault(self.layer, LayerRecord()).add(arguments, scores, index)
+        return result
+
+
+class RecordedCache(LagKVCache):
+    """A `LagKVCache` whose compressions are recorded, for one sequence; the text is read with it as with any other."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self.recorder = Recorder()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.recorder.layer = layer_idx
+        with self.recorder:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def recorded(self) -> tuple[Layer, ...]:
+        """Every full-attention layer, once the compressions that are due have run.
+
+        Raises RuntimeError: the records do not lead to the tokens that the cache holds.
+        """
+        return tuple(self._recorded(i) for i in self._lagkv_layers())
+
+    def _recorded(self, i: int) -> Layer:
+        self.recorder.layer = i
+        with self.recorder:
+            self.kept_positions(i)  # runs what is due
+        layer = held_layer(self, i)
+        heads, tokens = layer.kept.shape
+        score = np.full((heads, tokens), np.nan, dtype=np.float32)
+        rank, compared = (np.zeros((heads, tokens), dtype=np.int32) for _ in range(2))
+        record = self.recorder.records.get(i, LayerRecord())
+        for positions, scores, ranks, rivals in record.compressed:
+            where = positions.numpy()
+            np.put_along_axis(score, where, scores.numpy(), axis=1)
+            np.put_along_axis(rank, where, ranks.numpy().astype(np.int32), axis=1)
+            np.put_along_axis(compared, where, np.int32(rivals), axis=1)
+        expected = np.zeros_like(layer.kept)
+        if record.held is not None:
+            np.put_along_axis(expected, record.held.numpy(), True, axis=1)
+        expected[:, record.seen :] = True
+        if not np.array_equal(expected, layer.kept):
+            raise RuntimeError(f"{_MISMATCH}: layer {i} holds other tokens with {layer.settings}")
+        return dataclasses.replace(layer, score=score, rank=rank, compared=compared)
+
+
+def held_layer(cache: LagKVCache, i: int, sequence: int = 0) -> Layer:
+    """What a layer holds of one sequence, without scores."""
+    layer = cache.layers[i]
+    positions = cache.kept_positions(i)[sequence].cpu().numpy().astype(np.int64)
+    seen = int(layer.get_seq_length())
+    kept: NDArray[np.bool_] = np.zeros((positions.shape[0], seen), dtype=np.bool_)
+    np.put_along_axis(kept, positions, True, axis=1)
+    dropped = np.flatnonzero(~kept.all(axis=0))
+    settings = dataclasses.asdict(layer.settings)
+    # Compressions leave the most recent tokens whole: from one to two partitions and a remainder.
+    window = seen - layer.tracks[0].recent if layer.compressions else min(settings["sink_size"], seen)
+    assert dropped.size == 0 or dropped[-1] < window
+    return Layer(i, settings, layer.compressions, min(settings["sink_size"], seen), window, kept)
+
+
+def _operator(func: Any) -> str | None:
+    """The name of an operator of this library that compresses or chooses; None for anything else."""
+    if not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return None
+    namespace, _, name = str(func).partition(".")
+    return name.removesuffix(".default") if namespace == "lagkv" else None
+
+
+def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in arguments.items() if not isinstance(v, Tensor)}
