@@ -27,6 +27,7 @@ from lagkv_ext.commands.evaluate.learn_then_test import (
 from lagkv_ext.commands.evaluate.run import Plan, evaluate, report_again
 from lagkv_ext.commands.evaluate.summary import summarise
 from lagkv_ext.commands.evaluate.types import EvaluationError, Question, Setting
+from lagkv_ext.serving.rollout.ladder import read_ladder
 from tests.evaluate import tiny_models
 
 RUNS = 10_000
@@ -318,6 +319,32 @@ def many(count=200, half=(), quarter=(), first=0, **more):
     return lines
 
 
+class TestLadder:
+    def rungs(self, lines, certain=()):
+        state = known(lines)
+        state.certified.update({name: certify.Attempt(0.95, 2.0, 0.04, True, {"t": 200}) for name in certain})
+        found = recommend.recommend(summarise(lines), certificates=state)
+        return [x.setting for x in recommend.ladder(found)]
+
+    def test_from_the_largest_to_the_best(self):
+        eighth = records([1.0] * 200, Setting("lagkv-std", 0.125), share=0.3)
+        assert self.rungs(many() + eighth) == [HALF, QUARTER, Setting("lagkv-std", 0.125)]
+        # One in between that fails is left out; another method is another ladder.
+        lines = many(quarter=range(50)) + eighth + records([1.0] * 200, COSINE, share=0.5)
+        assert self.rungs(lines) == [HALF, Setting("lagkv-std", 0.125)]
+
+    def test_with_a_certificate_only_what_has_one(self):
+        assert self.rungs(many(), certain=(HALF.name,)) == [HALF]
+        assert self.rungs(many(), certain=(QUARTER.name,)) == [QUARTER]
+
+    def test_none_where_nothing_passes(self):
+        assert self.rungs(many(half=range(100), quarter=range(100))) == []
+
+    def test_each_rung_holds_less(self):
+        same = records([1.0] * 200, Setting("lagkv-std", 0.26), share=0.4)
+        assert [x.keep_ratio for x in self.rungs(many() + same)] == [0.5, 0.25]
+
+
 class TestAttempts:
     def test_from_the_largest_cache_to_the_smallest(self):
         found = attempt(many(quarter=range(20)))
@@ -507,6 +534,13 @@ def test_an_evaluation_states_its_guarantee(tmp_path):
     about = json.loads((tmp_path / "lagkv.json").read_text())["about"]
     assert about["certificate"]["statement"].startswith(statement)
     assert read_settings(tmp_path / "lagkv.json") == report["recommended"]["arguments"]
+
+    ladder = read_ladder(tmp_path / "lagkv-ladder.json")
+    assert [x.settings["keep_ratio"] for x in ladder.rungs] == [0.5, 0.25]
+    assert ladder.rungs[0].rows > ladder.rungs[1].rows
+    assert 0 <= ladder.rungs[1].agreement <= 1
+    assert ladder.rungs[1].kl > 0
+    assert ladder.model == "tiny"
 
     # The same prompts are not tested again, whatever the settings.
     evaluate(tiny_models.loaded(), dataclasses.replace(plan, keep_ratios=(0.5, 0.125)), tmp_path)

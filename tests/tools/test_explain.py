@@ -63,7 +63,7 @@ def one_thread():
 
 @st.composite
 def settings_and_chunk(draw):
-    lag, sink = draw(st.integers(3, 40)), draw(st.integers(0, 12))
+    lag, sink = draw(st.integers(3, 16)), draw(st.integers(0, 6))
     keep = draw(st.integers(1, lag - 1))
     given = {
         "lag_size": lag,

@@ -199,6 +199,7 @@ def evaluate(
         typer.echo(outcome.recommendation.text())
         if outcome.recommendation.best is not None:
             typer.echo(f"config:  {(out / 'lagkv.json').resolve()}")
+            typer.echo(f"ladder:  {(out / 'lagkv-ladder.json').resolve()}")
         typer.echo(f"results: {outcome.results.resolve()}\nreport:  {outcome.report.resolve()}")
         if outcome.interrupted:
             typer.echo(

@@ -197,6 +197,26 @@ def line(setting: Setting) -> str:
     return f"LagKVCache(model.config, {given})"
 
 
+def ladder(found: Recommendation) -> tuple[Judgement, ...]:
+    """The settings among which a server may move, from the largest cache to the best one.
+
+    They differ from the best in ``keep_ratio`` alone and pass too, with a certificate if the best has one. Each holds
+    less than the one before.
+    """
+    best = found.best
+    if best is None:
+        return ()
+    certain = found.certificates.certified if found.certificates is not None else {}
+    rungs: list[Judgement] = []
+    for j in sorted(found.judged, key=lambda j: -j.share):
+        same = dataclasses.replace(j.setting, keep_ratio=best.setting.keep_ratio) == best.setting
+        as_sure = best.setting.name not in certain or j.setting.name in certain
+        smaller = not rungs or j.share < rungs[-1].share
+        if j.passes and same and as_sure and smaller and j.share >= best.share:
+            rungs.append(j)
+    return tuple(rungs)
+
+
 def config(setting: Setting, about: Any = None) -> str:
     """`arguments` as the text of a settings file (`lagkv_ext.read_settings`), with the note ``about``."""
     return settings_text(arguments(setting) or {}, about)

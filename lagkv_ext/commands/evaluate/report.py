@@ -6,6 +6,7 @@ import base64
 import importlib.resources
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lagkv_ext.commands.evaluate import certify, cost, methods, pictures, recommend
@@ -14,6 +15,7 @@ from lagkv_ext.commands.evaluate.statistics import LEVEL, MIN_UNITS
 from lagkv_ext.commands.evaluate.summary import Cell, Summary, summarise
 from lagkv_ext.commands.evaluate.tasks.build import DESCRIPTIONS
 from lagkv_ext.commands.evaluate.types import FULL, EvaluationError, Setting
+from lagkv_ext.serving.rollout.ladder import Ladder, Rung
 
 FORMAT = "lagkv_ext.evaluation"
 VERSION = 1  # of report.json
@@ -38,8 +40,8 @@ def write_report(
     context: int | None = None,
     batch: int | None = None,
 ) -> tuple[Path, recommend.Recommendation]:
-    """Write ``report.html``, ``report.json``, the PNG pictures and (where a setting qualifies) ``lagkv.json`` to
-    ``folder``.
+    """Write ``report.html``, ``report.json``, the PNG pictures and (where a setting qualifies) ``lagkv.json`` and
+    ``lagkv-ladder.json`` to ``folder``.
 
     Raises EvaluationError: nothing has been measured yet; a confidence or tolerance that makes no sense.
     """
@@ -103,11 +105,13 @@ def write_report(
     path.write_text(html, encoding="utf-8")
     machine_readable = json.dumps(_json(header, summary, found, known), indent=1, ensure_ascii=False)
     (folder / "report.json").write_text(machine_readable + "\n", encoding="utf-8")
-    configuration = folder / "lagkv.json"
+    configuration, rungs = folder / "lagkv.json", folder / "lagkv-ladder.json"
     if found.best:
         configuration.write_text(recommend.config(found.best.setting, found.about()), encoding="utf-8")
-    else:
-        configuration.unlink(missing_ok=True)  # of an earlier run: it would still be taken for advice
+        rungs.write_text(_ladder(header, summary, found).text, encoding="utf-8")
+    else:  # of an earlier run: they would still be taken for advice
+        configuration.unlink(missing_ok=True)
+        rungs.unlink(missing_ok=True)
     return path, found
 
 
@@ -215,6 +219,18 @@ def _json(
         ],
         "attempts": [x.to_json() for x in known.attempts],
     }
+
+
+def _ladder(header: dict[str, Any], summary: Summary, found: recommend.Recommendation) -> Ladder:
+    """What `lagkv rollout set --ladder` reads."""
+    rungs = []
+    for j in recommend.ladder(found):
+        # Tasks that hold the setting against the full cache token by token.
+        compared = [c for c in summary.cells[j.setting.name].values() if "kl" in c.extra]
+        agreement = fmean(c.interval.mean for c in compared) if compared else None
+        kl = fmean(c.extra["kl"] for c in compared) if compared else None
+        rungs.append(Rung(recommend.arguments(j.setting) or {}, min(j.share, 1.0), agreement, kl))
+    return Ladder(tuple(rungs), header["model"])
 
 
 def _certain(known: Certificates) -> dict[str, Any]:
