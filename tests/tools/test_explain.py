@@ -9,9 +9,6 @@ import hashlib
 import html as markup
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +42,7 @@ from lagkv_ext.commands.explain import (
 from lagkv_ext.commands.explain.explanation import array_json, array_of
 from lagkv_ext.commands.explain.recorder import RecordedCache, Recorder
 from lagkv_ext.commands.explain.tokens import tokenize
+from tests import browser
 from tests.cache import tiny_model
 from tests.evaluate import tiny_models
 
@@ -388,17 +386,6 @@ class TestSaved:
             explain_saved(empty, config)
 
 
-class Links(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.found += [v or "" for k, v in attributes if k in ("src", "href", "srcset", "action", "data")]
-
-
 @functools.cache
 def odd() -> Explanation:
     """A text of everything that needs care, as a tokenizer of bytes cuts it."""
@@ -419,8 +406,7 @@ class TestPage:
     def test_no_reference_leaves_the_file(self):
         for found in (small(), odd()):
             text = html(found)
-            links = Links()
-            links.feed(text)
+            links = browser.Links(text)
             assert all(x.startswith("data:") for x in links.found)
             assert not re.search(r"url\(|@import|https?://", text)
             assert links.tags.count("script") == 2  # the data, and the page's own
@@ -455,6 +441,12 @@ class TestPage:
         lightness = [page.contrast(colours[0][0], background) for background, _ in colours]
         assert lightness == sorted(lightness)
 
+    def test_layers_with_equal_settings_share_a_row(self):
+        assert page._runs([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7, 8"
+        rows, columns = page._settings(small().layers)
+        assert [x["layers"] for x in rows] == ["1", "2"]
+        assert [x["settings"][columns.index("keep")] for x in rows] == ["8", "4"]
+
     def test_scores_in_two_bytes(self):
         values = np.asarray([0.0, 1.0, -2.5, 0.0078125, 1e-30, 3e38, np.inf, -np.inf], dtype=np.float32)
         again = (page._upper_half(values).astype(np.uint32) << 16).view(np.float32)
@@ -482,14 +474,6 @@ class TestPage:
             assert shown["compared_all"] == 16
 
 
-CHROMIUM = next(
-    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
-)
-in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: the page was not opened in a browser"
-)
-
-
 def opened(text: str, folder, script: str = "") -> tuple[str, Any]:
     """The page's document once it is ready, and what ``script`` returned; the console must stay empty.
 
@@ -502,31 +486,10 @@ def opened(text: str, folder, script: str = "") -> tuple[str, Any]:
             "<script>addEventListener('load', () => setTimeout(() => {"
             f"const run = () => {{{script}}}; document.title = JSON.stringify(run()); }}, 50));</script></body>",
         )
-    path = folder / "page.html"
-    path.write_text(text, encoding="utf-8")
-    run = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--enable-logging=stderr",
-            "--window-size=1200,900",
-            f"--user-data-dir={folder / 'profile'}",
-            "--virtual-time-budget=3000",
-            "--dump-dom",
-            path.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert "CONSOLE" not in run.stderr, [x for x in run.stderr.splitlines() if "CONSOLE" in x]
-    assert 'data-ready="' in run.stdout, run.stderr[-2000:]
-    title = re.search(r"<title>(.*?)</title>", run.stdout)[1]
-    return run.stdout, json.loads(markup.unescape(title)) if script else None
+    document = browser.document_of(text, folder)
+    assert 'data-ready="' in document
+    title = re.search(r"<title>(.*?)</title>", document)[1]
+    return document, json.loads(markup.unescape(title)) if script else None
 
 
 SCRIPT = """
@@ -598,7 +561,7 @@ def shades(found: Explanation, kept: np.ndarray, sink: int, window: int) -> list
     ]
 
 
-@in_a_browser
+@browser.needed
 def test_the_page_in_a_browser(tmp_path):
     """Shades, hover, layers, heads, keys, themes and the map, against the explanation."""
     found = small()
@@ -642,7 +605,7 @@ def test_the_page_in_a_browser(tmp_path):
     assert out["colours"] >= 3
 
 
-@in_a_browser
+@browser.needed
 def test_odd_texts_in_a_browser(tmp_path):
     """As it is written, with its policy on: markup stays text, and nothing turns the text around."""
     document, _ = opened(html(odd()), tmp_path)
@@ -656,7 +619,7 @@ def test_odd_texts_in_a_browser(tmp_path):
     assert text.count("hidden-text") > 20  # parts of characters, and what has no shape
 
 
-@in_a_browser
+@browser.needed
 def test_a_saved_cache_in_a_browser(saved, tmp_path):
     path, _ = saved
     found = explain_saved(path, tiny_models.model().config)

@@ -156,7 +156,7 @@ def _settings(layers: Sequence[Layer]) -> tuple[list[dict[str, Any]], list[str]]
         grouped.setdefault(json.dumps([x.settings, x.compressions], sort_keys=True), []).append(x)
     rows = [
         {
-            "layers": ", ".join(str(x.index) for x in group),
+            "layers": _runs([x.index for x in group]),
             "settings": [_shown(group[0].settings[name]) for name in columns],
             "compressions": group[0].compressions,
             "kept": f"{100 * sum(int(x.kept.sum()) for x in group) / sum(x.kept.size for x in group):.1f}%",
@@ -164,6 +164,17 @@ def _settings(layers: Sequence[Layer]) -> tuple[list[dict[str, Any]], list[str]]
         for group in grouped.values()
     ]
     return rows, columns
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "0 to 3, 5"."""
+    runs: list[list[int]] = []
+    for x in numbers:
+        if runs and x == runs[-1][-1] + 1:
+            runs[-1].append(x)
+        else:
+            runs.append([x])
+    return ", ".join(f"{x[0]} to {x[-1]}" if len(x) > 2 else ", ".join(map(str, x)) for x in runs)
 
 
 def _shown(value: Any) -> str:
