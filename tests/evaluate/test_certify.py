@@ -415,7 +415,9 @@ class TestAttempts:
         # What is certified stays so, and is not tested again.
         lines.append(second.to_json())
         lines += many(400, first=400, quarter=range(400, 800))
-        assert attempt(lines) is None
+        third = attempt(lines)
+        assert (third.level, third.reason) == (0.0, "every setting has its certificate")
+        lines.append(third.to_json())
         assert set(known(lines).certified) == {HALF.name, QUARTER.name}
 
     def test_another_confidence_or_tolerance(self):
@@ -476,6 +478,26 @@ class TestAttempts:
         assert [x.setting for x in attempt(lines).tested] == [HALF]
         assert attempt(records([1.0] * 200)) is None
         assert attempt([]) is None
+        lines = records([1.0] * 50) + records([1.0] * 50, task="u", first=100)
+        lines += records([1.0] * 50, HALF, share=0.6)
+        assert attempt(lines).reason == "no setting was measured on every task"
+
+    def test_prompts_of_silent_tasks_have_been_shown_too(self):
+        lines = records([0.0] * 200) + records([0.0] * 200, HALF, share=0.6)
+        found = attempt(lines)
+        assert (found.level, found.reason) == (
+            0.0,
+            "the full cache is hardly better than guessing on every task",
+        )
+        lines.append(found.to_json())
+        assert attempt(lines) is None
+        assert attempt(lines + many(100, first=200)).prompts == 100
+
+    def test_a_damaged_line_is_named(self):
+        line = attempt(many()).to_json()
+        del line["tested"][0]["setting"]
+        with pytest.raises(EvaluationError, match="a damaged line of kind 'attempt': 'setting'"):
+            known([*many(), line])
 
     def test_files_of_earlier_versions(self):
         lines = [{k: v for k, v in x.items() if k != "context"} for x in many()]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -72,8 +73,12 @@ class Attempt:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Attempt:
-        tested = (Tested(**{**x, "setting": Setting.from_json(x["setting"])}) for x in data["tested"])
-        return cls(**{**{k: v for k, v in data.items() if k != "kind"}, "tested": tuple(tested)})
+        """From `to_json`. Raises EvaluationError: a line that this version did not write."""
+        try:
+            tested = (Tested(**{**x, "setting": Setting.from_json(x["setting"])}) for x in data["tested"])
+            return cls(**{**{k: v for k, v in data.items() if k != "kind"}, "tested": tuple(tested)})
+        except (KeyError, TypeError) as error:
+            raise EvaluationError(f"the results have a damaged line of kind {KIND!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -148,21 +153,27 @@ def attempt(
 ) -> Attempt | None:
     """Test the settings measured on the prompts that came to ``records`` after the last attempt.
 
-    None where there is no such prompt, or nothing to test. ``searched``: the settings were chosen by their results on
+    None where no setting was measured on such a prompt. ``searched``: the settings were chosen by their results on
     these prompts, so that nothing can be tested on them.
     """
     earlier, new = _split(records)
+    if not any(_prompt(x) in new and testable(Setting.from_json(x["setting"])) for x in _results(records)):
+        return None
     orders, losses, binary = _orders(records, new, testable, seed)
     done = _certified(earlier, confidence, tolerance)
-    orders = [left for order in orders if (left := [s for s in order if s.name not in done])]
-    tasks: dict[str, int] = {}
-    for task, _ in losses.get("full", {}):
-        tasks[task] = tasks.get(task, 0) + 1
-    if not tasks or not orders:
-        return None
+    left = [x for order in orders if (x := [s for s in order if s.name not in done])]
+    tasks = dict(Counter(task for task, _ in losses.get("full", {})))
     found = Attempt(confidence, tolerance, 0.0, binary, tasks)
+    if not tasks:
+        return dataclasses.replace(
+            found, reason="the full cache is hardly better than guessing on every task"
+        )
     if searched:
         return dataclasses.replace(found, reason="the search chose its settings on these prompts")
+    if not left:
+        why = "every setting has its certificate" if orders else "no setting was measured on every task"
+        return dataclasses.replace(found, reason=why)
+    orders = left
     level, bound = _level(earlier, confidence), tolerance / 100
     least = learn_then_test.prompts_needed(0.0, bound, level / len(orders), binary=binary)
     if least is None or found.prompts < least:
@@ -236,6 +247,10 @@ def _split(records: Sequence[dict[str, Any]]) -> tuple[list[Attempt], set[Prompt
         elif x["kind"] == "result" and (prompt := _prompt(x)) not in old:
             new.add(prompt)
     return attempts, new
+
+
+def _results(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [x for x in records if x["kind"] == "result"]
 
 
 def _prompt(record: dict[str, Any]) -> Prompt:
