@@ -264,6 +264,25 @@ def test_explanation_follows_the_numbers(result):
     assert "can touch about 0%: it pays" in heavy
 
 
+def test_explanation_names_what_is_kept_and_lost(result):
+    """Of the facts that the full cache answers: with every score, with some, with none; the others are not named."""
+
+    def marked(number, *right):
+        answers = result.outcomes[number].answers
+        return {"answers": [dataclasses.replace(a, right=r) for a, r in zip(answers, right, strict=True)]}
+
+    known = changed(result, 0, **marked(0, True, True, False))
+    names = [fact.answer for fact in FACTS]
+    both = changed(changed(known, 1, **marked(1, True, False, True)), 2, **marked(2, True, False, True))
+    assert [o.setting.name for o in both.outcomes[1:3]] == ["std 2x", "cosine 2x"]
+    line = next(x for x in report.explanation(both) if x.startswith("2x, of the facts"))
+    assert line.endswith(f"right with every score: {names[0]}; lost with all: {names[1]}.")
+    some = changed(both, 2, **marked(2, False, True, True))
+    line = next(x for x in report.explanation(some) if x.startswith("2x, of the facts"))
+    assert line.endswith(f"with some: {names[0]}, {names[1]}.")
+    assert "full attention in 2 of 4 layers, and only these are compressed" in report.explanation(result)[0]
+
+
 def test_picture_shows_what_was_kept(result, tmp_path):
     picture.draw(result, tmp_path / "kept.png")
     pixels = imread(tmp_path / "kept.png")[..., :3]
