@@ -40,7 +40,7 @@ from lagkv_ext.commands.explain import (
     page,
 )
 from lagkv_ext.commands.explain.explanation import array_json, array_of
-from lagkv_ext.commands.explain.recorder import RecordedCache, Recorder
+from lagkv_ext.commands.explain.recorder import LayerRecord, RecordedCache, Recorder
 from lagkv_ext.commands.explain.tokens import tokenize
 from tests import browser
 from tests.cache import tiny_model
@@ -137,17 +137,56 @@ class TestRecords:
         with Recorder(), pytest.raises(RuntimeError, match="does not know the operator lagkv::topk_index"):
             torch.ops.lagkv.topk_index(torch.rand(1, 1, 2, 8), 2)
 
+    @given(
+        st.sampled_from(["partition", "head"]),
+        st.sampled_from(["std", "cosine", "blend"]),
+        st.sampled_from([1, 3]),
+        st.lists(st.integers(0, 40), min_size=1, max_size=5),
+        st.integers(0, 1000),
+    )
+    def test_every_way_to_choose(self, budget, score, smooth, pieces, seed):
+        """Against the reference, recursively: shared budgets carry the scores of the rows kept before."""
+        sink, lag, keep = 2, 6, 2
+        torch.manual_seed(seed)
+        key, value = torch.randn(2, 1, 2, 0, 4)
+        carried, start, seen, record = torch.empty(1, 2, 0), sink, 0, LayerRecord(2)
+        positions = torch.empty(2, 0, dtype=torch.long)
+        options = {"score": score, "smooth": smooth}
+        for new in pieces:
+            rows = torch.randn(2, 1, 2, new, 4).round(decimals=1 if seed % 2 else 6)  # ties in some
+            key, value = torch.cat([key, rows[0]], dim=2), torch.cat([value, rows[1]], dim=2)
+            positions = torch.cat([positions, torch.arange(seen, seen + new).expand(2, new)], dim=1)
+            seen += new
+            scores = reference.lag_score(key, value, start, lag, **options)
+            if scores.shape[2] == 0:
+                continue
+            arguments = {"key": key, "start": start, "keep": keep, **options}
+            if budget == "head":
+                arguments["carried"] = carried
+                key, value, index, carried = reference.compress_carried(
+                    key, value, carried, start, lag, keep, **options
+                )
+            else:
+                key, value, index = reference.compress(key, value, start, lag, keep, **options)
+            record.add(arguments, scores, index)
+            positions = positions.gather(1, index[0].long())
+            start += keep * scores.shape[2]
+            assert torch.equal(record.held, positions)
+            assert record.seen == seen
+            if budget == "head":
+                assert torch.equal(record.scores[:, sink:start], carried[0])
+                assert record.comparisons[-1].rivals == start - sink + (lag - keep) * scores.shape[2]
+            else:
+                assert record.comparisons[-1].rivals == lag
+
     def test_other_choices_than_the_scores_are_an_error(self):
         key, value = torch.randn(2, 1, 2, 40, 8)
-        arguments = {"key": key, "start": 4, "lag_size": 8, "keep": 2}
+        arguments = {"key": key, "start": 4, "keep": 2}
         scores = reference.lag_score(key, value, 4, 8)
         index = reference.compress(key, value, 4, 8, 2)[2]
-        recorder = Recorder()
-        recorder.records[0] = record = lagkv_ext.commands.explain.recorder.LayerRecord()
-        record.add(arguments, scores, index)
-        other = lagkv_ext.commands.explain.recorder.LayerRecord()
+        LayerRecord(2).add(arguments, scores, index)
         with pytest.raises(RuntimeError, match="did not keep the highest scores"):
-            other.add(arguments, -scores, index)
+            LayerRecord(2).add(arguments, -scores, index)
 
     def test_another_cache_than_recorded_is_an_error(self):
         model = tiny_models.model()

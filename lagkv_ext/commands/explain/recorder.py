@@ -21,41 +21,62 @@ from torch.overrides import TorchFunctionMode
 from lagkv_ext import LagKVCache
 from lagkv_ext.commands.explain.explanation import Layer
 
-_COMPRESS = ("compress", "compress_")
+_COMPRESS = ("compress", "compress_", "compress_carried", "compress_carried_")
+_CHOOSING = {"keep", "budget", "carried"}  # options that say how scores decide
 _MISMATCH = "explain does not understand how this cache chooses, please report it"
 
 
-class LayerRecord:
-    """One layer's tokens: the last score, rank and number of rivals of each, and the positions of the rows held."""
+@dataclasses.dataclass
+class Comparison:
+    """Tokens that one compression compared, ``[H, n]``; ranks count from 1, among ``rivals`` tokens at a time."""
 
-    def __init__(self) -> None:
-        self.held: Tensor | None = None  # [H, rows] positions after the last compression
+    positions: Tensor
+    scores: Tensor
+    ranks: Tensor
+    rivals: int
+
+
+class LayerRecord:
+    """One layer's comparisons, and the rows held after the last compression with their positions and scores."""
+
+    def __init__(self, heads: int) -> None:
+        self.held = torch.empty(heads, 0, dtype=torch.long)  # positions [H, rows]
+        self.scores = torch.empty(heads, 0)  # of the rows held, NaN where they never were compared
         self.seen = 0  # tokens that were there at the last compression
-        self.compressed: list[
-            tuple[Tensor, Tensor, Tensor, int]
-        ] = []  # positions, score, rank [H, n]; compared
+        self.comparisons: list[Comparison] = []
 
     def add(self, arguments: Mapping[str, Any], scores: Tensor, index: Tensor) -> None:
-        """One compression: ``scores [1, H, P - 1, L]`` of the partitions, ``index [1, H, rows left]``."""
-        rows, heads = arguments["key"].shape[2], scores.shape[1]
-        start, lag, keep = (int(arguments[x]) for x in ("start", "lag_size", "keep"))
-        before = torch.empty(heads, 0, dtype=torch.long) if self.held is None else self.held
-        new = rows - before.shape[1]
-        recent = torch.arange(self.seen, self.seen + new).expand(heads, new)
-        positions = torch.cat([before, recent], dim=1)
-        self.seen += new
-        partitions = scores[0].float().cpu()
+        """One compression: ``scores [1, H, P - 1, L]`` of the partitions, ``index [1, H, rows left]``.
+
+        ``budget="head"``: all rows from the ``carried`` ones on compete; else those of each partition.
+        """
+        rows = arguments["key"].shape[2]
+        start, keep = int(arguments["start"]), int(arguments["keep"])
+        new = scores[0].cpu()
+        heads, partitions, lag = new.shape
+        fresh = rows - self.held.shape[1]
+        recent = torch.arange(self.seen, self.seen + fresh).expand(heads, fresh)
+        positions = torch.cat([self.held, recent], dim=1)
+        known = torch.cat([self.scores.to(new.dtype), new.new_full((heads, fresh), torch.nan)], dim=1)
+        known[:, start : start + partitions * lag] = new.flatten(1)
+        carried = arguments.get("carried")
+        begin, end = start - (0 if carried is None else carried.shape[2]), start + partitions * lag
+        shared = carried is not None or arguments.get("budget") == "head"
+        groups = known[:, begin:end].unflatten(1, (1, end - begin) if shared else (partitions, lag))
+        places = end - begin - partitions * (lag - keep) if shared else keep
         # Stable, NaN first: ties go to the lower position, and what cannot be judged is kept.
-        order = partitions.sort(dim=-1, descending=True, stable=True).indices
-        places = torch.arange(1, lag + 1).expand_as(order)
-        rank = torch.empty_like(order).scatter_(-1, order, places)
-        scored = positions[:, start : start + partitions.shape[1] * lag]
-        kept = index[0].cpu().long()[:, : rows - partitions.shape[1] * (lag - keep)]
+        order = groups.sort(dim=-1, descending=True, stable=True).indices
+        counting = torch.arange(1, groups.shape[2] + 1).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, counting).flatten(1)
+        kept = index[0].cpu().long()[:, : rows - partitions * (lag - keep)]
         chosen = torch.zeros(heads, rows, dtype=torch.bool).scatter_(1, kept, True)
-        if not torch.equal(chosen[:, start : start + scored.shape[1]], rank.flatten(1) <= keep):
+        if not torch.equal(chosen[:, begin:end], rank <= places):
             raise RuntimeError(f"{_MISMATCH}: {_options(arguments)} did not keep the highest scores")
-        self.compressed.append((scored, partitions.flatten(1), rank.flatten(1), lag))
-        self.held = positions.gather(1, kept)
+        self.comparisons.append(
+            Comparison(positions[:, begin:end], known[:, begin:end].float(), rank, groups.shape[2])
+        )
+        self.held, self.scores = positions.gather(1, kept), known.gather(1, kept)
+        self.seen += fresh
 
 
 class Recorder(TorchFunctionMode):
@@ -75,15 +96,15 @@ class Recorder(TorchFunctionMode):
             raise RuntimeError(f"explain does not know the operator lagkv::{name}, which this cache calls")
         schema = getattr(torch.ops.lagkv, name).default._schema
         arguments = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
-        known = {x.name for x in torch.ops.lagkv.lag_score.default._schema.arguments} | {"keep"}
-        if unknown := arguments.keys() - known:
+        scoring = {x.name for x in torch.ops.lagkv.lag_score.default._schema.arguments}
+        if unknown := arguments.keys() - scoring - _CHOOSING:
             raise RuntimeError(f"explain does not know the options {sorted(unknown)} of lagkv::{name}")
-        scored = {k: v for k, v in arguments.items() if k != "keep"}
-        # Before the call: compress_ moves the rows.
-        scores = torch.ops.lagkv.lag_score(**scored)
+        # Before the call, which may move the rows.
+        scores = torch.ops.lagkv.lag_score(**{k: v for k, v in arguments.items() if k in scoring})
         result = func(*args, **kwargs)
-        index = result if isinstance(result, Tensor) else result[2]
-        self.records.setdefault(self.layer, LayerRecord()).add(arguments, scores, index)
+        outputs = [result] if isinstance(result, Tensor) else result
+        index = next(x for x in outputs if x.dtype == torch.int32)
+        self.records.setdefault(self.layer, LayerRecord(scores.shape[1])).add(arguments, scores, index)
         return result
 
 
@@ -116,15 +137,14 @@ class RecordedCache(LagKVCache):
         heads, tokens = layer.kept.shape
         score = np.full((heads, tokens), np.nan, dtype=np.float32)
         rank, compared = (np.zeros((heads, tokens), dtype=np.int32) for _ in range(2))
-        record = self.recorder.records.get(i, LayerRecord())
-        for positions, scores, ranks, rivals in record.compressed:
-            where = positions.numpy()
-            np.put_along_axis(score, where, scores.numpy(), axis=1)
-            np.put_along_axis(rank, where, ranks.numpy().astype(np.int32), axis=1)
-            np.put_along_axis(compared, where, np.int32(rivals), axis=1)
+        record = self.recorder.records.get(i, LayerRecord(heads))
+        for x in record.comparisons:
+            where = x.positions.numpy()
+            np.put_along_axis(score, where, x.scores.numpy(), axis=1)
+            np.put_along_axis(rank, where, x.ranks.numpy().astype(np.int32), axis=1)
+            np.put_along_axis(compared, where, np.int32(x.rivals), axis=1)
         expected = np.zeros_like(layer.kept)
-        if record.held is not None:
-            np.put_along_axis(expected, record.held.numpy(), True, axis=1)
+        np.put_along_axis(expected, record.held.numpy(), True, axis=1)
         expected[:, record.seen :] = True
         if not np.array_equal(expected, layer.kept):
             raise RuntimeError(f"{_MISMATCH}: layer {i} holds other tokens with {layer.settings}")
