@@ -146,25 +146,34 @@ class LagKVRawManager(LagKVManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         plan: Plan = kv_cache_spec.plan
         limit = min(max_length // plan.block, len(block_hashes))
-        cached = [block_pool.get_cached_block(block_hashes[i], kv_cache_group_ids) for i in range(limit)]
-        run_end = [limit] * (limit + 1)  # where the run of cached blocks that begins at i ends
-        for i in range(limit - 1, -1, -1):
-            run_end[i] = run_end[i + 1] if cached[i] else i
         per_boundary = plan.boundary // plan.block
-        # Not downward-closed: a state needs the sink and its own raw blocks, not those of earlier partitions.
-        for k in range(limit // per_boundary, -1, -1):
-            low = plan.raw_from(k)
-            sink = plan.sink_blocks if low else 0
-            if low > limit or run_end[low] < k * per_boundary or run_end[0] < sink:
-                continue
-            # A hit of (k + 1) boundaries would already be in state k + 1.
-            end = min(run_end[low], (k + 1) * per_boundary - 1)
-            null = block_pool.null_block
-            tables = tuple(
-                [cached[i][group] if i < sink or i >= low else null for i in range(end)]
-                for group in range(len(kv_cache_group_ids))
-            )
-            return tables, end * plan.block
+        known: dict[int, Any] = {}
+
+        def cached(i: int) -> Any:
+            if i not in known:
+                known[i] = block_pool.get_cached_block(block_hashes[i], kv_cache_group_ids)
+            return known[i]
+
+        # A hit need not be one for fewer tokens: a state needs the sink and its own raw blocks, not those of earlier
+        # partitions. vLLM asks again at every step that a request waits, so what cannot be a hit is found out early:
+        # every state needs the first block, and the last one before its boundary.
+        if limit and cached(0):
+            for k in range(limit // per_boundary, -1, -1):
+                low, begin = plan.raw_from(k), k * per_boundary
+                sink = plan.sink_blocks if low else 0
+                needed = [*range(begin - 1, low - 1, -1), *range(sink)]
+                if not all(cached(i) for i in needed):
+                    continue
+                # A hit of k + 1 boundaries would be in state k + 1.
+                end = max(begin, low)
+                while end < min(limit, begin + per_boundary - 1) and cached(end):
+                    end += 1
+                null = block_pool.null_block
+                tables = tuple(
+                    [cached(i)[group] if i < sink or i >= low else null for i in range(end)]
+                    for group in range(len(kv_cache_group_ids))
+                )
+                return tables, end * plan.block
         return tuple([] for _ in kv_cache_group_ids), 0
 
 

@@ -76,6 +76,7 @@ def body(tokens: list[int], new: int = NEW) -> dict:
         "max_tokens": new,
         "temperature": 0,
         "ignore_eos": True,
+        "skip_special_tokens": False,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
