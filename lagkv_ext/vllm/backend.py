@@ -237,6 +237,8 @@ def add_companions(vllm_config: Any) -> None:
     specs = [companion.get_kv_cache_spec(vllm_config) for companion in companions]
     totals.set("row_bytes", sum(spec.page_size_bytes / spec.block_size for spec in specs))
     totals.set("rank", vllm_config.parallel_config.rank)
+    served = vllm_config.model_config.served_model_name
+    totals.set("model", served if isinstance(served, str) else served[0])
 
 
 def _keeps_all_tokens(layer: Any, vllm_config: Any) -> bool:

@@ -34,7 +34,7 @@ class Totals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, float] = {}
+        self._values: dict[str, Any] = {}
         self._timer: threading.Timer | None = None
 
     def add(self, name: str, amount: float) -> None:
@@ -42,7 +42,7 @@ class Totals:
             self._values[name] = self._values.get(name, 0) + amount
             self._write_soon()
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float | str) -> None:
         with self._lock:
             self._values[name] = value
             self._write_soon()
@@ -158,61 +158,82 @@ class CompressionTimer:
 
 
 class Collector:
-    """Adds up the files for prometheus_client. No file, no metric."""
+    """Adds up the files in a folder for prometheus_client. No file, no metric."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        processes = read_totals()
+        processes = read_totals(self._folder)
         if not processes:
             return
-        total = {
-            name: sum(values.get(name, 0) for values in processes) for values in processes for name in values
-        }
+        model = next((str(values["model"]) for values in processes if "model" in values), "")
 
-        tokens = GaugeMetricFamily(
-            "lagkv_vllm_tokens",
-            "Tokens of running requests, and the rows kept of them in a layer",
-            labels=["state"],
+        def total(name: str) -> float:
+            return sum(values.get(name, 0) for values in processes)
+
+        def family(kind: Any, name: str, text: str, label: str, values: dict[str, float]) -> Any:
+            made = kind(f"lagkv_vllm_{name}", text, labels=["model", *([label] if label else [])])
+            for value_of_label, value in values.items():
+                made.add_metric([model, *([value_of_label] if label else [])], value)
+            return made
+
+        seen, kept, row_bytes = total("tokens_seen"), total("tokens_kept"), total("row_bytes")
+        yield family(
+            GaugeMetricFamily,
+            "tokens",
+            "Tokens of running requests, and rows kept of them in a compressed layer",
+            "state",
+            {"seen": seen, "kept": kept},
         )
-        bytes_ = GaugeMetricFamily(
-            "lagkv_vllm_cache_bytes",
-            "Bytes of these rows in the compressed layers of all ranks",
-            labels=["state"],
+        yield family(
+            GaugeMetricFamily,
+            "cache_bytes",
+            "The same in bytes, in the compressed layers of all ranks",
+            "state",
+            {"uncompressed": seen * row_bytes, "held": kept * row_bytes},
         )
-        for state, name in (("seen", "tokens_seen"), ("kept", "tokens_kept")):
-            tokens.add_metric([state], total.get(name, 0))
-        for state, name in (("uncompressed", "tokens_seen"), ("held", "tokens_kept")):
-            bytes_.add_metric([state], total.get(name, 0) * total.get("row_bytes", 0))
-        requests = CounterMetricFamily(
-            "lagkv_vllm_requests", "Requests that ended, by whether rows were dropped", labels=["cache"]
+        yield family(
+            CounterMetricFamily,
+            "requests",
+            "Requests that ended, by whether rows were dropped",
+            "cache",
+            {kind: total(f"requests_{kind}") for kind in ("compressed", "full")},
         )
-        for kind in ("compressed", "full"):
-            requests.add_metric([kind], total.get(f"requests_{kind}", 0))
-        seconds = CounterMetricFamily(
-            "lagkv_vllm_compression_seconds", "Time spent compressing, by rank", labels=["rank"]
-        )
-        for values in processes:
-            if "rank" in values:
-                seconds.add_metric([str(int(values["rank"]))], values.get("seconds", 0))
-        yield from (tokens, bytes_, requests, seconds)
-        yield CounterMetricFamily(
-            "lagkv_vllm_partitions_compressed",
+        yield family(
+            CounterMetricFamily,
+            "partitions_compressed",
             "Partitions compressed, each in all layers",
-            value=total.get("partitions", 0),
+            "",
+            {"": total("partitions")},
         )
-        yield CounterMetricFamily(
-            "lagkv_vllm_rows_dropped",
+        yield family(
+            CounterMetricFamily,
+            "rows_dropped",
             "Rows dropped, each in all layers",
-            value=total.get("rows_dropped", 0),
+            "",
+            {"": total("rows_dropped")},
+        )
+        yield family(
+            CounterMetricFamily,
+            "compression_seconds",
+            "Time spent compressing, by rank",
+            "rank",
+            {str(int(values["rank"])): values.get("seconds", 0) for values in processes if "rank" in values},
         )
 
 
-def read_totals() -> list[dict[str, float]]:
+def read_totals(folder: Path | None = None) -> list[dict[str, Any]]:
     """What the processes of this engine last wrote."""
-    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
+        named = os.environ.get(FOLDER_VARIABLE)
+        if not named:
+            return []
+        folder = Path(named)
     found = []
-    for path in sorted(Path(folder).glob("*.json")) if folder else ():
+    for path in sorted(folder.glob("*.json")):
         try:
             found.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):

@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from transformers import DynamicCache
 
 from lagkv_ext.serving.monitor import CacheMonitor, RolloutCollector
+from lagkv_ext.vllm.metrics import Collector
 from tests.cache.models import tiny_config
 from tests.serving.monitor_cases import Rolled, cache, fill, values
 
@@ -38,6 +39,7 @@ DOCS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
 EXPRESSIONS = [*QUERIES, *((rule["alert"], rule["expr"]) for rule in RULES)]
+VLLM = Path(__file__).parent / "vllm_totals"  # files as an engine with the plugin writes them
 VARIABLES = {x["name"]: x for x in DASHBOARD["templating"]["list"]}
 
 
@@ -46,6 +48,7 @@ def exported(labels):
     registry = CollectorRegistry()
     monitor = CacheMonitor(registry, labels)
     RolloutCollector(Rolled(), registry, labels)
+    registry.register(Collector(VLLM))
     held, in_flight, full = cache(), cache(), DynamicCache(config=tiny_config("llama"))
     with monitor.request(held), monitor.request(full):
         fill(held, 60)

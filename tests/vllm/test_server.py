@@ -125,21 +125,21 @@ def test_concurrent_streams_cancelled_requests_and_prefix_hits(server, llama):
 
     # Nothing runs, all blocks are free, and the numbers of the plugin are those of the requests.
     deadline = time.monotonic() + 60
-    while (found := metrics(server)).get('lagkv_vllm_tokens{state="seen"}', 1) or _value(
+    while (found := metrics(server)).get('lagkv_vllm_tokens{model="tiny",state="seen"}', 1) or _value(
         found, "vllm:num_requests_running"
     ):
         assert time.monotonic() < deadline, found
         time.sleep(0.5)
     assert _value(found, "vllm:kv_cache_usage_perc") == 0
-    assert found['lagkv_vllm_requests_total{cache="full"}'] == 4  # 20 and 400 tokens, twice
-    assert found['lagkv_vllm_requests_total{cache="compressed"}'] == 8 + 4
-    assert found['lagkv_vllm_tokens{state="kept"}'] == 0
-    partitions = found["lagkv_vllm_partitions_compressed_total"]
-    assert found["lagkv_vllm_rows_dropped_total"] == partitions * 96
+    assert found['lagkv_vllm_requests_total{model="tiny",cache="full"}'] == 4  # 20 and 400 tokens, twice
+    assert found['lagkv_vllm_requests_total{model="tiny",cache="compressed"}'] == 8 + 4
+    assert found['lagkv_vllm_tokens{model="tiny",state="kept"}'] == 0
+    partitions = found['lagkv_vllm_partitions_compressed_total{model="tiny"}']
+    assert found['lagkv_vllm_rows_dropped_total{model="tiny"}'] == partitions * 96
     assert (
         partitions >= 4 + 4 + 4 * 2
     )  # of the shared prefix, the prompt of 900, and those that were cancelled
-    assert found['lagkv_vllm_compression_seconds_total{rank="0"}'] > 0
+    assert found['lagkv_vllm_compression_seconds_total{model="tiny",rank="0"}'] > 0
     hits = _value(found, "vllm:prefix_cache_hits_total")
     assert hits >= 3 * 640
 
