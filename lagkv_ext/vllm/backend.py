@@ -52,10 +52,11 @@ class Companion(torch.nn.Module, AttentionLayerBase):
 
     num_heads = 0
 
-    def __init__(self, layer: Any, stock_backend: type) -> None:
+    def __init__(self, layer: Any, stock_backend: type, settings: Settings, in_flight: int) -> None:
         super().__init__()
         self._layer = [layer]  # not a submodule
         self._backend = companion_backend(stock_backend)
+        self._settings, self._in_flight = settings, in_flight
         self.kv_cache = torch.tensor([])
         self.tables = step.Tables()
 
@@ -63,15 +64,13 @@ class Companion(torch.nn.Module, AttentionLayerBase):
         return self._backend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> LagKVCompressedSpec:
-        assert _current is not None
-        return spec_from(LagKVCompressedSpec, self._layer[0].get_kv_cache_spec(vllm_config), *_current)
+        spec = self._layer[0].get_kv_cache_spec(vllm_config)
+        return spec_from(LagKVCompressedSpec, spec, self._settings, self._in_flight)
 
-    def check_page(self, name: str) -> None:
-        """RuntimeError where vLLM gave the two groups of a layer different pages."""
-        if self.kv_cache.data_ptr() != self._layer[0].kv_cache.data_ptr():
-            raise RuntimeError(
-                f"lagkv: vLLM gave {name} and {name}{SUFFIX} different memory; please report this"
-            )
+    def shares_pages(self) -> bool:
+        """Whether both groups of the layer are views of the same blocks."""
+        own, layers = self.kv_cache, self._layer[0].kv_cache
+        return own.numel() > 0 and (own.data_ptr(), own.stride()) == (layers.data_ptr(), layers.stride())
 
 
 def companion_backend(stock_backend: Any) -> type:
@@ -141,6 +140,7 @@ class LagKVBuilder:
                     f"of {kv_cache_spec.block_size}; use --block-size {kv_cache_spec.block_size}"
                 )
             self._tables = _tables(vllm_config, layer_names)
+            self._pages_checked = False
             vllm_config = _with_room_for_pieces(vllm_config, kv_cache_spec.settings.boundary)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **more)  # type: ignore[call-arg]
 
@@ -148,6 +148,9 @@ class LagKVBuilder:
         build: Callable[..., Any] = super().build  # type: ignore[misc]
         if not self._lagkv:
             return build(common_prefix_len, common_attn_metadata, fast_build)
+        if not self._pages_checked:  # pages are bound after builders are made
+            check_pages(self.vllm_config, self.layer_names)  # type: ignore[attr-defined]
+            self._pages_checked = True
         metadata = StepMetadata()
 
         def complete(compressed: Tensor) -> None:
@@ -217,6 +220,7 @@ def add_companions(vllm_config: Any) -> None:
 
     Layers do not know their own names, so the first to be processed does it for all.
     """
+    assert _current is not None  # set by the constructors of the layers
     layers = vllm_config.compilation_config.static_forward_context
     for name, layer in list(layers.items()):
         if isinstance(layer, Companion) or name + SUFFIX in layers:
@@ -225,7 +229,7 @@ def add_companions(vllm_config: Any) -> None:
             backend = layer.get_attn_backend()
             spec = layer.get_kv_cache_spec(vllm_config)
             if spec is not None and isinstance(backend.customize_spec(spec), LagKVRawSpec):
-                layers[name + SUFFIX] = Companion(layer, backend.STOCK)
+                layers[name + SUFFIX] = Companion(layer, backend.STOCK, *_current)
         elif _keeps_all_tokens(layer, vllm_config):
             raise ValueError(
                 f"lagkv does not work with the attention backend of {name} ({type(layer.impl).__name__}); use "
@@ -255,11 +259,18 @@ def _tables(vllm_config: Any, layer_names: list[str]) -> step.Tables:
         raise RuntimeError(
             f"lagkv: vLLM grouped {', '.join(layer_names)} with other layers; please report this"
         )
-    for name, companion in zip(layer_names, companions, strict=True):
-        companion.check_page(name)
     first: Any = companions[0]
     first.tables.meet(frozenset(layer_names))
     return first.tables
+
+
+def check_pages(vllm_config: Any, layer_names: list[str]) -> None:
+    """RuntimeError where vLLM gave the two groups of a layer different memory."""
+    layers = vllm_config.compilation_config.static_forward_context
+    if apart := [name for name in layer_names if not layers[name + SUFFIX].shares_pages()]:
+        raise RuntimeError(
+            f"lagkv: vLLM gave {apart[0]} and {apart[0]}{SUFFIX} different memory; please report this"
+        )
 
 
 def _with_room_for_pieces(vllm_config: Any, boundary: int) -> Any:
