@@ -2,13 +2,7 @@
 // CUDA runtime.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define LAGKV_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LAGKV_HOST_DEVICE inline
-#endif
+#include "rows.h"
 
 namespace lagkv {
 
@@ -31,28 +25,13 @@ LAGKV_HOST_DEVICE int64_t output_length(int64_t length, int64_t start, int64_t l
   return length - compressed_count(length, start, lag_size) * (lag_size - keep);
 }
 
-/// Where the rows of a [B, H, N, D] tensor lie. Strides are in elements; a row of `dim` elements is
-/// contiguous. This is the dense form of an address map; the ragged forms are `RaggedRows` (ragged.h).
-template <class T>
-struct StridedRows {
-  T* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-  int64_t dim;
-
-  LAGKV_HOST_DEVICE T* row(int64_t batch, int64_t head, int64_t position) const {
-    return data + batch * batch_stride + head * head_stride + position * row_stride;
-  }
-};
-
 /// The arguments of `compress` and, with key_out = key and value_out = value, of `compress_`.
 template <class T>
 struct CompressParams {
-  StridedRows<const T> key;      // [B, H, N, Dk]
-  StridedRows<const T> value;    // [B, H, N, Dv]
-  StridedRows<T> key_out;        // [B, H, N', Dk]
-  StridedRows<T> value_out;      // [B, H, N', Dv]
+  Rows<const T> key;             // [B, H, N, Dk]
+  Rows<const T> value;           // [B, H, N, Dv]
+  Rows<T> key_out;               // [B, H, N', Dk]
+  Rows<T> value_out;             // [B, H, N', Dv]
   int32_t* index;                // [B, H, N'] contiguous: input position of every output row, ascending
   int64_t batch, heads, length;  // B, H, N
   int64_t start, lag_size, keep;
@@ -63,8 +42,8 @@ struct CompressParams {
 /// `partition_bounds`: per channel minimum and maximum of every full partition.
 template <class T, class Real>
 struct BoundsParams {
-  StridedRows<const T> x;  // [B, H, N, D]
-  Real* bounds;            // [B, H, P, 2, D] contiguous: lo, hi
+  Rows<const T> x;  // [B, H, N, D]
+  Real* bounds;     // [B, H, P, 2, D] contiguous: lo, hi
   int64_t batch, heads, length;
   int64_t start, lag_size;
 };
@@ -72,9 +51,9 @@ struct BoundsParams {
 /// `lag_score`: the score of every token of partitions 0 .. P-2.
 template <class T, class Real>
 struct ScoreParams {
-  StridedRows<const T> key;    // [B, H, N, Dk]
-  StridedRows<const T> value;  // [B, H, N, Dv]
-  Real* score;                 // [B, H, P-1, L] contiguous
+  Rows<const T> key;    // [B, H, N, Dk]
+  Rows<const T> value;  // [B, H, N, Dv]
+  Real* score;          // [B, H, P-1, L] contiguous
   int64_t batch, heads, length;
   int64_t start, lag_size;
   double value_weight;
@@ -93,9 +72,9 @@ struct TopkParams {
 /// `compact`: rows of x gathered by index.
 template <class T>
 struct CompactParams {
-  StridedRows<const T> x;               // [B, H, N, D]
-  StridedRows<T> out;                   // [B, H, K, D]
-  StridedRows<const int32_t> index;     // [B, H, K]: dim = 1, row_stride = stride of the last dimension
+  Rows<const T> x;                      // [B, H, N, D]
+  Rows<T> out;                          // [B, H, K, D]
+  Rows<const int32_t> index;            // [B, H, K]: dim = 1, row_stride = stride of the last dimension
   int64_t batch, heads, length, count;  // B, H, N, K
 };
 

@@ -1,66 +1,10 @@
 // What the kernels of the ragged operators are told: sequences that each have their own start and length, in
-// slots, packed rows or pages. One method, three address maps. No torch, no CUDA runtime.
+// slots, packed rows or pages (rows.h). No torch, no CUDA runtime.
 #pragma once
 
 #include "params.h"
 
 namespace lagkv {
-
-/// How a number of `start`, `length`, `offsets` or `block_table` is read; device code brings its own.
-struct PlainLoad {
-  LAGKV_HOST_DEVICE int32_t operator()(const int32_t* number) const { return *number; }
-};
-
-// Before a function of host and device that takes a Load, which may be for the device alone.
-#if defined(__CUDACC__)
-#define LAGKV_ANY_LOAD _Pragma("nv_exec_check_disable")
-#else
-#define LAGKV_ANY_LOAD
-#endif
-
-/// Where row `position` of a sequence lies. Strides are in elements; a row of `dim` elements is contiguous.
-///
-///   slots   block `sequence`:                            offsets and block_table null
-///   packed  rows offsets[sequence] + position:           offsets = cu_seqlens [B + 1]
-///   pages   block block_table[sequence, position / block_size], row position % block_size in it
-template <class T>
-struct RaggedRows {
-  T* data;
-  int64_t block_stride;  // of a slot or of a page
-  int64_t head_stride;
-  int64_t row_stride;
-  int64_t dim;
-  const int32_t* offsets;
-  const int32_t* block_table;  // [B, max_blocks], contiguous in the last dimension
-  int64_t table_stride;
-  int64_t block_size;
-
-  LAGKV_ANY_LOAD template <class Load = PlainLoad>
-  LAGKV_HOST_DEVICE T* row(int64_t sequence, int64_t head, int64_t position, const Load& load = {}) const {
-    int64_t block = sequence;
-    if (offsets != nullptr) {
-      block = 0;
-      position += load(offsets + sequence);
-    } else if (block_table != nullptr) {
-      // Both fit 32 bits, and a device divides these faster.
-      const uint32_t page = static_cast<uint32_t>(position) / static_cast<uint32_t>(block_size);
-      block = load(block_table + sequence * table_stride + page);
-      position -= page * block_size;
-    }
-    return data + block * block_stride + head * head_stride + position * row_stride;
-  }
-
-  /// How many rows from `position` on lie `row_stride` apart for certain: to the end of the page.
-  LAGKV_HOST_DEVICE int64_t rows_together(int64_t position) const {
-    return block_table == nullptr ? int64_t{1} << 62 : block_size - position % block_size;
-  }
-};
-
-/// The rows of a dense tensor, whose sequences are slots.
-template <class T>
-LAGKV_HOST_DEVICE RaggedRows<T> as_slots(const StridedRows<T>& x) {
-  return {x.data, x.batch_stride, x.head_stride, x.row_stride, x.dim, nullptr, nullptr, 0, 0};
-}
 
 /// One sequence as its start and length say. A sequence whose values cannot be is left as it is: the CPU has
 /// refused it before, a device finds out in its kernels.
@@ -85,9 +29,9 @@ LAGKV_HOST_DEVICE RaggedSequence ragged_sequence(int64_t start, int64_t length, 
 /// key_out.offsets = value_out.offsets, which the kernels write first (as new_offsets).
 template <class T>
 struct RaggedParams {
-  RaggedRows<const T> key;  // slots [B, H, capacity, Dk]; rows [T, H, Dk]; pages [blocks, block_size, H, Dk]
-  RaggedRows<const T> value;  // as key, with Dv
-  RaggedRows<T> key_out, value_out;
+  Rows<const T> key;    // slots [B, H, capacity, Dk]; rows [T, H, Dk]; pages [blocks, block_size, H, Dk]
+  Rows<const T> value;  // as key, with Dv
+  Rows<T> key_out, value_out;
   const int32_t* start;   // [B]
   const int32_t* length;  // [B]; varlen: null
   int32_t* new_start;     // [B], in place: start
@@ -103,7 +47,7 @@ struct RaggedParams {
   double value_weight;
   Score score;
 
-  LAGKV_HOST_DEVICE bool is_packed() const { return key.offsets != nullptr; }
+  LAGKV_HOST_DEVICE bool is_packed() const { return key.is_packed(); }
 
   LAGKV_ANY_LOAD template <class Load = PlainLoad>
   LAGKV_HOST_DEVICE RaggedSequence sequence(int64_t b, const Load& load = {}) const {

@@ -1,5 +1,6 @@
 // Tensors that passed the checks as RaggedParams: the same for every backend. `Tensor` is a template
-// parameter (size, stride, data_ptr), as the executor of tests/simt has tensors without torch's headers.
+// parameter (size, sizes, strides, data_ptr), as the executor of tests/simt has tensors without torch's
+// headers.
 #pragma once
 
 #include "ragged.h"
@@ -13,37 +14,6 @@ const int32_t* numbers(const Tensor& x) {
 template <class Tensor>
 int32_t* written_numbers(const Tensor& x) {
   return static_cast<int32_t*>(x.data_ptr());
-}
-
-/// The stride of a dimension of one element is never used; it must not spoil the alignment of the others.
-template <class Tensor>
-int64_t step(const Tensor& x, int64_t dim) {
-  return x.size(dim) > 1 ? x.stride(dim) : 0;
-}
-
-template <class T, class Tensor>
-RaggedRows<T> slot_rows(const Tensor& x) {  // [B, H, capacity, D]
-  return {static_cast<T*>(x.data_ptr()),
-          step(x, 0),
-          step(x, 1),
-          step(x, 2),
-          x.size(3),
-          nullptr,
-          nullptr,
-          0,
-          x.size(2)};
-}
-
-template <class T, class Tensor>
-RaggedRows<T> packed_rows(const Tensor& x, const Tensor& cu_seqlens) {  // [T, H, D]
-  return {static_cast<T*>(x.data_ptr()), 0,       step(x, 1), step(x, 0), x.size(2),
-          numbers(cu_seqlens),           nullptr, 0,          x.size(0)};
-}
-
-template <class T, class Tensor>
-RaggedRows<T> page_rows(const Tensor& x, const Tensor& block_table) {  // [blocks, block_size, H, D]
-  return {static_cast<T*>(x.data_ptr()), step(x, 0),           step(x, 2), step(x, 1), x.size(3), nullptr,
-          numbers(block_table),          step(block_table, 0), x.size(1)};
 }
 
 /// What the three operators have in common; their rows, numbers and index follow below.

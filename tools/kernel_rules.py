@@ -145,7 +145,7 @@ RULES = [
     Rule("ragged_schedule.cuh", "block < 0 || block >= args.blocks", "block < 0", "a block behind the pool"),
     Rule(
         "ragged_schedule.cuh",
-        "if (args.key.block_table != nullptr && ",
+        "if (args.key.is_paged() && ",
         "if (false && ",
         "a sequence with a block outside the pool",
     ),
@@ -268,8 +268,8 @@ RULES = [
     Rule("gather.cuh", "in_range = in_range && exists;", "", "compact: a position outside is found"),
     Rule(
         "gather.cuh",
-        "exists ? ld_global_nc_stream(args.x.row(batch, part, position) + column) : W{}",
-        "ld_global_nc_stream(args.x.row(batch, part, position) + column)",
+        "exists ? ld_global_nc_stream(x_rows.row(position) + column) : W{}",
+        "ld_global_nc_stream(x_rows.row(position) + column)",
         "compact: nothing outside is read",
     ),
     Rule(
@@ -451,7 +451,7 @@ RULES = [
     ),
     Rule(
         "ragged_schedule.cuh",
-        "args.key.block_table != nullptr && ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0",
+        "args.key.is_paged() && ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0",
         "ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0",
         "usable: pages alone",
     ),
@@ -602,7 +602,7 @@ RULES = [
         "alignment_of(value)",
         "move: alignment of key",
     ),
-    Rule("ragged_launches.h", "if (args.key.block_table != nullptr) {", "{", "pages alone have a table"),
+    Rule("ragged_launches.h", "if (args.key.is_paged()) {", "{", "pages alone have a table"),
     Rule("ragged_launches.h", "if (blocks > 0) run(", "run(", "ragged: a move of no blocks"),
     Rule(
         "ragged_launches.h",
@@ -1004,7 +1004,7 @@ RULES = [
         "",
         "layout: alignment of the address",
     ),
-    Rule("plan.h", "rows.batch_stride % kElements == 0 &&", "", "layout: alignment of batches"),
+    Rule("plan.h", "rows.block_stride % kElements == 0 &&", "", "layout: alignment of batches"),
     Rule("plan.h", "rows.head_stride % kElements == 0 && ", "", "layout: alignment of heads"),
     Rule("plan.h", " && rows.row_stride % kElements == 0", "", "layout: alignment of rows"),
     Rule(
@@ -1015,20 +1015,20 @@ RULES = [
     ),
     Rule(
         "launches.h",
-        "(rows.batch_stride | rows.head_stride | rows.row_stride)",
+        "(rows.block_stride | rows.head_stride | rows.row_stride)",
         "(rows.head_stride | rows.row_stride)",
         "words: alignment of batches",
     ),
     Rule(
         "launches.h",
-        "(rows.batch_stride | rows.head_stride | rows.row_stride)",
-        "(rows.batch_stride | rows.row_stride)",
+        "(rows.block_stride | rows.head_stride | rows.row_stride)",
+        "(rows.block_stride | rows.row_stride)",
         "words: alignment of heads",
     ),
     Rule(
         "launches.h",
-        "(rows.batch_stride | rows.head_stride | rows.row_stride)",
-        "(rows.batch_stride | rows.head_stride)",
+        "(rows.block_stride | rows.head_stride | rows.row_stride)",
+        "(rows.block_stride | rows.head_stride)",
         "words: alignment of rows",
     ),
     Rule(

@@ -17,8 +17,8 @@ struct Sequence {
 
 template <class T>
 struct Batch {
-  RaggedRows<const T> key, value;
-  RaggedRows<T> key_out, value_out;  // in place: key and value
+  Rows<const T> key, value;
+  Rows<T> key_out, value_out;  // in place: key and value
   std::vector<Sequence> sequences;
   int64_t heads, index_head_stride;
   int64_t lag_size, keep;
@@ -36,17 +36,10 @@ template <class T>
 Batch<T> dense_batch(const CompressParams<T>& p) {
   const int64_t rows = output_length(p.length, p.start, p.lag_size, p.keep);
   const Sequence one{p.start, p.length, compressed_count(p.length, p.start, p.lag_size), nullptr, rows};
-  Batch<T> batch{as_slots(p.key),
-                 as_slots(p.value),
-                 as_slots(p.key_out),
-                 as_slots(p.value_out),
-                 std::vector<Sequence>(static_cast<size_t>(p.batch), one),
-                 p.heads,
-                 rows,
-                 p.lag_size,
-                 p.keep,
-                 p.value_weight,
-                 p.score};
+  Batch<T> batch{
+      p.key,   p.value, p.key_out,  p.value_out, std::vector<Sequence>(static_cast<size_t>(p.batch), one),
+      p.heads, rows,    p.lag_size, p.keep,      p.value_weight,
+      p.score};
   for (int64_t b = 0; b < p.batch; ++b) batch.sequences[b].index = p.index + b * p.heads * rows;
   return batch;
 }

@@ -107,11 +107,11 @@ class Compressor {
     run_tasks(2 * heads_, std::min(workers, 2 * heads_), [&](int64_t, int64_t i) {
       const TaskList::Task task = heads[i / 2];
       if (i % 2 == 0) fill_ends(task);
-      const RaggedRows<const T>& x = i % 2 ? p_.value : p_.key;
-      const RaggedRows<T>& out = i % 2 ? p_.value_out : p_.key_out;
+      const Rows<const T>& x = i % 2 ? p_.value : p_.key;
+      const Rows<T>& out = i % 2 ? p_.value_out : p_.key_out;
       const int64_t first = sequence(task.sequence).start, count = partitions_[task.sequence] * p_.keep;
-      gather_rows(kernels_, HeadRows<const T>(x, task.sequence, task.head),
-                  HeadRows<T>(out, task.sequence, task.head), index(task) + first, first, count, stream_);
+      gather_rows(kernels_, x.head(task.sequence, task.head), out.head(task.sequence, task.head),
+                  index(task) + first, first, count, stream_);
       if (stream_) kernels_.fence();
       move_window(x, out, task);
     });
@@ -131,7 +131,7 @@ class Compressor {
 
     Memory(const Compressor& c, int64_t workers)
         : scratch(workers, WalkScratch<Real>::size(c.p_.key.dim, c.p_.value.dim, c.p_.lag_size)),
-          copies(workers, c.p_.key.block_table == nullptr
+          copies(workers, !c.p_.key.is_paged()
                               ? 0
                               : HeadTiles<T>::copies_size(c.p_.key.dim, c.p_.value.dim, c.p_.lag_size)) {}
   };
@@ -159,7 +159,7 @@ class Compressor {
 
   HeadTiles<T> tiles_of(const TaskList::Task& task, T* memory) const {
     const int64_t b = task.sequence;
-    return {{p_.key, b, task.head}, {p_.value, b, task.head}, sequence(b).start, p_.lag_size, memory};
+    return {p_.key.head(b, task.head), p_.value.head(b, task.head), sequence(b).start, p_.lag_size, memory};
   }
 
   /// The rows that the run of a task reads first. A worker's next task is most likely the one `workers`
@@ -168,7 +168,7 @@ class Compressor {
     if (i >= tasks.size()) return {};
     const TaskList::Task task = tasks[i];
     const int64_t begin = task.part * run, partitions = partitions_[task.sequence];
-    if (begin >= partitions || p_.key.block_table != nullptr) return {};
+    if (begin >= partitions || p_.key.is_paged()) return {};
     return tiles_of(task, nullptr)
         .ahead(HeadTiles<T>::kKey, forward ? begin + 1 : std::min(begin + run, partitions));
   }
@@ -192,8 +192,8 @@ class Compressor {
            if (!move) return;
            for (const auto side : {HeadTiles<T>::kKey, HeadTiles<T>::kValue}) {
              const Tile<T> tile = tiles.tile(side, partition, {});
-             const HeadRows<T> out(side == HeadTiles<T>::kKey ? p_.key_out : p_.value_out, task.sequence,
-                                   task.head);
+             const Rows<T> out =
+                 (side == HeadTiles<T>::kKey ? p_.key_out : p_.value_out).head(task.sequence, task.head);
              gather_rows(kernels_, tile.rows, tile.row_stride, tiles.first(partition), out,
                          index(task) + first_out, first_out, p_.keep, stream_);
            }
@@ -207,14 +207,13 @@ class Compressor {
     copy_between(p_.value, p_.value_out, task, first, first_out, count);
   }
 
-  void copy_between(const RaggedRows<const T>& x, const RaggedRows<T>& out, const TaskList::Task& task,
-                    int64_t first, int64_t first_out, int64_t count) const {
-    copy_rows(HeadRows<const T>(x, task.sequence, task.head), HeadRows<T>(out, task.sequence, task.head),
-              first, first_out, count);
+  void copy_between(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task, int64_t first,
+                    int64_t first_out, int64_t count) const {
+    copy_rows(x.head(task.sequence, task.head), out.head(task.sequence, task.head), first, first_out, count);
   }
 
   /// The last full partition and what follows it move down.
-  void move_window(const RaggedRows<const T>& x, const RaggedRows<T>& out, const TaskList::Task& task) const {
+  void move_window(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task) const {
     const int64_t b = task.sequence, window = window_of(b);
     copy_between(x, out, task, window, window_out_of(b), sequence(b).length - window);
   }

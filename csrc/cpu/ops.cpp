@@ -19,10 +19,10 @@ template <class T>
 CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const Tensor& key_out,
                                   const Tensor& value_out, const Tensor& index, int64_t start,
                                   int64_t lag_size, int64_t keep, double value_weight, Score score) {
-  return {rows_of<const T>(key),
-          rows_of<const T>(value),
-          rows_of<T>(key_out),
-          rows_of<T>(value_out),
+  return {slot_rows<const T>(key),
+          slot_rows<const T>(value),
+          slot_rows<T>(key_out),
+          slot_rows<T>(value_out),
           static_cast<int32_t*>(index.data_ptr()),
           key.size(0),
           key.size(1),
@@ -78,8 +78,13 @@ Tensor partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
       new_tensor({batch, heads, partition_count(length, start, lag_size), 2, x.size(3)}, arithmetic_type(x));
   by_dtype(x, [&](auto type) {
     using T = decltype(type);
-    const BoundsParams<T, RealOf<T>> params{
-        rows_of<const T>(x), static_cast<RealOf<T>*>(out.data_ptr()), batch, heads, length, start, lag_size};
+    const BoundsParams<T, RealOf<T>> params{slot_rows<const T>(x),
+                                            static_cast<RealOf<T>*>(out.data_ptr()),
+                                            batch,
+                                            heads,
+                                            length,
+                                            start,
+                                            lag_size};
     run_partition_bounds(params, kernels.of<T>());
   });
   return out;
@@ -95,8 +100,8 @@ Tensor lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t 
       new_tensor({batch, heads, compressed_count(length, start, lag_size), lag_size}, arithmetic_type(key));
   by_dtype(key, [&](auto type) {
     using T = decltype(type);
-    const ScoreParams<T, RealOf<T>> params{rows_of<const T>(key),
-                                           rows_of<const T>(value),
+    const ScoreParams<T, RealOf<T>> params{slot_rows<const T>(key),
+                                           slot_rows<const T>(value),
                                            static_cast<RealOf<T>*>(out.data_ptr()),
                                            batch,
                                            heads,
@@ -139,18 +144,16 @@ Tensor compact(const Tensor& x, const Tensor& index) {
   check_compact("compact", x, index);
   const KernelSet& kernels = *instruction_set().kernels;
   const int64_t batch = x.size(0), heads = x.size(1), length = x.size(2), count = index.size(2);
-  const auto index_strides = index.strides();
-  const StridedRows<const int32_t> positions{static_cast<const int32_t*>(index.data_ptr()), index_strides[0],
-                                             index_strides[1], index_strides[2], 1};
   Tensor out;
   by_dtype(x, [&](auto type) {
     using T = decltype(type);
-    CompactParams<T> params{rows_of<const T>(x), {}, positions, batch, heads, length, count};
+    CompactParams<T> params{
+        slot_rows<const T>(x), {}, number_rows<const int32_t>(index), batch, heads, length, count};
     const int32_t* bad = index_out_of_range(params);
     check(bad == nullptr, "compact", "index must hold positions between 0 and ", length - 1, ", got ",
           bad ? *bad : 0);
     out = new_tensor({batch, heads, count, x.size(3)}, x.scalar_type());
-    params.out = rows_of<T>(out);
+    params.out = slot_rows<T>(out);
     run_compact(params, kernels.of<T>());
   });
   return out;

@@ -38,10 +38,9 @@ void run_lag_score(const ScoreParams<T, RealOf<T>>& p, const Kernels<T>& kernels
   workers = std::min(workers, heads * runs);
   const Scratch<Real> scratch(workers, WalkScratch<Real>::size(p.key.dim, p.value.dim, p.lag_size));
   const Method<T>& method = p.kind == Score::kStd ? kernels.std : kernels.cosine;
-  const RaggedRows<const T> key = as_slots(p.key), value = as_slots(p.value);
   run_tasks(heads * runs, workers, [&](int64_t worker, int64_t task) {
     const int64_t head = task / runs, begin = task % runs * run, b = head / p.heads, h = head % p.heads;
-    HeadTiles<T> tiles({key, b, h}, {value, b, h}, p.start, p.lag_size, nullptr);
+    HeadTiles<T> tiles(p.key.head(b, h), p.value.head(b, h), p.start, p.lag_size, nullptr);
     const WalkScratch<Real> memory(scratch.of(worker), p.key.dim, p.value.dim, p.lag_size);
     walk(tiles, method, memory, begin, std::min(begin + run, partitions), false, p.value_weight, {},
          [&](int64_t partition, const Real* score) {

@@ -1,4 +1,4 @@
-// What the CPU operators need of torch's stable ABI: tensors as rows, new tensors, choice of kernels by
+// What the CPU operators need of torch's stable ABI: new tensors, choice of kernels by
 // dtype.
 #pragma once
 
@@ -25,12 +25,6 @@ void by_dtype(const Tensor& x, const Body& body) {
     case ScalarType::Float: return body(float());
     default: return body(double());
   }
-}
-
-template <class T>
-StridedRows<T> rows_of(const Tensor& x) {
-  const auto strides = x.strides();
-  return {static_cast<T*>(x.data_ptr()), strides[0], strides[1], strides[2], x.size(3)};
 }
 
 /// Contiguous, on the CPU, uninitialised. Not torch::stable::new_empty, which boxes its arguments for the

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "copy_rows.h"
 
 namespace lagkv::cpu {
 
@@ -16,8 +16,7 @@ constexpr int64_t kCachedTileBytes = 128 * 1024;
 template <class T>
 class HeadTiles {
  public:
-  HeadTiles(const HeadRows<const T>& key, const HeadRows<const T>& value, int64_t start, int64_t lag_size,
-            T* memory)
+  HeadTiles(const Rows<const T>& key, const Rows<const T>& value, int64_t start, int64_t lag_size, T* memory)
       : start_(start),
         lag_size_(lag_size),
         sides_{{key, memory}, {value, memory == nullptr ? nullptr : memory + 2 * lag_size * key.dim}} {}
@@ -35,17 +34,17 @@ class HeadTiles {
   /// The rows of a partition as something to fetch. Where they lie in several pages it lasts for kLists
   /// calls.
   Ahead ahead(Side side, int64_t partition) {
-    const HeadRows<const T>& x = sides_[side].rows;
+    const Rows<const T>& x = sides_[side].rows;
     if (x.together(first(partition), lag_size_) < lag_size_) return list_of(x, first(partition));
     return ahead_from(x, first(partition));
   }
 
   Tile<T> tile(Side side, int64_t partition, Ahead next) {
-    const HeadRows<const T>& x = sides_[side].rows;
+    const Rows<const T>& x = sides_[side].rows;
     const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T)), position = first(partition);
     if (x.together(position, lag_size_) < lag_size_)
       return {copy_of(sides_[side], partition), x.dim, lag_size_, x.dim, next};
-    if (lag_size_ * row_bytes > kCachedTileBytes && x.blocks == nullptr)
+    if (lag_size_ * row_bytes > kCachedTileBytes && !x.is_paged())
       next = ahead_from(x, position + kAheadBytes / row_bytes + 4);
     return {x.row(position), x.row_stride, lag_size_, x.dim, next};
   }
@@ -55,17 +54,17 @@ class HeadTiles {
 
   /// Two partitions are held: forward, each is read twice, with the one after it in between.
   struct SideTiles {
-    HeadRows<const T> rows;
+    Rows<const T> rows;
     T* memory;
     int64_t held[2] = {-1, -1};
   };
 
-  static Ahead ahead_from(const HeadRows<const T>& x, int64_t position) {
+  static Ahead ahead_from(const Rows<const T>& x, int64_t position) {
     constexpr int64_t size = sizeof(T);
     return {reinterpret_cast<const char*>(x.row(position)), x.row_stride * size, x.dim * size};
   }
 
-  Ahead list_of(const HeadRows<const T>& x, int64_t position) {
+  Ahead list_of(const Rows<const T>& x, int64_t position) {
     std::vector<const char*>& list = lists_[latest_ = (latest_ + 1) % kLists];
     list.resize(static_cast<size_t>(lag_size_ + kAheadPadding));
     const char** next = list.data();
@@ -80,7 +79,7 @@ class HeadTiles {
 
   const T* copy_of(SideTiles& side, int64_t partition) {
     const int64_t place = partition % 2, dim = side.rows.dim;
-    const HeadRows<T> copy(side.memory + place * lag_size_ * dim, dim);
+    const Rows<T> copy = contiguous_rows(side.memory + place * lag_size_ * dim, dim);
     if (side.held[place] != partition) {
       copy_rows(side.rows, copy, first(partition), 0, lag_size_);
       side.held[place] = partition;

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kThreads) bounds_kernel(const BoundsLaunch<typ
   const int64_t dim = args.x.dim;
   const int64_t job = launch.first_job + blockIdx.x;
   const int64_t head = job / launch.plan.partitions, partition = job % launch.plan.partitions;
-  const T* rows = args.x.row(head / args.heads, head % args.heads, args.start + partition * args.lag_size);
+  const T* rows =
+      args.x.slot(head / args.heads, head % args.heads).row(args.start + partition * args.lag_size);
   const Tile<T> tile{rows, args.x.row_stride, dim, Real(0), count};
   Real* lo = args.bounds + job * 2 * dim;
   const auto write = [&](int64_t channel, const Range<T>& range) {

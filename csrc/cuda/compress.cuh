@@ -1,6 +1,7 @@
 // The fused kernel behind compress, compress_ and lag_score.
 //
-//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)     (docs/method.md 1)
+//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)     (docs/method.md
+//   1)
 //
 // A scoring block takes a run of R partitions of one head (score_run.cuh). Copying blocks take the rows
 // before and after.
@@ -35,10 +36,10 @@ __device__ __forceinline__ void fill_slots(const CompressLaunch<T>& launch, cons
   const int64_t head = job / plan.runs, batch = head / args.heads, part = head % args.heads;
   const int64_t first = job % plan.runs * plan.run;
   for (int side = 0; side < 2; ++side) {
-    const StridedRows<const T> x = side_of(side, args.key, args.value);
-    const StridedRows<T> out = side_of(side, args.key_out, args.value_out);
-    slots.set_side(side, x.row(batch, part, args.start), x.row_stride, x.dim,
-                   out.row(batch, part, args.start), out.row_stride, plan.storage);
+    const Rows<const T> x = side_of(side, args.key, args.value);
+    const Rows<T> out = side_of(side, args.key_out, args.value_out);
+    slots.set_side(side, x.slot(batch, part).row(args.start), x.row_stride, x.dim,
+                   out.slot(batch, part).row(args.start), out.row_stride, plan.storage);
   }
   slots.set(Slots::kFirst, first);
   slots.set(Slots::kLast, (first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1);
@@ -85,8 +86,8 @@ __device__ __forceinline__ void copy_run(const CompressLaunch<typename Layout::T
   for (int side = 0; side < 2; ++side) {
     const auto x = side_of(side, args.key, args.value);
     const auto out = side_of(side, args.key_out, args.value_out);
-    copy_rows<Layout>(out.row(batch, part, 0), out.row_stride, x.row(batch, part, 0), x.row_stride, x.dim,
-                      count, to, from);
+    copy_rows<Layout>(out.slot(batch, part).data, out.row_stride, x.slot(batch, part).data, x.row_stride,
+                      x.dim, count, to, from);
   }
 }
 

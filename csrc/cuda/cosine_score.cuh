@@ -1,6 +1,6 @@
-// The cosine statistic (docs/method.md 2): direction u_t = x_t / |x_t| (0 where |x_t| = 0), anchor of the next
-// partition a = mean_t u_t, s = -cos(x, a) = -(u . a / |a|). The same rows add to the anchor of their own
-// partition.
+// The cosine statistic (docs/method.md 2): direction u_t = x_t / |x_t| (0 where |x_t| = 0), anchor of the
+// next partition a = mean_t u_t, s = -cos(x, a) = -(u . a / |a|). The same rows add to the anchor of their
+// own partition.
 #pragma once
 
 #include "rows.cuh"

@@ -56,6 +56,9 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W
   const int64_t head = job / launch.plan.tiles, batch = head / args.heads, part = head % args.heads;
   const int64_t first = job % launch.plan.tiles * kCopyRows;
   const int rows = static_cast<int>(args.count - first < kCopyRows ? args.count - first : kCopyRows);
+  const auto x_rows = args.x.slot(batch, part);
+  const auto index = args.index.slot(batch, part);
+  const auto out = args.out.slot(batch, part);
   for (int64_t left = 0; left < args.x.dim; left += blockDim.x) {
     const Share share(static_cast<int>(args.x.dim - left < blockDim.x ? args.x.dim - left : blockDim.x));
     const int64_t column = left + share.column;
@@ -65,15 +68,15 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const CompactLaunch<W
       for (int n = 0; n < kFlight; ++n) {
         const int j = row + n * share.rows_per_step;
         if (j >= rows) continue;
-        const int64_t position = ld_global_nc(args.index.row(batch, part, first + j));
+        const int64_t position = ld_global_nc(index.row(first + j));
         const bool exists = position >= 0 && position < args.length;
         in_range = in_range && exists;
-        x[n] = exists ? ld_global_nc_stream(args.x.row(batch, part, position) + column) : W{};
+        x[n] = exists ? ld_global_nc_stream(x_rows.row(position) + column) : W{};
       }
 #pragma unroll
       for (int n = 0; n < kFlight; ++n) {
         const int j = row + n * share.rows_per_step;
-        if (j < rows) st_global(args.out.row(batch, part, first + j) + column, x[n]);
+        if (j < rows) st_global(out.row(first + j) + column, x[n]);
       }
     }
   }
@@ -122,8 +125,8 @@ struct MoveJob {
 
 template <class W>
 struct MoveLaunch {
-  StridedRows<W> key, value;  // [B, H, N, D]
-  const int32_t* index;       // [B, H, N'] ascending, index[j] >= j
+  Rows<W> key, value;    // [B, H, N, D]
+  const int32_t* index;  // [B, H, N'] ascending, index[j] >= j
   int64_t batch, heads;
   MovePlan plan;
   int64_t first_job;
@@ -134,9 +137,9 @@ template <class W>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const MoveLaunch<W> launch) {
   const MovePlan& plan = launch.plan;
   const MoveJob job(plan.slices, launch.first_job + blockIdx.x);
-  const StridedRows<W>& x = job.is_key ? launch.key : launch.value;
+  const Rows<W>& x = job.is_key ? launch.key : launch.value;
   const Share share(job.columns(plan.slices, x.dim));
-  W* base = x.row(job.head / launch.heads, job.head % launch.heads, 0) + job.column + share.column;
+  W* base = x.slot(job.head / launch.heads, job.head % launch.heads).data + job.column + share.column;
   move_rows<W, kMoveVectors>(plan.first, plan.rows, share, launch.index + job.head * plan.rows,
                              [&](int64_t position) { return base + position * x.row_stride; });
 }

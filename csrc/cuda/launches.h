@@ -44,7 +44,7 @@ void with_layout(RowShape shape, const F& f) {
 
 /// The layout of two tensors that share a kernel: both aligned or neither, wide enough for the wider one.
 template <class T>
-RowShape shape_of(const StridedRows<const T>& key, const StridedRows<const T>& value) {
+RowShape shape_of(const Rows<const T>& key, const Rows<const T>& value) {
   const bool aligned =
       rows_aligned(key) && rows_aligned(value) && std::min(key.dim, value.dim) * sizeof(T) % 16 == 0;
   if (std::min(key.dim, value.dim) < 1) return row_shape(sizeof(T), 0, false);
@@ -140,22 +140,29 @@ void with_word(int64_t bytes, int64_t alignment, const F& f) {
 
 /// The largest power of two up to 16 that divides the address and every stride, in bytes.
 template <class T>
-int64_t alignment_of(const StridedRows<T>& rows) {
+int64_t alignment_of(const Rows<T>& rows) {
   const int64_t bits =
       static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | 16 |
-      ((rows.batch_stride | rows.head_stride | rows.row_stride) * static_cast<int64_t>(sizeof(T)));
+      ((rows.block_stride | rows.head_stride | rows.row_stride) * static_cast<int64_t>(sizeof(T)));
   return bits & -bits;
 }
 
 /// The same rows in units of W.
 template <class W, class T>
-StridedRows<std::conditional_t<std::is_const_v<T>, const W, W>> in_words(const StridedRows<T>& rows) {
+Rows<std::conditional_t<std::is_const_v<T>, const W, W>> in_words(const Rows<T>& rows) {
   const auto words = [](int64_t elements) {
     return elements * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(W));
   };
   using Word = std::conditional_t<std::is_const_v<T>, const W, W>;
-  return {reinterpret_cast<Word*>(rows.data), words(rows.batch_stride), words(rows.head_stride),
-          words(rows.row_stride), words(rows.dim)};
+  return {reinterpret_cast<Word*>(rows.data),
+          words(rows.block_stride),
+          words(rows.head_stride),
+          words(rows.row_stride),
+          words(rows.dim),
+          rows.offsets,
+          rows.block_table,
+          rows.table_stride,
+          rows.block_size};
 }
 
 /// compact for any element type of 2 bytes or more: the rows are moved, not understood.
@@ -173,8 +180,8 @@ void launch_compact(const CompactParams<T>& args, const Device& device, const Ru
 
 /// The second step of compress_: index [B, H, rows] says where the first `rows` rows come from.
 template <class T, class Run>
-void launch_move(const StridedRows<T>& key, const StridedRows<T>& value, const int32_t* index, int64_t batch,
-                 int64_t heads, int64_t first, int64_t rows, const Device& device, const Run& run) {
+void launch_move(const Rows<T>& key, const Rows<T>& value, const int32_t* index, int64_t batch, int64_t heads,
+                 int64_t first, int64_t rows, const Device& device, const Run& run) {
   const int64_t alignment = std::min(alignment_of(key), alignment_of(value));
   // Both widths are to be a multiple of the word.
   const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));

@@ -12,8 +12,8 @@ template <class T>
 CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const Tensor* index, int64_t start,
                                   int64_t lag_size, int64_t keep, double value_weight, Score score) {
   CompressParams<T> args{};
-  args.key = view_of(key).rows<const T>();
-  args.value = view_of(value).rows<const T>();
+  args.key = slot_rows<const T>(key);
+  args.value = slot_rows<const T>(value);
   args.index = index == nullptr ? nullptr : static_cast<int32_t*>(index->data_ptr());
   args.batch = key.size(0);
   args.heads = key.size(1);
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& val
   with_storage_type(key, [&](auto zero) {
     using T = decltype(zero);
     auto args = compress_params<T>(key, value, &index, start, lag_size, keep, value_weight, kind);
-    args.key_out = view_of(new_key).rows<T>();
-    args.value_out = view_of(new_value).rows<T>();
+    args.key_out = slot_rows<T>(new_key);
+    args.value_out = slot_rows<T>(new_value);
     run_compress<T, RealOf<T>>(launcher, args, nullptr);
   });
   return {new_key, new_value, index};
@@ -62,7 +62,7 @@ Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t 
     const auto args = compress_params<T>(key, value, &index, start, lag_size, keep, value_weight, kind);
     run_compress<T, RealOf<T>>(launcher, args, nullptr);
     if (rows == key.size(2)) return;  // every row stays where it is
-    launch_move(view_of(key).rows<T>(), view_of(value).rows<T>(), args.index, batch, heads, start, rows,
+    launch_move(slot_rows<T>(key), slot_rows<T>(value), args.index, batch, heads, start, rows,
                 launcher.device(), launcher);
   });
   return index;
@@ -92,7 +92,7 @@ Tensor partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
   Launcher launcher(x);
   with_storage_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const BoundsParams<T, RealOf<T>> args{view_of(x).rows<const T>(),
+    const BoundsParams<T, RealOf<T>> args{slot_rows<const T>(x),
                                           static_cast<RealOf<T>*>(bounds.data_ptr()),
                                           x.size(0),
                                           x.size(1),
@@ -143,9 +143,9 @@ Tensor compact(const Tensor& x, const Tensor& index) {
   Launcher launcher(x);
   with_storage_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const CompactParams<T> args{view_of(x).rows<const T>(),
-                                view_of(out).rows<T>(),
-                                index_rows(index),
+    const CompactParams<T> args{slot_rows<const T>(x),
+                                slot_rows<T>(out),
+                                number_rows<const int32_t>(index),
                                 x.size(0),
                                 x.size(1),
                                 x.size(2),

@@ -65,9 +65,9 @@ inline RowShape row_shape(int element_size, int64_t dim, bool aligned) {
 
 /// True where every row of a tensor starts at a multiple of 16 bytes.
 template <class T>
-bool rows_aligned(const StridedRows<T>& rows) {
+bool rows_aligned(const Rows<T>& rows) {
   constexpr int64_t kElements = 16 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % kElements == 0 &&
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.block_stride % kElements == 0 &&
          rows.head_stride % kElements == 0 && rows.row_stride % kElements == 0;
 }
 

@@ -26,20 +26,6 @@ struct RaggedLaunch {
   static constexpr RealOf<T>* score = nullptr;
 };
 
-template <class T>
-__device__ __forceinline__ RaggedRows<T> side_of(int side, const RaggedRows<T>& key,
-                                                 const RaggedRows<T>& value) {
-  return {side == 0 ? key.data : value.data,
-          side == 0 ? key.block_stride : value.block_stride,
-          side == 0 ? key.head_stride : value.head_stride,
-          side == 0 ? key.row_stride : value.row_stride,
-          side == 0 ? key.dim : value.dim,
-          key.offsets,
-          key.block_table,
-          key.table_stride,
-          key.block_size};
-}
-
 /// By one thread: the run-th run of a head of a sequence.
 template <class T>
 __device__ __forceinline__ void fill_slots(const RaggedLaunch<T>& launch, const RunSlots& slots, int sequence,

@@ -8,12 +8,6 @@
 
 namespace lagkv::cuda {
 
-/// The strides and the width of ragged rows, whatever their address map: what alignment is asked of.
-template <class T>
-StridedRows<T> strides_of(const RaggedRows<T>& rows) {
-  return {rows.data, rows.block_stride, rows.head_stride, rows.row_stride, rows.dim};
-}
-
 /// Scratch for the table of the sequences, which all kernels of a call share.
 template <class Scratch>
 SequenceTable make_table(int64_t batch, const Scratch& scratch) {
@@ -28,11 +22,10 @@ void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, cons
   const bool packed = args.is_packed();
   if (args.batch == 0 && !packed) return;
   RaggedLaunch<T> launch{args, table, nullptr, {}, packed};
-  launch.plan =
-      plan_ragged(shape_of(strides_of(args.key), strides_of(args.value)), sizeof(T), args.key.dim,
-                  args.value.dim, args.batch, args.heads, packed ? args.capacity : args.batch * args.capacity,
-                  args.lag_size, args.keep, packed, device);
-  if (args.key.block_table != nullptr) {
+  launch.plan = plan_ragged(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
+                            args.batch, args.heads, packed ? args.capacity : args.batch * args.capacity,
+                            args.lag_size, args.keep, packed, device);
+  if (args.key.is_paged()) {
     run_blocks(run, pages_kernel<T>, args.batch, kThreads, 0, PagesLaunch<T>{args, table, 0}, device);
   }
   run(schedule_kernel<T>, 1, kThreads, 0, ScheduleLaunch<T>{args, table, launch.plan});
@@ -48,31 +41,18 @@ void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, cons
   });
 }
 
-template <class W, class T>
-RaggedRows<W> in_words(const RaggedRows<T>& rows) {
-  const StridedRows<W> words = in_words<W>(strides_of(rows));
-  return {words.data,   words.batch_stride, words.head_stride, words.row_stride, words.dim,
-          rows.offsets, rows.block_table,   rows.table_stride, rows.block_size};
-}
-
 /// In place, after launch_ragged: the rows move.
 template <class T, class Run>
 void launch_ragged_move(const RaggedParams<T>& args, const SequenceTable& table, const Device& device,
                         const Run& run) {
   if (args.keep == args.lag_size || args.capacity < 2 * args.lag_size) return;  // every row stays
-  const StridedRows<T> key = strides_of(args.key_out), value = strides_of(args.value_out);
+  const Rows<T>&key = args.key_out, &value = args.value_out;
   const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));
   with_word(bytes, std::min(alignment_of(key), alignment_of(value)), [&](auto word) {
     using W = decltype(word);
-    const RaggedMoveLaunch<W> launch{in_words<W>(args.key_out),
-                                     in_words<W>(args.value_out),
-                                     table,
-                                     args.index,
-                                     args.heads,
-                                     args.capacity,
-                                     args.lag_size,
-                                     args.keep,
-                                     move_blocks(device)};
+    const RaggedMoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), table,
+                                     args.index,       args.heads,         args.capacity,
+                                     args.lag_size,    args.keep,          move_blocks(device)};
     // As many jobs as there can be, where they are few.
     const int64_t jobs = args.batch * args.heads * (launch.key.dim + launch.value.dim);
     const int64_t blocks = std::min({launch.blocks, jobs, device.max_grid});

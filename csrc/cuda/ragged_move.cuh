@@ -8,7 +8,7 @@ namespace lagkv::cuda {
 
 template <class W>
 struct RaggedMoveLaunch {
-  RaggedRows<W> key, value;
+  Rows<W> key, value;
   SequenceTable table;
   const int32_t* index;  // [B, H, capacity]
   int64_t heads, capacity, lag_size, keep;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMoveThreads, 2) ragged_move_kernel(const Ragg
     const int64_t start = ld_global_nc(table.at(Table::kStart, sequence));
     const int64_t length = ld_global_nc(table.at(Table::kLength, sequence));
     const int64_t compressed = ld_global_nc(table.at(Table::kCompressed, sequence));
-    const RaggedRows<W>& x = job.is_key ? launch.key : launch.value;
+    const Rows<W>& x = job.is_key ? launch.key : launch.value;
     const Share share(job.columns(slices, x.dim));
     const int64_t column = job.column + share.column;
     move_rows<W, kRaggedMoveVectors>(

@@ -145,7 +145,7 @@ __device__ __forceinline__ int64_t enter_sequence(const ScheduleLaunch<T>& launc
   const RaggedParams<T>& args = launch.args;
   const SequenceTable& table = launch.table;
   RaggedSequence sequence = args.sequence(b, LoadCoherent{});
-  if (args.key.block_table != nullptr && ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0) {
+  if (args.key.is_paged() && ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0) {
     sequence = {};
   }
   const int32_t start = ld_global(args.start + b);

@@ -14,12 +14,18 @@
 namespace lagkv::cuda {
 
 /// Key (side 0) or value (side 1), field by field: a reference chosen at run time would copy the parameters.
+/// Both have the same address map.
 template <class T>
-__device__ __forceinline__ StridedRows<T> side_of(int side, const StridedRows<T>& key,
-                                                  const StridedRows<T>& value) {
-  return {side == 0 ? key.data : value.data, side == 0 ? key.batch_stride : value.batch_stride,
-          side == 0 ? key.head_stride : value.head_stride, side == 0 ? key.row_stride : value.row_stride,
-          side == 0 ? key.dim : value.dim};
+__device__ __forceinline__ Rows<T> side_of(int side, const Rows<T>& key, const Rows<T>& value) {
+  return {side == 0 ? key.data : value.data,
+          side == 0 ? key.block_stride : value.block_stride,
+          side == 0 ? key.head_stride : value.head_stride,
+          side == 0 ? key.row_stride : value.row_stride,
+          side == 0 ? key.dim : value.dim,
+          key.offsets,
+          key.block_table,
+          key.table_stride,
+          key.block_size};
 }
 
 /// What a scoring block knows of its run. It lives in shared memory and is read again in every phase: in

@@ -1,4 +1,4 @@
-// What every launcher needs of torch's stable ABI and of the CUDA runtime: tensors as views, the device, the
+// What every launcher needs of torch's stable ABI and of the CUDA runtime: new tensors, the device, the
 // stream.
 #pragma once
 
@@ -16,26 +16,8 @@
 #include "../text_argument.h"
 #include "../torch_error.h"
 #include "plan.h"
-#include "view.h"
 
 namespace lagkv::cuda {
-
-inline View view_of(const Tensor& x) {
-  View view;
-  view.data = x.data_ptr();
-  for (int dim = 0; dim < 4 && dim < x.dim(); ++dim) {
-    view.size[dim] = x.size(dim);
-    view.stride[dim] = x.stride(dim);
-  }
-  return view;
-}
-
-/// An int32 index [B, H, K] as rows of one element, its last dimension of any stride.
-inline StridedRows<const int32_t> index_rows(const Tensor& index) {
-  View view = view_of(index);
-  view.size[3] = 1;
-  return view.rows<const int32_t>();
-}
 
 inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
   return torch::stable::empty(size, type, std::nullopt, like.device());

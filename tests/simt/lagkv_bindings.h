@@ -8,7 +8,6 @@
 #include <string>
 
 #include "cuda/launches.h"
-#include "cuda/view.h"
 #include "session.h"
 
 namespace lagkv_simt {
@@ -17,25 +16,46 @@ namespace py = pybind11;
 using lagkv::Score;
 using lagkv::cuda::Device;
 using lagkv::cuda::RealOf;
-using lagkv::cuda::View;
 using simt::Session;
 using simt::TensorArg;
 
-/// A tensor of at most 4 dimensions, its memory already known to the session. As in torch, one of no
-/// elements has no memory.
-inline View view_of(const void* data, const TensorArg& tensor) {
-  View view;
-  view.data = tensor.numel() == 0 ? nullptr : const_cast<void*>(data);
-  for (size_t dim = 0; dim < tensor.shape.size(); ++dim) {
-    view.size[dim] = tensor.shape[dim];
-    view.stride[dim] = tensor.strides[dim];
-  }
-  return view;
+/// A tensor of the session as csrc/ asks for it, at the kernels' address.
+class Bound {
+ public:
+  Bound(const void* data, const TensorArg& tensor)
+      : data_(tensor.numel() == 0 ? nullptr : const_cast<void*>(data)), tensor_(tensor) {}
+
+  /// As in torch, a tensor of no elements has no memory.
+  void* data_ptr() const { return data_; }
+  const std::vector<int64_t>& sizes() const { return tensor_.shape; }
+  const std::vector<int64_t>& strides() const { return tensor_.strides; }
+  int64_t size(int64_t dim) const { return tensor_.shape[dim]; }
+
+ private:
+  void* data_;
+  const TensorArg& tensor_;
+};
+
+template <class T>
+Bound bound_in(Session& session, const char* name, const TensorArg& tensor) {
+  return {session.in<T>(name, tensor), tensor};
+}
+template <class T>
+Bound bound_out(Session& session, const char* name, const TensorArg& tensor) {
+  return {session.out<T>(name, tensor), tensor};
+}
+template <class T>
+Bound bound_inout(Session& session, const char* name, const TensorArg& tensor) {
+  return {session.inout<T>(name, tensor), tensor};
 }
 
 template <class T>
-auto rows_in(Session& session, const char* name, const TensorArg& tensor) {
-  return view_of(session.in<T>(name, tensor), tensor).template rows<const T>();
+lagkv::Rows<const T> rows_in(Session& session, const char* name, const TensorArg& tensor) {
+  return lagkv::slot_rows<const T>(bound_in<T>(session, name, tensor));
+}
+template <class T>
+lagkv::Rows<T> rows_out(Session& session, const char* name, const TensorArg& tensor) {
+  return lagkv::slot_rows<T>(bound_out<T>(session, name, tensor));
 }
 
 /// What the launch code calls for every kernel. The launcher on a device asks for no more shared memory than
@@ -68,9 +88,8 @@ struct Sizes {
 };
 
 template <class T>
-lagkv::CompressParams<T> params_of(const lagkv::StridedRows<const T>& key,
-                                   const lagkv::StridedRows<const T>& value, const TensorArg& shape,
-                                   const Sizes& sizes) {
+lagkv::CompressParams<T> params_of(const lagkv::Rows<const T>& key, const lagkv::Rows<const T>& value,
+                                   const TensorArg& shape, const Sizes& sizes) {
   lagkv::CompressParams<T> args{};
   args.key = key;
   args.value = value;
@@ -100,20 +119,16 @@ void bind(py::module_& parent, const char* dtype) {
                             const Sizes& sizes, const Device& device) {
     auto args =
         params_of<T>(rows_in<T>(session, "key", key), rows_in<T>(session, "value", value), key, sizes);
-    args.key_out = view_of(session.out<T>("new_key", new_key), new_key).template rows<T>();
-    args.value_out = view_of(session.out<T>("new_value", new_value), new_value).template rows<T>();
+    args.key_out = rows_out<T>(session, "new_key", new_key);
+    args.value_out = rows_out<T>(session, "new_value", new_value);
     args.index = session.out<int32_t>("index", index);
     launch<T>(session, args, nullptr, device);
   });
   module.def("compress_", [](Session& session, const TensorArg& key, const TensorArg& value,
                              const TensorArg& index, const Sizes& sizes, const Device& device) {
-    const auto key_rows = view_of(session.inout<T>("key", key), key).template rows<T>();
-    const auto value_rows = view_of(session.inout<T>("value", value), value).template rows<T>();
-    const auto readable = [](const lagkv::StridedRows<T>& rows) {
-      return lagkv::StridedRows<const T>{rows.data, rows.batch_stride, rows.head_stride, rows.row_stride,
-                                         rows.dim};
-    };
-    auto args = params_of<T>(readable(key_rows), readable(value_rows), key, sizes);
+    const auto key_rows = lagkv::slot_rows<T>(bound_inout<T>(session, "key", key));
+    const auto value_rows = lagkv::slot_rows<T>(bound_inout<T>(session, "value", value));
+    auto args = params_of<T>(key_rows.readable(), value_rows.readable(), key, sizes);
     args.index = session.out<int32_t>("index", index);
     launch<T>(session, args, nullptr, device);
     const int64_t rows = index.shape[2];
@@ -152,15 +167,14 @@ void bind(py::module_& parent, const char* dtype) {
   });
   module.def("compact", [](Session& session, const TensorArg& x, const TensorArg& index, const TensorArg& out,
                            const Device& device) {
-    View places = view_of(session.in<int32_t>("index", index), index);
-    places.size[3] = 1;
-    const lagkv::CompactParams<T> args{rows_in<T>(session, "x", x),
-                                       view_of(session.out<T>("out", out), out).template rows<T>(),
-                                       places.rows<const int32_t>(),
-                                       x.shape[0],
-                                       x.shape[1],
-                                       x.shape[2],
-                                       index.shape[2]};
+    const lagkv::CompactParams<T> args{
+        rows_in<T>(session, "x", x),
+        rows_out<T>(session, "out", out),
+        lagkv::number_rows<const int32_t>(bound_in<int32_t>(session, "index", index)),
+        x.shape[0],
+        x.shape[1],
+        x.shape[2],
+        index.shape[2]};
     lagkv::cuda::launch_compact(args, device, Run{session, "compact_kernel", device});
   });
 }

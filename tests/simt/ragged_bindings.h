@@ -7,29 +7,6 @@
 
 namespace lagkv_simt {
 
-/// A tensor as csrc/ragged_tensors.h asks for it, at the kernels' address.
-struct Bound {
-  View view;
-
-  Bound(const void* data, const TensorArg& tensor) : view(view_of(data, tensor)) {}
-  int64_t size(int64_t dim) const { return view.size[dim]; }
-  int64_t stride(int64_t dim) const { return view.stride[dim]; }
-  void* data_ptr() const { return view.data; }
-};
-
-template <class T>
-Bound bound_in(Session& session, const char* name, const TensorArg& tensor) {
-  return {session.in<T>(name, tensor), tensor};
-}
-template <class T>
-Bound bound_out(Session& session, const char* name, const TensorArg& tensor) {
-  return {session.out<T>(name, tensor), tensor};
-}
-template <class T>
-Bound bound_inout(Session& session, const char* name, const TensorArg& tensor) {
-  return {session.inout<T>(name, tensor), tensor};
-}
-
 inline Score score_of(const Sizes& sizes) { return sizes.score == "cosine" ? Score::kCosine : Score::kStd; }
 
 template <class T>

@@ -1,0 +1,56 @@
+// Copies between the rows of one head of one sequence, wherever they lie.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "../rows.h"
+#include "tile.h"
+
+namespace lagkv::cpu {
+
+/// Rows first_out .. first_out+count-1 of `out` = those at `index`, which ascends, of rows `row_stride` apart
+/// of which the first is at `base`. The two may be the same rows as long as none moves up.
+template <class T>
+void gather_rows(const Kernels<T>& kernels, const T* rows, int64_t row_stride, int64_t base,
+                 const Rows<T>& out, const int32_t* index, int64_t first_out, int64_t count, bool stream) {
+  while (count > 0) {
+    const int64_t now = out.together(first_out, count);
+    kernels.gather(rows, row_stride, index, static_cast<int32_t>(base), now, out.dim, out.row(first_out),
+                   out.row_stride, stream);
+    index += now, first_out += now, count -= now;
+  }
+}
+
+/// Likewise of the rows of x.
+template <class T>
+void gather_rows(const Kernels<T>& kernels, const Rows<const T>& x, const Rows<T>& out, const int32_t* index,
+                 int64_t first_out, int64_t count, bool stream) {
+  while (count > 0) {
+    const int64_t base = *index, end = base + x.together(base, index[count - 1] - base + 1);
+    const int64_t now = index[count - 1] < end ? count : std::lower_bound(index, index + count, end) - index;
+    gather_rows(kernels, x.row(base), x.row_stride, base, out, index, first_out, now, stream);
+    index += now, first_out += now, count -= now;
+  }
+}
+
+/// `count` rows from `first` on become the rows of `out` from first_out on; likewise.
+template <class T>
+void copy_rows(const Rows<const T>& x, const Rows<T>& out, int64_t first, int64_t first_out, int64_t count) {
+  const auto bytes = static_cast<size_t>(x.dim) * sizeof(T);
+  const bool dense = x.row_stride == x.dim && out.row_stride == out.dim;
+  while (count > 0) {
+    const int64_t rows = out.together(first_out, x.together(first, count));
+    const T* from = x.row(first);
+    T* to = out.row(first_out);
+    if (dense) {
+      std::memmove(to, from, bytes * static_cast<size_t>(rows));
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        std::memmove(to + i * out.row_stride, from + i * x.row_stride, bytes);
+    }
+    first += rows, first_out += rows, count -= rows;
+  }
+}
+
+}  // namespace lagkv::cpu
