@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 #: Scores of the operators (spec, sections 1 and 2).
 SCORES = ("std", "cosine")
@@ -32,7 +33,7 @@ def integer(name: str, value: Any, minimum: int | None = None, maximum: int | No
             value = operator.index(value)
         except TypeError:
             raise TypeError(f"{name} must be an integer, got {described(value)}") from None
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return value
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit 64 bits, got {value}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from lagkv_ext import arguments
 
@@ -71,7 +72,7 @@ def keep_count(keep_ratio: float, lag_size: int) -> int:
 def checked_keep(keep: int, lag_size: int) -> int:
     """``keep``, which must be an integer in ``[1, lag_size]``; a symbolic one passes."""
     keep = arguments.integer("keep", keep, minimum=1)
-    if type(keep) is type(lag_size) is int and not torch.compiler.is_dynamo_compiling() and keep > lag_size:
+    if type(keep) is type(lag_size) is int and not is_dynamo_compiling() and keep > lag_size:
         raise ValueError(f"keep must be at most lag_size ({lag_size}), got {keep}")
     return keep
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagkv_ext import _library, arguments, checks, formulas
+from lagkv_ext import arguments, checks, formulas, gradients
 from lagkv_ext.formulas import keep_count, next_start, output_length
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 DEFAULT_KEEP_RATIO = 0.25
 
-assert _library  # loading the libraries defines torch.ops.lagkv, which everything below refers to
+assert gradients  # importing it loads the libraries, and registers what is differentiable
 
 
 class Compressed(NamedTuple):
@@ -108,13 +108,6 @@ def compress_(
     """
     sink_size = arguments.integer("sink_size", sink_size)
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    if torch.is_grad_enabled():
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"lagkv::compress_: {name} must not require grad (the operator works in place), got "
-                    "requires_grad=True; use compress, or torch.no_grad()"
-                )
     return torch.ops.lagkv.compress_(key, value, sink_size, **method)
 
 
@@ -128,7 +121,7 @@ def partition_bounds(x: Tensor, *, lag_size: int = 128, sink_size: int = 16) -> 
 
     Returns:
         ``[B, H, P, 2, D]`` (minimum, maximum), ``P = max(0, (N - sink_size) // lag_size)``; float32, float64 for
-        float64 input. A NaN makes the bounds of its channel NaN.
+        float64 input. A NaN makes the bounds of its channel NaN. Not differentiable: going backward through it raises.
     """
     sink_size = arguments.integer("sink_size", sink_size)
     return torch.ops.lagkv.partition_bounds(x, sink_size, arguments.integer("lag_size", lag_size))
@@ -146,7 +139,8 @@ def lag_score(
     """Score of every token that can be dropped; higher is kept. Arguments as for :func:`compress`.
 
     Returns:
-        ``[B, H, max(0, P - 1), L]``; float32, float64 for float64 input.
+        ``[B, H, max(0, P - 1), L]``; float32, float64 for float64 input. Not differentiable: going backward through it
+        raises.
     """
     return torch.ops.lagkv.lag_score(
         key,
@@ -258,80 +252,3 @@ def _(score, keep):
 def _(x, index):
     checks.check_compact(x, index)
     return x.new_empty((*index.shape, x.shape[3]))
-
-
-# Autograd: gradients go back to the rows that were kept.
-
-
-def _save_index(ctx: Any, index: Tensor, lengths: tuple[int, ...]) -> None:
-    ctx.save_for_backward(index)
-    ctx.lengths = lengths
-
-
-def _scatter_rows(grad: Tensor | None, index: Tensor, length: int) -> Tensor | None:
-    """``[B, H, K, D]`` rows added into zeros ``[B, H, length, D]`` at ``index``."""
-    if grad is None:
-        return None
-    batch, heads, _, dim = grad.shape
-    zeros = grad.new_zeros((batch, heads, length, dim))
-    return zeros.scatter_add(2, index.long().unsqueeze(-1).expand_as(grad), grad)
-
-
-def _compress_setup(ctx, inputs, keyword_only_inputs, output):
-    key, value, *_ = inputs
-    _save_index(ctx, output[2], (key.shape[2], value.shape[2]))
-
-
-def _compress_backward(ctx, grad_key, grad_value, _grad_index):
-    (index,) = ctx.saved_tensors
-    grads = [_scatter_rows(g, index, n) for g, n in zip((grad_key, grad_value), ctx.lengths, strict=True)]
-    return *grads, None, None, None
-
-
-def _compact_setup(ctx, inputs, output):
-    x, index = inputs
-    _save_index(ctx, index, (x.shape[2],))
-
-
-def _compact_backward(ctx, grad):
-    (index,) = ctx.saved_tensors
-    return _scatter_rows(grad, index, ctx.lengths[0]), None
-
-
-torch.library.register_autograd("lagkv::compress", _compress_backward, setup_context=_compress_setup)
-torch.library.register_autograd("lagkv::compact", _compact_backward, setup_context=_compact_setup)
-
-
-# Scores and bounds serve the choice of tokens, which has no gradient: their outputs never require one.
-
-
-def _constant_setup(ctx, inputs, output, keyword_only_inputs=None):
-    ctx.mark_non_differentiable(output)
-
-
-def _constant_backward(ctx, grad):
-    raise RuntimeError("lagkv: scores and bounds have no gradient")  # unreachable: marked non-differentiable
-
-
-torch.library.register_autograd("lagkv::lag_score", _constant_backward, setup_context=_constant_setup)
-torch.library.register_autograd("lagkv::partition_bounds", _constant_backward, setup_context=_constant_setup)
-
-
-# A tensor that is written must say so, or autograd would use what it saved of the old rows without an error.
-
-_in_place = torch.library.Library("lagkv", "IMPL")  # lives as long as its kernels are registered
-
-
-def register_in_place(name: str, written: tuple[int, ...]) -> None:
-    """The operator ``name`` bumps the version of its arguments at the positions ``written``."""
-    operator = getattr(torch.ops.lagkv, name).default
-
-    def bump(keyset, *arguments, **scoring):
-        torch.autograd.graph.increment_version([arguments[i] for i in written])
-        below = keyset & torch._C._after_ADInplaceOrView_keyset
-        return operator.redispatch(below, *arguments, **scoring)
-
-    _in_place.impl(name, bump, "ADInplaceOrView", with_keyset=True)
-
-
-register_in_place("compress_", (0, 1))

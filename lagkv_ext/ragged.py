@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lagkv_ext import arguments, checks_ragged
-from lagkv_ext.ops import method_arguments, register_in_place
+from lagkv_ext.ops import method_arguments
 
 __all__ = ["PackedCompressed", "compress_paged_", "compress_ragged_", "compress_varlen"]
 
@@ -68,7 +68,6 @@ def compress_ragged_(
             index all -1.
     """
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    _refuse_grad("compress_ragged_", key=key, value=value)
     if arguments.boolean("validate", validate) and not key.is_cpu:  # on the CPU the operator does
         checks_ragged.check_compress_ragged_(key, value, start, length, **method)
         checks_ragged.check_slot_values(start, length, key.shape[2])
@@ -167,24 +166,12 @@ def compress_paged_(
             not notice pages that are written and used twice.
     """
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    _refuse_grad("compress_paged_", key_cache=key_cache, value_cache=value_cache)
     if arguments.boolean("validate", validate) and not key_cache.is_cpu:  # on the CPU the operator does
         checks_ragged.check_compress_paged_(key_cache, value_cache, block_table, start, length, **method)
         checks_ragged.check_page_values(
             block_table, start, length, method["lag_size"], method["keep"], *key_cache.shape[:2]
         )
     return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
-
-
-def _refuse_grad(op: str, **tensors: Tensor) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor.requires_grad:
-            raise RuntimeError(
-                f"lagkv::{op}: {name} must not require grad (the operator works in place), got requires_grad=True; "
-                "use torch.no_grad()"
-            )
 
 
 @torch.library.register_fake("lagkv::compress_ragged_")
@@ -224,38 +211,3 @@ def _(
     _, block_size, heads, _ = key_cache.shape
     batch, width = block_table.shape
     return key_cache.new_empty((batch, heads, width * block_size), dtype=torch.int32)
-
-
-# Autograd: the gradient of a packed row goes back to the row it came from.
-
-
-def _varlen_setup(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(inputs[2], output[2], output[3])
-
-
-def _varlen_backward(ctx, grad_key, grad_value, *_):
-    cu_seqlens, index, new_cu_seqlens = ctx.saved_tensors
-    # [T, H]: the row that every output row was, and whether it was any.
-    position = index.transpose(0, 1)
-    row = torch.arange(position.shape[0], device=index.device, dtype=torch.int32)
-    sequence = torch.searchsorted(
-        new_cu_seqlens[1:], row, right=True
-    )  # past the last: B, which cu_seqlens has
-    kept = position >= 0
-    source = torch.where(kept, cu_seqlens[sequence].unsqueeze(1) + position, 0).long()
-    grads = [_scatter_packed(grad, source, kept) for grad in (grad_key, grad_value)]
-    return *grads, None, None, None, None
-
-
-def _scatter_packed(grad: Tensor | None, source: Tensor, kept: Tensor) -> Tensor | None:
-    if grad is None:
-        return None
-    grad = torch.where(kept.unsqueeze(-1), grad, 0)
-    return torch.zeros_like(grad).scatter_add(0, source.unsqueeze(-1).expand_as(grad), grad)
-
-
-torch.library.register_autograd("lagkv::compress_varlen", _varlen_backward, setup_context=_varlen_setup)
-
-
-register_in_place("compress_ragged_", (0, 1, 2, 3))
-register_in_place("compress_paged_", (0, 1, 3, 4))

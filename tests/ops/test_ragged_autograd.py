@@ -35,8 +35,8 @@ def test_gradcheck(registered_backend):
         out = registered_backend.compress_varlen(k, v, cu_seqlens, start, *SIZES)
         return out[0][: int(out[3][-1])], out[1][: int(out[3][-1])]
 
-    torch.autograd.gradcheck(rows, (key, value))
-    torch.autograd.gradgradcheck(rows, (key, value))
+    torch.autograd.gradcheck(rows, (key, value), check_forward_ad=True)
+    torch.autograd.gradgradcheck(rows, (key, value), check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 def test_the_gradient_is_that_of_each_sequence_alone(registered_backend):

@@ -336,22 +336,6 @@ def test_python_functions_refuse(op, wrong):
         assert torch.equal(x, before[name])
 
 
-@pytest.mark.parametrize("op", ["compress_ragged_", "compress_paged_"])
-@pytest.mark.parametrize("side", [0, 1])
-def test_in_place_refuses_a_recorded_tensor(op, side):
-    tensors = {name: x for name, x in right(op).items() if isinstance(x, Tensor)}
-    name = ROWS[op][side]
-    tensors[name].requires_grad_()
-    with pytest.raises(
-        RuntimeError, match=rf"lagkv::{op}: {name} must not require grad .* got requires_grad=True"
-    ):
-        getattr(lagkv_ext, op)(**tensors, lag_size=4, keep=2)
-    assert tensors["length"].tolist() == [20, 9]
-    with torch.no_grad():
-        getattr(lagkv_ext, op)(**tensors, lag_size=4, keep=2)
-    assert tensors["length"].tolist() == [14, 9]
-
-
 def test_a_page_may_be_shared_where_no_one_writes_it(backend):
     """The first page holds the first 4 tokens of both sequences, before the start of either."""
     arguments = right("compress_paged_", backend.device)
