@@ -227,6 +227,10 @@ class TestMethods:
             "lagkv-std-smooth3-smooth5",
             "lagkv-std-w2",  # no blend
             "lagkv-std-k-v",
+            "lagkv-std-k-v0.5",
+            "lagkv-std-v1.2.3",
+            "lagkv-blend-w",
+            "lagkv-std-smooth1.5",
             "lagkv-std-head-more",
         ):
             assert parse(wrong) is None, wrong

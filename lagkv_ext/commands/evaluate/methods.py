@@ -121,7 +121,7 @@ class LagKV:
             return None
         found: dict[str, Any] = {"score": rest[0]}
         for part in rest[1:]:
-            match = re.fullmatch(r"(smooth|v|w)([0-9.]+)|k|v|head", part)
+            match = re.fullmatch(r"(smooth)(\d+)|([vw])(\d+(?:\.\d+)?)|k|v|head", part)
             if match is None:
                 return None
             if part in ("k", "v"):
@@ -131,12 +131,14 @@ class LagKV:
             elif match[1] == "smooth":
                 option = {"smooth": int(match[2])}
             else:
-                option = {{"v": "value_weight", "w": "blend_weight"}[match[1]]: float(match[2])}
+                option = {{"v": "value_weight", "w": "blend_weight"}[match[3]]: float(match[4])}
             if found.keys() & option.keys():
                 return None
             found |= option
         made = cls(**found)
-        return made if made.smooth % 2 and (made.blend_weight == 1 or made.score == "blend") else None
+        weighted = made.value_weight == 1 or made.use == "both"  # one side alone has no weight
+        blended = made.blend_weight == 1 or made.score == "blend"
+        return made if made.smooth % 2 and weighted and blended else None
 
     def scores(self, layer: Layer) -> Tensor:
         """``[1, H, P - 1, L]``: final scores of the partitions after ``layer.start``."""
