@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -55,17 +56,17 @@ class Totals:
         self.__init__()  # type: ignore[misc]
 
     def _write_soon(self) -> None:
-        if self._timer is None and FOLDER_VARIABLE in os.environ:
-            self._timer = threading.Timer(WRITE_SECONDS, self.write)
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if self._timer is None and folder:
+            self._timer = threading.Timer(WRITE_SECONDS, self.write, [Path(folder)])
             self._timer.daemon = True
             self._timer.start()
 
-    def write(self) -> None:
+    def write(self, folder: Path) -> None:
         """Replace the file. A folder that cannot be written costs the numbers, not the engine."""
         with self._lock:
             self._timer = None
             values = dict(self._values)
-        folder = Path(os.environ[FOLDER_VARIABLE])
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             new = folder / f"{os.getpid()}.new"
@@ -104,6 +105,8 @@ class RequestCounts:
     def scheduled(self, request_id: str, tokens: int) -> None:
         before, plan = self._tokens.get(request_id, 0), self.plan
         self._grow(request_id, before, tokens)
+        if tokens // plan.boundary == before // plan.boundary:
+            return  # as in nearly every step
         if partitions := plan.m(tokens // plan.boundary) - plan.m(before // plan.boundary):
             totals.add("partitions", partitions)
             totals.add("rows_dropped", partitions * (plan.lag - plan.keep))
@@ -112,7 +115,9 @@ class RequestCounts:
         if tokens > before:
             self._tokens[request_id] = tokens
             totals.add("tokens_seen", tokens - before)
-            totals.add("tokens_kept", self.plan.rows(tokens) - self.plan.rows(before))
+            same_state = before and (tokens - 1) // self.plan.boundary == (before - 1) // self.plan.boundary
+            kept = tokens - before if same_state else self.plan.rows(tokens) - self.plan.rows(before)
+            totals.add("tokens_kept", kept)
 
     def seen(self, request: Any) -> None:
         self._requests.setdefault(request.request_id, request)
@@ -242,15 +247,19 @@ def read_totals(folder: Path | None = None) -> list[dict[str, Any]]:
 
 
 _collector: Collector | None = None
+_owner: int | None = None  #: the process that named the folder
 
 
 def share() -> None:
     """Name the folder for this process and its children, and serve what they write where prometheus_client is there."""
-    global _collector
-    if FOLDER_VARIABLE not in os.environ:
+    global _collector, _owner
+    # vLLM starts its processes by multiprocessing. A process that was started otherwise is another server, even if it
+    # inherits the variable.
+    if multiprocessing.parent_process() is None and _owner != os.getpid():
+        _owner = os.getpid()
         folder = Path(tempfile.gettempdir()) / f"lagkv-vllm-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         os.environ[FOLDER_VARIABLE] = str(folder)
-        atexit.register(_remove, folder, os.getpid())
+        atexit.register(_remove, folder, _owner)
     if _collector is None:
         try:
             from prometheus_client import REGISTRY

@@ -131,8 +131,8 @@ def test_concurrent_streams_cancelled_requests_and_prefix_hits(server, llama):
         assert time.monotonic() < deadline, found
         time.sleep(0.5)
     assert _value(found, "vllm:kv_cache_usage_perc") == 0
-    assert found['lagkv_vllm_requests_total{model="tiny",cache="full"}'] == 4  # 20 and 400 tokens, twice
-    assert found['lagkv_vllm_requests_total{model="tiny",cache="compressed"}'] == 8 + 4
+    assert found['lagkv_vllm_requests_total{cache="full",model="tiny"}'] == 4  # 20 and 400 tokens, twice
+    assert found['lagkv_vllm_requests_total{cache="compressed",model="tiny"}'] == 8 + 4
     assert found['lagkv_vllm_tokens{model="tiny",state="kept"}'] == 0
     partitions = found['lagkv_vllm_partitions_compressed_total{model="tiny"}']
     assert found['lagkv_vllm_rows_dropped_total{model="tiny"}'] == partitions * 96
