@@ -380,6 +380,11 @@ class TestAttempts:
             f"{state.text(HALF.name)} {QUARTER.name} keeps 40% and passes here. {state.text(QUARTER.name)}"
         )
         assert found.about()["certificate"]["prompts"] == 200
+        # Of two smaller ones the one that is sooner decided, not the smallest.
+        eighth = records([1.0] * 197 + [0.0] * 3, Setting("lagkv-std", 0.125), share=0.3)
+        assert known(lines + eighth).needed["lagkv-std@0.125,L=128,sink=16"] > n
+        found = recommend.recommend(summarise(lines + eighth), certificates=known(lines + eighth))
+        assert (found.best.setting, found.smaller.setting) == (HALF, QUARTER)
 
     def test_no_number_of_prompts(self):
         lines = many(quarter=range(20))

@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("numpy", reason="the evaluation needs numpy")
 
 from lagkv_ext.commands.evaluate import markdown
+from lagkv_ext.commands.evaluate.learn_then_test import prompts_needed
 from lagkv_ext.commands.evaluate.types import Setting
+from tests.evaluate.test_certify import attempt, many
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quality.md"
@@ -158,6 +160,29 @@ def test_a_setting_is_held_against_variants_of_its_method_alone(tmp_path):
     assert "| lagkv-std, L=64, sink=16 | +10.0 (+10.0 to +10.0) ▲ |" in text
     assert "| lagkv-std-k, L=128, sink=16 | +20.0" in text
     assert "cosine" not in text
+
+
+def test_the_table_of_a_guarantee(tmp_path):
+    run = {
+        "kind": "run",
+        "seed": 0,
+        "model": "m",
+        "dtype": "float32",
+        "versions": {"torch": "1", "transformers": "2"},
+    }
+    plan = {"tolerance": 2.0, "confidence": 0.95}
+    lines = many(quarter=range(3))
+    lines.append(attempt(lines).to_json())
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in ({**run, "plan": plan}, *lines)))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- guarantee results.jsonl -->\nold\n<!-- end -->\n")
+    table = markdown.rewrite(page)
+    assert "**Attempt 1: 200 prompts, 2 points, 95%**" in table
+    assert "| lagkv-std@0.5,L=128,sink=16 | 60% | 0.00 | 0.018 | yes |  |" in table
+    more = prompts_needed(0.015, 0.02, 0.008, binary=True)
+    assert f"| lagkv-std@0.25,L=128,sink=16 | 40% | 1.50 | 0.431 | no | {more:,} |" in table
+    assert "The verdict: LagKVCache(model.config, keep_ratio=0.5" in table
 
 
 def test_the_table_of_wrong_certificates_is_what_the_simulation_gives(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import functools
 import hashlib
 import html as markup
@@ -425,10 +426,23 @@ class TestSaved:
             explain_saved(empty, config)
 
 
+# Tokens that are markup as a whole.
+MARKUP = (
+    "<b>bold</b>",
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "&amp;",
+)
+
+
 @functools.cache
 def odd() -> Explanation:
-    """A text of everything that needs care, as a tokenizer of bytes cuts it."""
+    """A text of everything that needs care, as a tokenizer of bytes cuts it, and tokens that are markup."""
     tokens = tokenize(byte_tokenizer(), ODD * 4)
+    tokens = dataclasses.replace(
+        tokens, ids=(*tokens.ids, *range(len(MARKUP))), pieces=(*tokens.pieces, *MARKUP)
+    )
     count = len(tokens.ids)
     rng = np.random.default_rng(0)
     rank = np.zeros((2, count), np.int32)
@@ -465,7 +479,7 @@ class TestPage:
     def test_the_data_are_the_text(self):
         text = html(odd())
         data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
-        assert "".join(data["tokens"]["pieces"]) == ODD * 4
+        assert "".join(data["tokens"]["pieces"]) == ODD * 4 + "".join(MARKUP)
 
     @pytest.mark.parametrize("anchors", [page.LIGHT, page.DARK])
     def test_text_stands_out_from_every_shade(self, anchors):
@@ -654,7 +668,7 @@ def test_odd_texts_in_a_browser(tmp_path):
     shown = (
         ODD.replace("\u202e", "⟨RLO⟩").replace("\u202c", "⟨PDF⟩").replace("\x00", "␀").replace("\x07", "␇")
     )
-    assert shown * 4 in seen
+    assert shown * 4 + "".join(MARKUP) in seen
     assert text.count("hidden-text") > 20  # parts of characters, and what has no shape
 
 

@@ -3,7 +3,7 @@
 ``python -m lagkv_ext.commands.evaluate.markdown docs/quality.md`` rewrites what stands between
 ``<!-- results FILE -->`` and ``<!-- end -->``; paths are relative to the page. Other blocks: ``ablation FILE``, one
 table of all settings; ``against METHOD FILE``, every method's difference from that one on the same questions;
-``heat FILE``, scores over depth and length.
+``heat FILE``, scores over depth and length; ``guarantee FILE``, what its attempts certified, and the verdict.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from lagkv_ext.commands.evaluate import certify, recommend
 from lagkv_ext.commands.evaluate.statistics import Difference
 from lagkv_ext.commands.evaluate.storage import load
 from lagkv_ext.commands.evaluate.summary import Cell, Summary, paired, summarise
 
 _MARKS = {"worse": "▼", "better": "▲", "noise": "", "unknown": "?"}
-_BLOCK = re.compile(r"(<!-- (results|ablation|heat|against (\S+)) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (results|ablation|heat|guarantee|against (\S+)) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def tables(path: Path) -> str:
@@ -113,6 +116,37 @@ def heat(path: Path) -> str:
     return "\n".join(out)
 
 
+def guarantee(path: Path) -> str:
+    """One table of the settings tested in each attempt, and the verdict that the command gave."""
+    headers, records = load(path)
+    seed, plan = headers[-1]["seed"], headers[-1]["plan"]
+    tolerance, confidence = plan["tolerance"], plan.get("confidence", certify.CONFIDENCE)
+    summary = summarise(records, seed=seed)
+    known = certify.certificates(
+        records, testable=recommend.deployable, tolerance=tolerance, confidence=confidence, seed=seed
+    )
+    out = [_about(summary, headers)]
+    for number, x in enumerate(known.attempts, 1):
+        out.append(
+            f"**Attempt {number}: {x.prompts} prompts, {x.tolerance:g} points, {100 * x.confidence:g}%**\n"
+        )
+        out.append(
+            "| setting | rows kept | mean loss, points | p-value | certified | new prompts that would decide |"
+        )
+        out.append("| --- | ---: | ---: | ---: | --- | ---: |")
+        for y in x.tested:
+            name = y.setting.name
+            needed = known.needed.get(name)
+            more = "" if name in known.certified else "none would" if needed is None else f"{needed:,}"
+            out.append(
+                f"| {name} | {_share(summary, name)} | {100 * y.mean_loss:.2f} | {y.p_value:.3f} | "
+                f"{'yes' if y.certified else 'no'} | {more} |"
+            )
+        out.append("")
+    found = recommend.recommend(summary, tolerance=tolerance, certificates=known)
+    return "\n".join([*out, f"The verdict: {found.text()}\n"])
+
+
 def _difference(found: Difference | None) -> str:
     if found is None:
         return "-"
@@ -202,7 +236,7 @@ def _cell(cell: Cell | None) -> str:
 
 def rewrite(page: Path) -> str:
     """The page's text with its tables made anew from their results files."""
-    make = {"results": tables, "ablation": ablation, "heat": heat}
+    make = {"results": tables, "ablation": ablation, "heat": heat, "guarantee": guarantee}
 
     def block(match: re.Match) -> str:
         path = page.parent / match[4]

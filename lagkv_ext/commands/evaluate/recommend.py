@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -42,7 +43,7 @@ class Judgement:
 class Recommendation:
     """``best`` is None where nothing qualifies: do not compress. ``ahead``: a smaller setting that passes too, but
     whose options this version's `LagKVCache` does not take. ``smaller``: one that passes too, but has no certificate,
-    which ``best`` has.
+    which ``best`` has; of several the one that needs the fewest prompts for it.
     """
 
     best: Judgement | None
@@ -158,8 +159,14 @@ def recommend(
     certain = certificates.certified if certificates is not None else {}
     best = next((j for j in usable if j.setting.name in certain), smallest)
     ahead = passing[0] if passing and passing[0] is not smallest else None
-    smaller = smallest if smallest is not best else None
+    without = usable[: usable.index(best)] if best is not None else []
+    smaller = min(without, key=lambda j: _prompts_needed(j, certificates), default=None)
     return Recommendation(best, tuple(judged), tolerance, ahead, smaller, certificates)
+
+
+def _prompts_needed(j: Judgement, certificates: Certificates | None) -> float:
+    needed = None if certificates is None else certificates.needed.get(j.setting.name)
+    return math.inf if needed is None else needed
 
 
 def arguments(setting: Setting) -> dict[str, Any] | None:
