@@ -82,6 +82,8 @@ def fill(cache: Any, config: Any, tokens: int, dtype: torch.dtype) -> None:
     """Random keys and values of so many tokens in every layer, chunk by chunk, as a prefill leaves them: the cost of
     decoding depends on lengths alone, and reading a long prompt takes minutes on a CPU."""
     generator = torch.Generator().manual_seed(1)
+    if isinstance(cache, LagKVCache):
+        cache.set_attention_mask(None)
     for chunk in split(tokens):
         for layer in range(config.num_hidden_layers):
             shape = (1, config.num_key_value_heads, chunk, config.head_dim)

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from transformers import LlamaConfig
 
 from lagkv_ext import LagKVCache
-from lagkv_ext.cache.timer import CompressionTimer
+from lagkv_ext.cache.compression.timer import CompressionTimer
 from lagkv_ext.serving.monitor import CacheMonitor
 
 
@@ -24,6 +24,7 @@ def filled(layers: int) -> LagKVCache:
         num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16
     )
     cache = LagKVCache(config, lag_size=32)
+    cache.set_attention_mask(None)
     for i in range(layers):
         cache.update(torch.randn(1, 2, 500, 16), torch.randn(1, 2, 500, 16), i)
     return cache

@@ -14,9 +14,9 @@ if int(transformers.__version__.split(".")[0]) < 5:
         f"LagKVCache needs transformers >= 5, got {transformers.__version__}: pip install 'lagkv_ext[transformers]'"
     )
 
-from lagkv_ext.cache.cache import LagKVCache
-from lagkv_ext.cache.encoder_decoder import LagKVEncoderDecoderCache
+from lagkv_ext.cache.growing.cache import LagKVCache
+from lagkv_ext.cache.growing.encoder_decoder import LagKVEncoderDecoderCache
 from lagkv_ext.cache.report import CacheReport, LayerReport
-from lagkv_ext.cache.static import LagKVStaticCache
+from lagkv_ext.cache.static.cache import LagKVStaticCache
 
 __all__ = ["CacheReport", "LagKVCache", "LagKVEncoderDecoderCache", "LagKVStaticCache", "LayerReport"]

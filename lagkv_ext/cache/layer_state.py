@@ -1,4 +1,4 @@
-"""What a layer of a cache holds, as named tensors and plain numbers, and such a layer made from them again."""
+"""States of layers as named tensors and plain numbers, and layers made from them again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagkv_ext.cache.buffer import plain_tensors
-from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.quantized import QuantizedLagKVLayer
-from lagkv_ext.cache.quantizer import QuantizedRows, quantize
-from lagkv_ext.cache.track import Track
+from lagkv_ext.cache.compression.track import Track
+from lagkv_ext.cache.growing.buffer import plain_tensors
+from lagkv_ext.cache.growing.dense import DenseRows
+from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.quantized.quantizer import QuantizedRows, quantize
+from lagkv_ext.cache.quantized.rows import CodedRows
 
 
 @dataclasses.dataclass
@@ -30,9 +31,9 @@ class WrongState(ValueError):
 
 def state_of(layer: Any) -> LayerState:
     """ValueError for a kind of layer that is not known here."""
-    kind = _kind(type(layer))
-    state = LayerState({}, {"kind": type(layer).__name__})
-    for part in kind:
+    name = _name(layer)
+    state = LayerState({}, {"kind": name})
+    for part in _kind(name):
         part.read(layer, state)
     return state
 
@@ -43,37 +44,39 @@ def restore(layer: Any, state: LayerState) -> None:
     Raises:
         WrongState: names, shapes or numbers that do not fit this kind of layer, or one another.
     """
-    kind = _kind(type(layer))
-    if state.numbers.get("kind") != type(layer).__name__:
-        raise WrongState(
-            f"it is a {state.numbers.get('kind')}, this model has a {type(layer).__name__} there"
-        )
+    name = _name(layer)
+    if state.numbers.get("kind") != name:
+        raise WrongState(f"it is a {state.numbers.get('kind')}, this model has a {name} there")
     names = set(state.tensors)
-    for part in kind:
+    for part in _kind(name):
         with plain_tensors():
             names -= part.write(layer, state)
     if names:
-        raise WrongState(f"it has tensors that a {type(layer).__name__} does not know: {sorted(names)}")
+        raise WrongState(f"it has tensors that a {name} does not know: {sorted(names)}")
 
 
 # -- rows that LagKV compresses
 
 
 def _read_lagkv(layer: LagKVLayer, state: LayerState) -> None:
-    layer.settle()
-    track = layer._track
+    held = layer.held
+    held.settle()
+    assert isinstance(held, (DenseRows, CodedRows))
+    track = held.track
     state.numbers.update(
         settings=dataclasses.asdict(layer.settings),
         seen=track.seen,
         rows=track.rows,
         start=track.start,
         compressions=track.compressions,
-        record_past=layer.record_past,
     )
-    if layer._buffer is not None:
-        state.tensors.update(key=layer._buffer.key, value=layer._buffer.value)
+    if held.buffer is not None:
+        state.tensors.update(key=held.buffer.key, value=held.buffer.value)
         if track.chosen is not None:
             state.tensors["chosen"] = track.chosen
+    if isinstance(held, CodedRows) and held.codes is not None:
+        tensors = [x for rows in held.codes for x in rows.storages]
+        state.tensors.update(zip(_CODES, tensors, strict=True))
 
 
 def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
@@ -81,7 +84,6 @@ def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
     seen, rows, start, compressions = (
         _number(state, name) for name in ("seen", "rows", "start", "compressions")
     )
-    layer.record_past = bool(state.numbers.get("record_past"))
     if seen == 0 and not state.tensors:
         return set()
     quantized = _quantized(layer, state)
@@ -107,21 +109,15 @@ def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
         if not bool(((chosen >= sink) & (chosen < seen)).all()) or not bool((chosen.diff(dim=2) > 0).all()):
             raise WrongState(f"chosen must hold ascending positions from {sink} to {seen - 1}")
     track = Track.restored(layer.settings, seen, rows, start, compressions, chosen)
-    if isinstance(layer, QuantizedLagKVLayer):
-        layer.take_quantized(key, value, track, quantized)
+    LagKVLayer.lazy_initialization(layer, key, value)
+    if layer.settings.quantization is None:
+        layer.hold_rows(DenseRows.of_rows(layer.compressor, key, value, track))
     else:
-        layer.take_rows(key, value, track)
+        layer.hold_rows(CodedRows.of_rows(layer.compressor, key, value, track, quantized))
     return {"key", "value", "chosen", *(_CODES if quantized is not None else ())}
 
 
 _CODES = ("key_codes", "key_scale", "value_codes", "value_scale")
-
-
-def _read_quantized(layer: QuantizedLagKVLayer, state: LayerState) -> None:
-    _read_lagkv(layer, state)
-    if layer._quantized is not None:
-        tensors = [x for rows in layer._quantized for x in rows.storages]
-        state.tensors.update(zip(_CODES, tensors, strict=True))
 
 
 def _quantized(layer: LagKVLayer, state: LayerState) -> tuple[QuantizedRows, QuantizedRows] | None:
@@ -167,11 +163,12 @@ def _check_settings(ours: dict[str, Any], theirs: Any) -> None:
 
 
 def _read_window(layer: Any, state: LayerState) -> None:
-    state.numbers.update(
-        window=layer.sliding_window, seen=layer.cumulative_length, record_past=layer.record_past
-    )
+    seen, window = layer.cumulative_length, layer.sliding_window
+    state.numbers.update(window=window, seen=seen)
     if layer.keys is not None and layer.values is not None:
-        state.tensors.update(key=layer.keys, value=layer.values)
+        # A layer that records the past (assisted decoding) holds more rows than its window.
+        surplus = layer.keys.shape[2] - min(seen, window - 1)
+        state.tensors.update(key=layer.keys[:, :, surplus:], value=layer.values[:, :, surplus:])
 
 
 def _write_window(layer: Any, state: LayerState) -> set[str]:
@@ -180,13 +177,15 @@ def _write_window(layer: Any, state: LayerState) -> set[str]:
             f"it has a window of {state.numbers.get('window')} tokens, this model one of {layer.sliding_window}"
         )
     seen = _number(state, "seen")
-    layer.record_past = bool(state.numbers.get("record_past"))
     if seen == 0 and not state.tensors:
         return set()
     key, value = _pair(state, "key", "value", None)
     least = min(seen, layer.sliding_window - 1)
-    if not least <= key.shape[2] <= (seen if layer.record_past else least):
+    # Version 1 stored the surplus of a layer that recorded the past.
+    if not least <= key.shape[2] <= (seen if state.numbers.get("record_past") else least):
         raise WrongState(f"it has {key.shape[2]} rows after {seen} tokens, where {least} are needed")
+    surplus = key.shape[2] - least
+    key, value = key[:, :, surplus:], value[:, :, surplus:]
     layer.lazy_initialization(key, value)
     layer.keys, layer.values, layer.cumulative_length = key, value, seen
     return {"key", "value"}
@@ -200,10 +199,11 @@ def _read_linear(layer: Any, state: LayerState) -> None:
         states=layer.number_of_states,
         previous=list(layer.has_previous_state.values()),
         kernels=list(layer.conv_kernel_size.values()),
-        linear_record_past=layer.record_past,
     )
-    for name, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
-        state.tensors.update({f"{name}.{i}": x for i, x in states.items() if x is not None})
+    for i, x in layer.conv_states.items():
+        if x is not None:
+            state.tensors[f"conv.{i}"] = _of_kernel(x, layer.conv_kernel_size[i])
+    state.tensors.update({f"recurrent.{i}": x for i, x in layer.recurrent_states.items() if x is not None})
 
 
 def _write_linear(layer: Any, state: LayerState) -> set[str]:
@@ -213,11 +213,11 @@ def _write_linear(layer: Any, state: LayerState) -> set[str]:
         isinstance(x, list) and len(x) == count for x in (previous, kernels)
     ):
         raise WrongState(f"it has {numbers.get('states')} states, this model has {count}")
-    layer.record_past = bool(numbers.get("linear_record_past"))
     names = set()
     for i in range(count):
         conv, recurrent = state.tensors.get(f"conv.{i}"), state.tensors.get(f"recurrent.{i}")
         if conv is not None:
+            conv = _of_kernel(conv, kernels[i])
             layer.lazy_initialization(conv_states=conv, state_idx=i, conv_kernel_size=kernels[i])
             if layer.conv_states[i].shape == conv.shape:
                 layer.conv_states[i].copy_(conv)  # at the address that was marked as static
@@ -234,6 +234,12 @@ def _write_linear(layer: Any, state: LayerState) -> set[str]:
     return names
 
 
+def _of_kernel(conv: Tensor, kernel: int) -> Tensor:
+    """Convolution states as wide as the kernel: a layer that records the past (assisted decoding) holds more, or less
+    after a short prompt."""
+    return torch.nn.functional.pad(conv, (max(kernel - conv.shape[-1], 0), 0))[..., -kernel:]
+
+
 # -- kinds
 
 
@@ -246,21 +252,27 @@ class _Part:
 _LAGKV = _Part(_read_lagkv, _write_lagkv)
 _WINDOW = _Part(_read_window, _write_window)
 _LINEAR = _Part(_read_linear, _write_linear)
-# By name: early versions 5 of transformers do not have all of them.
+# The names are part of the file format.
 _KINDS: Mapping[str, tuple[_Part, ...]] = {
     "LagKVLayer": (_LAGKV,),
     "LagKVHybridLayer": (_LINEAR, _LAGKV),
-    "QuantizedLagKVLayer": (_Part(_read_quantized, _write_lagkv),),
+    "QuantizedLagKVLayer": (_LAGKV,),
     "DynamicSlidingWindowLayer": (_WINDOW,),
     "LinearAttentionLayer": (_LINEAR,),
     "DummyLayer": (),
 }
 
 
-def _kind(cls: type) -> tuple[_Part, ...]:
-    if cls.__name__ not in _KINDS:
-        raise ValueError(f"a {cls.__name__} cannot be saved; layers that can be: {', '.join(_KINDS)}")
-    return _KINDS[cls.__name__]
+def _name(layer: Any) -> str:
+    name = type(layer).__name__
+    quantized = name == "LagKVLayer" and layer.settings.quantization is not None
+    return f"Quantized{name}" if quantized else name
+
+
+def _kind(name: str) -> tuple[_Part, ...]:
+    if name not in _KINDS:
+        raise ValueError(f"a {name} cannot be saved; layers that can be: {', '.join(_KINDS)}")
+    return _KINDS[name]
 
 
 def _number(state: LayerState, name: str) -> int:

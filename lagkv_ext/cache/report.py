@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
+from lagkv_ext.cache.compression.timer import CompressionTimer
 from lagkv_ext.cache.settings import LayerSettings
-from lagkv_ext.cache.timer import CompressionTimer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,169 +1,107 @@
-"""What every layer of ``LagKVCache`` has in common: rows in a growth buffer, and what transformers asks of them."""
+"""The interface between a layer, which transformers talks to, and the rows that it holds."""
 
 from __future__ import annotations
 
-import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from lagkv_ext.cache.buffer import RowBuffer, check_new_states
+from lagkv_ext.cache.compression.compressor import Compressor
+from lagkv_ext.cache.compression.track import Track
 from lagkv_ext.cache.settings import LayerSettings
-from lagkv_ext.cache.timer import CompressionTimer
 
 
-class RowLayer(CacheLayerMixin):
-    """Keys and values in a `RowBuffer`, whose due compressions run in `settle`, before anyone reads or changes them."""
+class Rows(ABC):
+    """Rows of keys and values of one layer, compressed as tokens come in.
 
-    is_sliding = False
-    is_compileable = False
-    is_croppable = (
-        True  # without a trace while the past is recorded, as for the sliding-window layers of transformers
-    )
-    timer: CompressionTimer | None = None  #: of whoever watches the cache; outlives `reset`
+    A compression that a step sets off is accounted for at once: all lengths are those after it. The rows may follow
+    later, in `settle`, because attention of that step still reads them.
 
-    def __init__(self, settings: LayerSettings):
-        # Not the base class's __init__: it assigns keys and values, which are properties here.
+    ``hold`` in `take` keeps everything that the step brought until the next call of `take`, `settle` or `crop`, so that
+    `crop` can take all of it back, compressions included.
+    """
+
+    def __init__(self, settings: LayerSettings, compressor: Compressor):
         self.settings = settings
-        self.record_past = False
-        self.reset()
+        self.compressor = compressor
 
-    def reset(self) -> None:
-        """Forget everything and give the memory back."""
-        self.is_initialized = False
-        self._arrival: torch.Event | None = None  # when what went to the CPU has come there
-        self._buffer = None
+    # -- lengths
 
     @property
-    def _buffer(self) -> RowBuffer | None:
-        """The rows, and with them whatever else is held, there to be read: the host waits for a copy of `offload`."""
-        arrival = (
-            self._arrival
-        )  # left as it is: a monitor may read in another thread while the layer goes again
-        if arrival is not None:
-            arrival.synchronize()
-        return self._rows_held
+    @abstractmethod
+    def tracks(self) -> tuple[Track, ...]:
+        """One for all sequences, or one for each."""
 
-    @_buffer.setter
-    def _buffer(self, buffer: RowBuffer | None) -> None:
-        self._rows_held = buffer
+    @property
+    @abstractmethod
+    def seen(self) -> int:
+        """Tokens given, as transformers counts them."""
 
+    @property
+    def rows(self) -> int:
+        """Rows held, by the sequence that has most."""
+        return max((track.rows for track in self.tracks), default=0)
+
+    @property
+    def compressions(self) -> int:
+        """Compressions so far, of the sequence that had most."""
+        return max((track.compressions for track in self.tracks), default=0)
+
+    # -- steps
+
+    @abstractmethod
+    def check_states(self, key: Tensor, value: Tensor) -> None:
+        """ValueError unless new states are like the rows held."""
+
+    @abstractmethod
+    def take(self, key: Tensor, value: Tensor, *, hold: bool) -> tuple[Tensor, Tensor]:
+        """Append new tokens ``[B, H, n, D]``; returns the keys and values that attention of this step sees."""
+
+    @abstractmethod
     def settle(self) -> None:
         """Run the compressions that the last step left due; only once attention of that step has run."""
-        raise NotImplementedError
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor held by ``change`` of it, once what is due has run."""
-        if self._buffer is not None:
-            self.settle()
-            self._map_as_is(change)
+    @abstractmethod
+    def check_crop(self, count: int) -> None:
+        """ValueError where the last ``count`` tokens cannot be removed."""
 
-    def _map_as_is(self, change: Callable[[Tensor], Tensor]) -> None:
-        """The same while attention may still read the rows as they are."""
-        raise NotImplementedError
+    @abstractmethod
+    def crop(self, count: int) -> None:
+        """Remove the last ``count`` tokens, or all of them if there are fewer, and compress what is left, if due."""
 
-    @property
-    def seen(self) -> int:
-        raise NotImplementedError
+    # -- contents
 
-    # -- what transformers asks
+    @abstractmethod
+    def states(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[B, H, rows, D]``, settled; None before the first token."""
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, which is what positions count."""
-        return self.seen
+    @abstractmethod
+    def positions(self) -> Tensor | None:
+        """int32 ``[B, H, rows]``, ascending, -1 in columns without a row; None before the first token."""
 
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.16
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffer = RowBuffer.empty(key_states, value_states)
-        self.is_initialized = True
+    @abstractmethod
+    def visible(self, new: int) -> Tensor:
+        """bool ``[B, rows + new]`` on the CPU: columns that attention of a step of ``new`` tokens may see."""
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override] # an attribute in the base class
-        """The held keys ``[B, H, rows, Dk]``, a view."""
-        self.settle()
-        return None if self._buffer is None else self._buffer.key
+    @abstractmethod
+    def batch(self) -> int:
+        """Sequences; 0 while that is not known."""
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """The held values ``[B, H, rows, Dv]``, a view."""
-        self.settle()
-        return None if self._buffer is None else self._buffer.value
+    @abstractmethod
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token, over batch and heads, uncompressed."""
 
-    def activate_past_recording(self) -> None:
-        """From now on compress in `crop` alone, which assisted decoding calls after every step: a rejected token then
-        never decides what is kept."""
-        self.record_past = True
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are kept alive. Safe in another thread while steps run."""
 
-    def offload(self) -> None:
-        """Move what is held to the CPU. transformers does so before attention has run: what it was given stays as it
-        is, and a compression that is due still waits for the next step. The host does not wait for the copy."""
-        if self._buffer is not None and self._buffer.key.device.type != "cpu":
-            self._map_as_is(lambda x: x.to("cpu", non_blocking=True))
-            arrival = torch.Event(self.device)
-            arrival.record(torch.accelerator.current_stream(self.device))
-            self._arrival = arrival
+    @abstractmethod
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by ``change`` of it, at any time: attention may still read the old ones."""
 
-    def prefetch(self) -> None:
-        """Move what is held back to the device of the states, on the current stream, which waits for `offload` in the
-        host's place."""
-        arrival, self._arrival = self._arrival, None
-        if arrival is not None:
-            torch.accelerator.current_stream(self.device).wait_event(arrival)
-        if self._buffer is not None:
-            self._map_as_is(lambda x: x.to(self.device, non_blocking=True))
-
-    # -- what the cache asks beyond that
-
-    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move or convert what is held; later states must come on that device and in that dtype. What is due still
-        waits for the next step: accelerate calls this in the middle of one."""
-        if self._buffer is not None:
-            self._map_as_is(lambda x: x.to(device, dtype if x.is_floating_point() else None))
-            self.device, self.dtype = self._buffer.key.device, self._buffer.key.dtype
-
-    def uncompressed_bytes(self) -> int:
-        """Bytes of the keys and values of every token seen."""
-        buffer = self._buffer  # read once: a monitor asks from another thread while steps replace it
-        return 0 if buffer is None else self.seen * buffer.bytes_per_row
-
-    # -- steps in common
-
-    def _ready(self, key: Tensor, value: Tensor) -> RowBuffer:
-        """Check new states, run what is due, and return the buffer they go to."""
-        check_new_states(key, value)
-        if self._buffer is not None:
-            self._buffer.check_states(key, value)
-        self.settle()
-        if self._buffer is None:
-            self.lazy_initialization(key, value)
-        assert self._buffer is not None
-        return self._buffer
-
-    def _compress(self, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        # The operator takes any strides but those of a last dimension that is not contiguous.
-        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-        with self._timed(key):
-            return torch.ops.lagkv.compress(key, value, start, **self.settings.operator_arguments)
-
-    def _timed(self, states: Tensor) -> contextlib.AbstractContextManager:
-        """Around every call of an operator that compresses."""
-        timer = self.timer  # read once: whoever watched may leave at any time, in another thread
-        return contextlib.nullcontext() if timer is None else timer.timing(states.device)
-
-    def _dropped(self, count: int) -> int:
-        return count * (self.settings.lag_size - self.settings.keep)
-
-
-def check_crop_number(tokens_to_remove: int) -> None:
-    if tokens_to_remove > 0:
-        raise ValueError(
-            "crop takes the number of tokens to remove as a negative number (as transformers does), "
-            f"got {tokens_to_remove}"
-        )
+    @abstractmethod
+    def select(self, sequences: Tensor) -> None:
+        """Go on with these sequences, int64 indices into the batch."""

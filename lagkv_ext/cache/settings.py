@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lagkv_ext import arguments, formulas, ops
-from lagkv_ext.cache.quantizer import FORMATS
+from lagkv_ext.cache.quantized.quantizer import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
     """How one full-attention layer is compressed (docs/method.md 1). ``keep == lag_size``: nothing is ever dropped.
-    ``max_tokens``: rows that it may hold before a compression, see ``budget.plan``."""
+    ``max_tokens``: rows that it may hold before a compression, see ``compression/plan.py``."""
 
     lag_size: int
     keep: int

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers.cache_utils import Cache
 
 from lagkv_ext import LagKVCache, reference
-from lagkv_ext.cache.budget import plan
-from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.compression.plan import plan
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.settings import layer_settings
 from tests.cache.models import (
     KINDS,
@@ -213,7 +213,7 @@ def test_crop_after_a_restart_removes_recent_tokens_alone():
     last = torch.arange(record.seen - record.length, record.seen)
     recent = int((record.rows[2] == last).all(dim=1).all(dim=0).long().flip(0).cumprod(0).sum())
     allowed = 8  # one partition: the restart comes with a compression, which leaves no remainder
-    assert allowed <= recent < layer.rows - layer.start
+    assert allowed <= recent < layer.rows - layer.tracks[0].start
     with pytest.raises(ValueError, match=f"only the last {allowed} of the"):
         layer.crop(-allowed - 1)
     layer.crop(-allowed)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lagkv_ext import reference
-from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.report import storage_bytes
 from lagkv_ext.cache.settings import layer_settings
 from tests.ops.test_paper import AuthorsHead, TooClose
@@ -51,7 +51,10 @@ def states(new, batch=2, heads=2, dims=(8, 6), seed=0, dtype=torch.float32):
 
 
 class Record:
-    """All that was ever held by one layer, kept naively: every step concatenates and compresses with the reference."""
+    """All that was ever held by one layer, kept naively: every step concatenates and compresses with the reference.
+
+    While it records, a step can be taken back with its compression, until the next step or any change but `crop`.
+    """
 
     def __init__(self, lag_size, keep, sink_size, scoring):
         self.lag_size, self.keep, self.sink_size, self.scoring = lag_size, keep, sink_size, scoring
@@ -60,6 +63,10 @@ class Record:
 
     def reset(self):
         self.rows, self.seen, self.start, self.compressions = None, 0, self.sink_size, 0
+        self.recording, self.awaits_crop, self.before = False, False, None
+
+    def record(self):
+        self.recording, self.awaits_crop = True, False
 
     def append(self, key, value):
         batch, heads, new, _ = key.shape
@@ -68,6 +75,15 @@ class Record:
         if self.rows is not None:
             arrived = tuple(torch.cat(pair, dim=2) for pair in zip(self.rows, arrived, strict=True))
         self.rows, self.seen = arrived, self.seen + new
+        if self.awaits_crop:
+            self.recording = False
+        self.awaits_crop, self.before = self.recording, None
+        if self.recording:
+            self.before = self.rows, self.start, self.compressions
+        self._compress()
+        return arrived
+
+    def _compress(self):
         count = (self.length - self.start) // self.lag_size - 1
         if count >= 1 and self.keep < self.lag_size:
             key, value, positions = self.rows
@@ -77,17 +93,21 @@ class Record:
             self.rows = key, value, positions.gather(2, index.long())
             self.start += count * self.keep
             self.compressions += 1
-        return arrived
 
     def map(self, change):
+        self.before = None
         if self.rows is not None:
             self.rows = tuple(change(x) for x in self.rows)
 
     def crop(self, removed):
+        self.awaits_crop = False
+        if self.before is not None:
+            (self.rows, self.start, self.compressions), self.before = self.before, None
         if self.rows is not None:
             removed = min(removed, self.length)
             self.rows = tuple(x[:, :, : self.length - removed] for x in self.rows)
             self.seen -= removed
+            self._compress()
 
     @property
     def length(self):
@@ -95,7 +115,8 @@ class Record:
 
     @property
     def croppable(self):
-        return self.length - self.start if self.compressions else self.length
+        rows, start, compressions = self.before or (self.rows, self.start, self.compressions)
+        return rows[0].shape[2] - start if compressions else rows[0].shape[2]
 
 
 def assert_same(layer: LagKVLayer, record: Record) -> None:
@@ -119,6 +140,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("decode"), st.integers(2, 20)),
         st.tuples(st.just("decode until a compression"), st.just(20)),
         st.tuples(st.just("crop"), st.integers(0, 12)),
+        st.tuples(st.just("record"), st.just(0)),
         st.tuples(st.just("reorder"), st.integers(0, 1 << 16)),
         st.tuples(st.just("repeat"), st.integers(2, 3)),
         st.tuples(st.just("select"), st.integers(0, 1 << 16)),
@@ -161,7 +183,7 @@ def test_any_life_of_a_layer(lag_size, keep, sink_size, scoring, actions):
                 assert torch.equal(seen[0], held[0])
                 assert torch.equal(seen[1], held[1])
         elif action == "crop":
-            if record.rows is None or number <= record.croppable or not record.compressions:
+            if record.rows is None or number <= record.croppable or record.croppable == record.seen:
                 layer.crop(-number)
                 record.crop(number)
             else:
@@ -179,11 +201,15 @@ def test_any_life_of_a_layer(lag_size, keep, sink_size, scoring, actions):
             layer.batch_repeat_interleave(number)
             record.map(lambda x, number=number: x.repeat_interleave(number, dim=0))
             batch = batch * number if record.rows is not None else batch
+        elif action == "record":
+            layer.activate_past_recording()
+            record.record()
         elif action == "fork":
             other = copy.deepcopy(layer)
             abandoned.append((layer, copy.deepcopy(record)) if number else (other, copy.deepcopy(record)))
             layer = other if number else layer
         elif action == "read":
+            record.before = None
             assert_same(layer, record)
         else:
             layer.reset()
@@ -320,7 +346,9 @@ def test_decoding_allocates_rarely():
     for i in range(800):
         layer.update(*states(1, seed=i))
         pointers.append(layer.storages()[0].data_ptr())
-        assert layer.storages()[0].shape[2] <= layer.start + 2 * 8 + max(2 * 2, layer.start // 16)
+        assert layer.storages()[0].shape[2] <= layer.tracks[0].start + 2 * 8 + max(
+            2 * 2, layer.tracks[0].start // 16
+        )
     assert layer.compressions == 101
     changes = sum(a != b for a, b in itertools.pairwise(pointers))
     assert changes <= 35
@@ -348,7 +376,7 @@ def test_a_prompt_leaves_exactly_the_kept_rows(new):
         key, value, chosen = layer.storages()
         assert key.untyped_storage().nbytes() == 2 * 2 * layer.rows * 8 * 4
         assert value.untyped_storage().nbytes() == 2 * 2 * layer.rows * 6 * 4
-        assert chosen.untyped_storage().nbytes() == 2 * 2 * (layer.start - 4) * 4
+        assert chosen.untyped_storage().nbytes() == 2 * 2 * (layer.tracks[0].start - 4) * 4
         assert storage_bytes(layer.storages()) == sum(
             x.untyped_storage().nbytes() for x in (key, value, chosen)
         )

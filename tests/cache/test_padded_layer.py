@@ -13,9 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.padded import PaddedLayer
-from lagkv_ext.cache.padding import Padding
+from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.padded.padding import Padding
 from lagkv_ext.cache.settings import layer_settings
 
 
@@ -32,11 +31,12 @@ def _one_thread():
 
 
 class Batch:
-    """A `PaddedLayer`, and a `LagKVLayer` for every sequence that gets its tokens alone."""
+    """A padded layer, and a `LagKVLayer` for every sequence that gets its tokens alone."""
 
     def __init__(self, settings, batch, record_past):
         self.padding = Padding(batch, 0)
-        self.layer = PaddedLayer(settings, self.padding)
+        self.layer = LagKVLayer(settings)
+        self.layer.pad(self.padding)
         self.alone = [LagKVLayer(settings) for _ in range(batch)]
         if record_past:
             for layer in (self.layer, *self.alone):
@@ -82,6 +82,16 @@ class Batch:
         self.layer.crop(-columns)
         self.padding.remove(self.padding.tokens.shape[1] - self.layer.seen)
 
+    def draft(self, new, rejected, seed):
+        """A step of assisted decoding: recorded, and taken back in part, whatever it compressed."""
+        layers = (self.layer, *self.alone)
+        for layer in layers:
+            layer.activate_past_recording()
+        self.step([(0, 0)], new, seed)
+        self.crop(rejected)
+        for layer in layers:
+            layer.record_past = False
+
     def select(self, sequences, how, argument):
         getattr(self.layer, how)(argument)
         self.padding.select(sequences)
@@ -113,6 +123,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("decode"), st.integers(1, 20), st.just([(0, 0)])),
         st.tuples(st.just("decode"), st.integers(1, 3), st.just([(0, 0), (1, 0)])),
         st.tuples(st.just("crop"), st.integers(0, 12), st.none()),
+        st.tuples(st.just("draft"), st.integers(1, 40), st.integers(0, 40)),
         st.tuples(st.just("reorder"), st.integers(0, 1 << 16), st.none()),
         st.tuples(st.just("repeat"), st.integers(2, 3), st.none()),
         st.tuples(st.just("select"), st.integers(0, 1 << 16), st.none()),
@@ -158,6 +169,8 @@ def test_any_life_of_a_padded_layer(batch, lag_size, keep, sink_size, room, reco
                 state.step(pads, 1, seed=10 + 100 * i + j)
         elif action == "crop":
             state.crop(number)
+        elif action == "draft":
+            state.draft(number, min(number, pads), seed=10 + 100 * i)
         elif action in ("reorder", "select"):
             size = batch if action == "reorder" else 1 + number % 3
             index = torch.randint(0, batch, (size,), generator=torch.Generator().manual_seed(number))
@@ -186,7 +199,7 @@ def test_memory_of_a_padded_layer():
     key, value, *chosen = state.layer.storages()
     assert key.untyped_storage().nbytes() == 3 * 2 * columns * 8 * 4
     assert value.untyped_storage().nbytes() == 3 * 2 * columns * 6 * 4
-    assert [x.shape[2] for x in chosen] == [layer.start - 4 for layer in state.alone]
+    assert [x.shape[2] for x in chosen] == [layer.tracks[0].start - 4 for layer in state.alone]
     pointers = []
     for i in range(300):
         state.step([(0, 0)], 1, seed=i)
@@ -211,7 +224,7 @@ def test_padding_alone_sets_off_nothing():
     state.step([(0, 0), (5, 0)], 10, seed=0)
     waiting = 0
     for i in range(60):
-        track = state.alone[1]._track
+        track = state.alone[1].tracks[0]
         waiting += track.start == 4 and track.rows >= 4 + 2 * 8
         state.step([(0, 0)], 1, seed=100 + i)
         state.step([(0, 0), (1, 0)], 1, seed=200 + i)  # padding for the second

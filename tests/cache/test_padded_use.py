@@ -11,8 +11,8 @@ import transformers
 from transformers.cache_utils import Cache
 
 from lagkv_ext import LagKVCache
-from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.padded import PaddedLayer
+from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.padded.rows import PaddedRows
 from tests.cache.models import SMALL, full_layers, generate, prompt, tiny_model
 from tests.cache.padded_batches import (
     EXACT,
@@ -40,7 +40,7 @@ def test_an_unpadded_batch_never_pays():
     cache = LagKVCache(model.config, keep=2, **SMALL)
     generate(model, prompt(40, batch=3), cache, attention_mask=torch.ones(3, 40, dtype=torch.long))
     assert {type(layer) for layer in cache.layers} == {LagKVLayer}
-    assert cache._padding is None
+    assert not any(isinstance(layer.held, PaddedRows) for layer in cache.layers)
 
 
 def test_a_batch_that_gets_padding_with_its_second_turn():
@@ -105,7 +105,7 @@ def test_cropped_tokens_leave_no_trace_in_a_padded_batch(kind):
         cache.crop(-rejected)
         ids, accepted, at = torch.cat([ids, accepted[:, :new]], dim=1), accepted[:, new:], at + new
         assert cache.get_seq_length() == at
-    assert isinstance(cache.layers[full_layers(kind)[0]], PaddedLayer)
+    assert isinstance(cache.layers[full_layers(kind)[0]].held, PaddedRows)
     for b in range(2):
         alone = LagKVCache(model.config, keep=2, **SMALL)
         x = ids[b : b + 1, mask[b, :at].bool()]
@@ -159,6 +159,7 @@ def test_a_loop_that_makes_its_own_masks():
     mask[1, :12] = 0
     cache.set_attention_mask(mask)
     alone = LagKVCache(tiny_model("llama").config, keep=2, **SMALL)
+    alone.set_attention_mask(None)
     for i, new in enumerate([30, *[1] * 20, 5]):
         key, value = (
             torch.randn(2, 2, new, 16, generator=torch.Generator().manual_seed(i + k)) for k in (0, 99)
@@ -187,8 +188,7 @@ def test_flash_attention_gets_the_rows_in_its_two_dimensional_mask():
         mask[0, :21], mask[1, :3] = 0, 0
         ids = prompt(mask.shape[1], batch=3)
         assert_steps_alone(model, "llama", {**SMALL, "keep": 2}, ids, mask, chunks, EXACT, 9)
-        cache = LagKVCache(model.config, keep=2, **SMALL)
-        cache._uniform = False  # as with skip_layers, which early versions refuse
+        cache = LagKVCache(model.config, keep=2, skip_layers=[1], **SMALL)
         with pytest.raises(ValueError, match=f"which the one mask of {name} cannot say"):
             run(model, cache, ids, mask, chunks)
     finally:

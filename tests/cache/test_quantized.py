@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lagkv_ext import LagKVCache
-from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.quantized import QuantizedLagKVLayer
-from lagkv_ext.cache.quantizer import FORMATS, group_size, quantize, scale_dtype
+from lagkv_ext.cache.compression.plan import plan
+from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.quantized.quantizer import FORMATS, group_size, quantize, scale_dtype
 from lagkv_ext.cache.report import storage_bytes
 from lagkv_ext.cache.settings import layer_settings
 from tests.cache.families import decoder
@@ -123,15 +123,15 @@ def assert_holds(layer, given_states):
     """Every row is the one that was given, through its codes once, or untouched where it is recent."""
     positions, coded = layer.kept_positions(), layer.quantized_rows
     if layer.settings.compresses:
-        assert coded == (layer.rows - layer._track.recent if layer.compressions else 0)
+        assert coded == (layer.rows - layer.tracks[0].recent if layer.compressions else 0)
     for i, (held, given_rows) in enumerate(zip((layer.keys, layer.values), given_states, strict=True)):
         original = at(given_rows, positions)
         assert torch.equal(held[:, :, coded:], original[:, :, coded:])
         if coded:
             through = quantize(original[:, :, :coded], layer.settings.quantization)
             assert torch.equal(held[:, :, :coded], through.dequantize())
-            assert torch.equal(layer._quantized[i].codes, through.codes)
-            assert torch.equal(layer._quantized[i].scale, through.scale)
+            assert torch.equal(layer.held.codes[i].codes, through.codes)
+            assert torch.equal(layer.held.codes[i].scale, through.scale)
 
 
 @given(
@@ -147,7 +147,7 @@ def test_the_same_tokens_stay_as_without_quantisation(form, score, lag_size, kee
     shared = {
         "lag_size": lag_size, "keep": min(keep, lag_size), "sink_size": sink_size, "score": score
     }  # fmt: skip
-    layer, plain = QuantizedLagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
+    layer, plain = LagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
     given_states = [x[:, :, :0] for x in states(1, 0, dtype)]
     for i, new in enumerate(steps):
         key, value = states(new, i, dtype)
@@ -157,6 +157,18 @@ def test_the_same_tokens_stay_as_without_quantisation(form, score, lag_size, kee
         assert [x.shape for x in seen] == [x.shape for x in expected]
         for x, new_states in zip(seen, (key, value), strict=True):
             assert torch.equal(x[:, :, -new:], new_states)
+        assert torch.equal(layer.kept_positions(), plain.kept_positions())
+        assert_holds(layer, given_states)
+    for i in range(3):  # drafts, of which some tokens are rejected
+        for x in (layer, plain):
+            x.activate_past_recording()
+        key, value = states(9, 100 + i, dtype)
+        for x in (layer, plain):
+            x.update(key, value)
+            x.crop(-4)
+        given_states = [
+            torch.cat([x, y[:, :, :5]], dim=2) for x, y in zip(given_states, (key, value), strict=True)
+        ]
         assert torch.equal(layer.kept_positions(), plain.kept_positions())
         assert_holds(layer, given_states)
     assert layer.rows == plain.rows
@@ -175,19 +187,23 @@ def test_the_same_tokens_stay_as_without_quantisation(form, score, lag_size, kee
 )
 def test_codes_that_are_scored_again_move_and_are_not_made_again(form, keep, more, dtype, steps, decode):
     """Under a budget: what is scored is what the codes stand for; every row still has the code that it was given."""
-    layer = QuantizedLagKVLayer(settings(form, keep=keep, max_tokens=20 + more))
+    layer = LagKVLayer(settings(form, keep=keep, max_tokens=20 + more))
     plain = LagKVLayer(settings(None, keep=keep, max_tokens=20 + more))
     given_states = [x[:, :, :0] for x in states(1, 0, dtype)]
     for i, new in enumerate([*steps, *[1] * decode]):
         key, value = states(new, i, dtype)
         given_states = [torch.cat(x, dim=2) for x in zip(given_states, (key, value), strict=True)]
         before = layer.kept_positions() if layer.is_initialized else None
-        coded, start = layer.quantized_rows, layer.start
-        passes = layer._track.plan(new).passes
+        coded, start = layer.quantized_rows, layer.tracks[0].start
+        passes = plan(layer.settings, layer.rows + new, layer.tracks[0].start).passes
         layer.update(key, value)
         plain.update(key, value)
         assert_holds(layer, given_states)
-        assert (layer.rows, layer.start, layer.compressions) == (plain.rows, plain.start, plain.compressions)
+        assert (layer.rows, layer.tracks[0].start, layer.compressions) == (
+            plain.rows,
+            plain.tracks[0].start,
+            plain.compressions,
+        )
         if len(passes) == 1 and before is not None:
             arrived = torch.arange(layer.seen - new, layer.seen, dtype=torch.int32).expand(2, 2, new)
             positions = torch.cat([before, arrived], dim=2)
@@ -200,7 +216,7 @@ def test_codes_that_are_scored_again_move_and_are_not_made_again(form, keep, mor
 
 @given(steps=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 7)), min_size=1, max_size=20))
 def test_rejected_tokens_leave_no_trace(steps):
-    layer, plain = QuantizedLagKVLayer(settings("int8")), LagKVLayer(settings(None))
+    layer, plain = LagKVLayer(settings("int8")), LagKVLayer(settings(None))
     layer.activate_past_recording()
     plain.activate_past_recording()
     given_states = [x[:, :, :0] for x in states(1, 0)]
@@ -218,7 +234,7 @@ def test_rejected_tokens_leave_no_trace(steps):
 
 
 def test_crop_stops_at_quantised_rows():
-    layer = QuantizedLagKVLayer(settings("int8", keep=8))
+    layer = LagKVLayer(settings("int8", keep=8))
     layer.update(*states(30, 0))
     assert (layer.rows, layer.quantized_rows) == (30, 22)
     with pytest.raises(ValueError, match="only the last 8 of the 30 tokens seen are held as they came"):
@@ -232,7 +248,7 @@ def test_crop_stops_at_quantised_rows():
 def test_bytes_after_a_long_text(form, share, keep):
     """Against the unquantised cache, which holds the same rows in bfloat16; all that is kept alive counts."""
     shared = {"lag_size": 16, "keep": keep}
-    layer, plain = QuantizedLagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
+    layer, plain = LagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
     for i in range(8):
         for x in (layer, plain):
             x.update(*states(500, i, torch.bfloat16, dims=(64, 64)))
@@ -240,7 +256,7 @@ def test_bytes_after_a_long_text(form, share, keep):
     assert held < share * storage_bytes(plain.storages())
     recent = layer.rows - layer.quantized_rows
     per_row = 2 * (64 + 4 if form != "int4" else 32 + 4)
-    positions = 0 if layer._track.chosen is None else 4 * layer._track.chosen.shape[2]
+    positions = 0 if layer.tracks[0].chosen is None else 4 * layer.tracks[0].chosen.shape[2]
     assert held == 2 * 2 * (layer.quantized_rows * per_row + recent * 2 * 64 * 2 + positions)
     assert layer.uncompressed_bytes() == 4000 * 2 * 2 * 128 * 2
 

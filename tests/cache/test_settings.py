@@ -226,6 +226,7 @@ def test_report_does_not_touch_the_rows():
     cache = LagKVCache(tiny_config("llama"), keep=2, **SMALL)
     forward(tiny_model("llama"), cache, prompt(35), [34, 1])
     key, value = (torch.randn(1, 2, 1, 16) for _ in range(2))
+    cache.set_attention_mask(None)
     returned = cache.update(key, value, 0)
     before = [x.clone() for x in returned]
     assert cache.report().layers[0].compressions == 2

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
-from lagkv_ext.cache.budget import plan
-from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.compression.plan import plan
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.settings import layer_settings, with_capacity
-from lagkv_ext.cache.static_layer import LagKVStaticLayer
-from lagkv_ext.cache.static_window import StaticWindowLayer
+from lagkv_ext.cache.static.layer import LagKVStaticLayer
+from lagkv_ext.cache.static.window import StaticWindowLayer
 from tests.cache.families import DECODERS, decoder
 from tests.cache.models import SMALL, forward, generate, prompt, tiny_config, tiny_model
 

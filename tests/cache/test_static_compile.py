@@ -17,9 +17,9 @@ from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
-from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.settings import layer_settings, with_capacity
-from lagkv_ext.cache.static_layer import LagKVStaticLayer
+from lagkv_ext.cache.static.layer import LagKVStaticLayer
 from tests.cache.models import SMALL, forward, generate, prompt, tiny_model
 
 BUDGET = 22

@@ -13,10 +13,10 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
-from lagkv_ext.cache.padded import PaddedLayer
-from lagkv_ext.cache.padding import Padding
+from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.padded.padding import Padding
 from lagkv_ext.cache.settings import layer_settings, with_capacity
-from lagkv_ext.cache.static_layer import LagKVStaticLayer
+from lagkv_ext.cache.static.layer import LagKVStaticLayer
 from tests.cache.models import SMALL, generate, prompt, tiny_model
 
 BUDGET = 22
@@ -62,7 +62,8 @@ def test_any_life_of_a_padded_layer(lengths, decoded, extra, step_tokens):
     tokens = torch.arange(columns) >= columns - torch.tensor(lengths)[:, None]
     padding = Padding(len(lengths), 0)
     padding.take(tokens.long(), 0)
-    growing = PaddedLayer(layer.settings, padding)
+    growing = LagKVLayer(layer.settings)
+    growing.pad(padding)
     layer.set_padding(padding)
     for i in range(decoded + 1):
         new = 1 if i else columns

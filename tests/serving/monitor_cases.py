@@ -21,6 +21,8 @@ def cache(kind: str = "llama", **settings) -> LagKVCache:
 def fill(held, tokens: int, batch: int = 1) -> None:
     """Random states for every layer, as a step of a model gives them."""
     heads = 2
+    if hasattr(held, "set_attention_mask"):
+        held.set_attention_mask(None)
     for i in range(len(held.layers)):
         held.update(torch.randn(batch, heads, tokens, 16), torch.randn(batch, heads, tokens, 16), i)
 

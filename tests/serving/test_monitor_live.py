@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
-from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.timer import CompressionTimer
+from lagkv_ext.cache.compression.timer import CompressionTimer
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.serving.monitor import CacheMonitor
 from tests.cache.models import SMALL, generate, prompt, tiny_config, tiny_model
 from tests.cache.padded_batches import padded, texts
@@ -128,10 +128,11 @@ def test_a_layer_that_is_being_moved_counts_as_before():
             state: value(registry, "lagkv_cache_bytes", cache="lagkv", state=state)
             for state in ("held", "uncompressed")
         }
-        buffer, held.layers[1]._buffer = held.layers[1]._buffer, None
+        rows = held.layers[1].held
+        buffer, rows.buffer = rows.buffer, None
         for state, size in before.items():
             assert value(registry, "lagkv_cache_bytes", cache="lagkv", state=state) == size
-        held.layers[1]._buffer = buffer
+        rows.buffer = buffer
         fill(held, 1)
         uncompressed = value(registry, "lagkv_cache_bytes", cache="lagkv", state="uncompressed")
         assert uncompressed == held.report().bytes_uncompressed > before["uncompressed"]

@@ -264,7 +264,7 @@ def test_a_cache_that_cannot_be_read_is_counted_and_harms_nothing(caplog):
     broken, whole = cache(), cache()
     with monitor.request(broken), monitor.request(whole):
         fill(whole, 40)
-        del broken.layers[1]._track
+        del broken.layers[1].held.track
         assert value(registry, "lagkv_cache_tokens", cache="lagkv", state="seen") == 40
         assert value(registry, "lagkv_cache_reads_total", outcome="failed") == 2  # by both scrapes
         assert "a cache could not be read" in caplog.text
@@ -334,7 +334,7 @@ def test_a_compiled_step_is_watched_without_a_new_graph():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_time_on_a_device_is_read_without_waiting():
-    from lagkv_ext.cache.timer import CompressionTimer
+    from lagkv_ext.cache.compression.timer import CompressionTimer
 
     timer = CompressionTimer()
     x = torch.randn(1024, 1024, device="cuda")

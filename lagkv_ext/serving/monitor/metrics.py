@@ -17,8 +17,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from lagkv_ext.cache import CacheReport, LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
+from lagkv_ext.cache.compression.timer import CompressionTimer
 from lagkv_ext.cache.report import report_of
-from lagkv_ext.cache.timer import CompressionTimer
 from lagkv_ext.serving.monitor.families import KINDS, OUTCOMES, READS, CacheFamilies
 from lagkv_ext.serving.monitor.registry import REGISTRY, child, join
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lagkv_ext.cache.fidelity import departure, forward
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.serving.rollout.breaker import Check
 
 # Answer tokens in one step at most: two times as many rows of logits exist at one time.
@@ -58,7 +59,7 @@ def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any
 
     def judge(ids: Tensor, begin: int, logits_to_keep: int) -> None:
         nonlocal agreed, kl, less
-        less = less or _sees_less(compressed, ids.shape[1])
+        less = less or _sees_less(compressed)
         logits = [forward(model, ids, x, position=begin, logits_to_keep=logits_to_keep) for x in caches]
         agree, apart = departure(*(x[0].float().log_softmax(dim=-1) for x in logits))
         agreed += int(agree.sum())
@@ -86,31 +87,14 @@ def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any
     )
 
 
-def _sees_less(cache: Any, new: int) -> bool:
-    """Whether attention of a step of so many tokens sees fewer rows than tokens, or quantised ones."""
-    from lagkv_ext.cache.layer import LagKVLayer
-    from lagkv_ext.cache.quantized import QuantizedLagKVLayer
-
-    return any(
-        x.get_mask_sizes(new)[0] < x.seen + new or (isinstance(x, QuantizedLagKVLayer) and x.quantized_rows)
-        for x in cache.layers
-        if isinstance(x, LagKVLayer)
-    )
+def _sees_less(cache: Any) -> bool:
+    """Whether attention of the next step sees fewer rows than tokens, or quantised ones."""
+    return any(x.rows < x.seen or x.quantized_rows for x in cache.layers if isinstance(x, LagKVLayer))
 
 
 def _next_step(cache: Any) -> int:
     """Tokens that may come at once, with the result of one by one."""
-    from lagkv_ext.cache.layer import LagKVLayer
-
-    step = _MOST
-    for layer in cache.layers:
-        if not isinstance(layer, LagKVLayer):
-            continue
-        if type(layer) is not LagKVLayer:
-            return 1
-        if layer.settings.compresses:
-            step = min(step, layer.start + 2 * layer.settings.lag_size - layer.rows)
-    return max(step, 1)
+    return min(x.tokens_at_once(_MOST) for x in cache.layers if isinstance(x, LagKVLayer))
 
 
 def _ids(name: str, ids: Tensor) -> Tensor:

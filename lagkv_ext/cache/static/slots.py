@@ -1,4 +1,4 @@
-"""What layers at fixed addresses share: memory that is never replaced, and lengths on the device."""
+"""Layers at fixed addresses: memory that is never replaced, and lengths on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from lagkv_ext.cache.buffer import RowBuffer, check_new_states, plain_tensors
+from lagkv_ext.cache.growing.buffer import RowBuffer, checked_states, plain_tensors
 
 
 class SlotLayer(CacheLayerMixin):
@@ -56,7 +56,7 @@ class SlotLayer(CacheLayerMixin):
 
     @abstractmethod
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What it holds beside keys, values and ``seen``: tensors by sequence ``[B, ...]``, and others."""
+        """Contents beside keys, values and ``seen``: tensors by sequence ``[B, ...]``, and others."""
 
     @abstractmethod
     def step(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,6 @@ class SlotLayer(CacheLayerMixin):
         """-1: no number of tokens is too many."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.16
-
     @abstractmethod
     def get_query_offset(self) -> int | Tensor:
         """Where the new tokens lie, in whatever `get_mask_sizes` counts the columns of the mask."""
@@ -91,14 +89,14 @@ class SlotLayer(CacheLayerMixin):
                 compiled region.
             ValueError: states unlike those held (batch, heads, head dim, dtype, device).
         """
-        check_new_states(key_states, value_states)
+        key, value = checked_states(key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        RowBuffer(self.keys, self.values).check_states(key_states, value_states)
-        if key_states.shape[2] <= self.step_tokens and not self.awaits_prompt:
-            return self.step(key_states, value_states)
+            self.lazy_initialization(key, value)
+        RowBuffer(self.keys, self.values).check_states(key, value)
+        if key.shape[2] <= self.step_tokens and not self.awaits_prompt:
+            return self.step(key, value)
         self.check_may_read()
-        return self.take_in(key_states, value_states)
+        return self.take_in(key, value)
 
     def check_may_read(self) -> None:
         """RuntimeError in a compiled region, where lengths cannot be read."""

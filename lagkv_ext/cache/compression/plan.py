@@ -1,4 +1,4 @@
-"""A bounded number of rows: when a layer starts again from the sink (docs/method.md, section 3)."""
+"""Plans of compressions: the lengths before and after, known before any row moves (docs/method.md, Recursion)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step does once its tokens are there: the compressions in their order, and the lengths after them."""
+    """The compressions that a step sets off, in their order, and the lengths after them."""
 
     passes: tuple[Pass, ...]
     rows: int
@@ -31,13 +31,13 @@ class Plan:
 
 
 def plan(settings: LayerSettings, rows: int, start: int) -> Plan:
-    """Compress ``rows`` rows from ``start`` on if that is due, and keep them within ``settings.max_tokens``.
+    """Compressions of ``rows`` rows from ``start`` on, as many as keep them within ``settings.max_tokens``.
 
-    The next compression comes due at ``start + 2 lag_size`` rows. Where that would be over the budget, ``start`` goes
-    back to the sink size, and the next compression (with the next token, as a rule) chooses among all rows after the
-    sink, as if they were a new sequence. So after every step there is room for one token at least, and tokens that
-    come one by one set off one compression at most. Only many tokens at once can need several: where the rows that
-    the first leaves are as many as the budget or more, the next follows at once.
+    The next compression comes due at ``start + 2 lag_size`` rows. Where that exceeds the budget, ``start`` returns to
+    the sink size, and the next compression (as a rule with the next token) chooses among all rows after the sink, as
+    if they were a new sequence. So after every step at least one token fits, and tokens given one by one set off at
+    most one compression. Only many tokens at once can need several: where the first leaves as many rows as the budget
+    or more, the next follows at once.
     """
     passes = []
     while count := settings.compressed_count(rows, start):
@@ -54,5 +54,5 @@ def plan(settings: LayerSettings, rows: int, start: int) -> Plan:
 
 
 def starts_again(start: Lengths, lag_size: int, max_tokens: int) -> bool | Tensor:
-    """Whether ``start``, after a compression, goes back to the sink size; for an int, or elementwise for a tensor."""
+    """Whether ``start`` returns to the sink size after a compression; for an int, or elementwise for a tensor."""
     return start + 2 * lag_size > max_tokens

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.configuration_utils import get_head_shapes
 
-from lagkv_ext.cache.buffer import plain_tensors
-from lagkv_ext.cache.mask import MaskRequest
-from lagkv_ext.cache.padding import Padding, check_prompt_mask
+from lagkv_ext.cache.growing.buffer import plain_tensors
+from lagkv_ext.cache.masks.hook import AskedLength, MaskFunction, asked_while_tracing, install
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import _integer, check_config, layer_settings, with_capacity
-from lagkv_ext.cache.slots import SlotLayer
-from lagkv_ext.cache.static_layer import LagKVStaticLayer
-from lagkv_ext.cache.static_window import StaticWindowLayer
+from lagkv_ext.cache.static.layer import LagKVStaticLayer
+from lagkv_ext.cache.static.masks import StaticMasks
+from lagkv_ext.cache.static.slots import SlotLayer
+from lagkv_ext.cache.static.window import StaticWindowLayer
 
 ATTENTION = ("eager", "sdpa")
-_UNBOUNDED = (
-    2**31 - 1
-)  # the length that transformers' own layers are made for: of those kept, a window bounds each
-# As they are: a window has a size of its own, recurrent states have one size, and shared layers hold nothing.
+# The length that transformers' own layers are made for. Only sliding-window layers use it, and their window caps it.
+_UNBOUNDED = 2**31 - 1
+# Left unchanged: a window has a size of its own, recurrent states have one size, and shared layers hold nothing.
 _OTHER_LAYERS = ("StaticSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
 
 
@@ -59,9 +57,10 @@ class LagKVStaticCache(ReportsLayers, Cache):
         TypeError, ValueError: when made: a wrong argument, a model it does not serve (see ``LagKVCache``), or an
             attention implementation or a kind of layer that cannot go with fixed addresses and hidden rows.
 
-    Padded batches, as in `LagKVCache`: with the first prompt, then one token of every sequence at a time. A compiled or
-    captured region cannot look at a 2-D attention mask: give it none or, in a padded batch, a 4-D mask (`generate`
-    does, others make it of `visible_columns`).
+    Padded batches: padding on the left of the first prompt, then one token of every sequence at a time. A compiled or
+    captured region cannot read a 2-D attention mask, and refuses it: give it none or, in a padded batch, a 4-D mask
+    (`generate` does, others make it of `visible_columns`). A prompt whose mask the cache has not seen is refused
+    (`set_attention_mask`).
 
     Limits, each refused when met: another number of sequences than at first; more than ``step_tokens`` tokens in a
     compiled region; `crop`, hence assisted decoding. Read `report`, `kept_positions` and `kept_hash` between forward
@@ -85,11 +84,6 @@ class LagKVStaticCache(ReportsLayers, Cache):
         value_weight: float = 1.0,
     ):
         check_config(config)
-        if not hasattr(Cache, "get_query_offset"):
-            raise ValueError(
-                "LagKVStaticCache needs a transformers whose masks have a query offset (5.16 has), this is "
-                f"{transformers.__version__}"
-            )
         settings = layer_settings(
             lag_size=lag_size,
             keep_ratio=keep_ratio,
@@ -113,7 +107,9 @@ class LagKVStaticCache(ReportsLayers, Cache):
                 for x in layers
             ]
         )
-        self._padding: Padding | None = None
+        self._masks = StaticMasks(self.layers)
+        self._last = [layer for layer in self.layers if isinstance(layer, SlotLayer)][-1]
+        install()
         if max_batch_size is not None:
             self._allocate(_integer("max_batch_size", max_batch_size, minimum=1), dtype, device)
         elif dtype is not None or device is not None:
@@ -132,22 +128,22 @@ class LagKVStaticCache(ReportsLayers, Cache):
         """-1: no number of tokens is too many."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.16
-
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
         return self._attention_layer(layer_idx).get_query_offset()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:  # type: ignore[override]
         self._check_attention()
-        layer = self._attention_layer(layer_idx)
-        if not torch.compiler.is_compiling():
-            self._look_at_mask(MaskRequest(sys._getframe(1)), layer, query_length)
-        elif self._padding is not None:
-            raise RuntimeError(
-                "LagKVStaticCache holds a padded batch, whose mask a compiled region cannot make: give it a 4-D mask, "
-                "as generate does, made of visible_columns"
-            )
-        return layer.get_mask_sizes(query_length)
+        columns, offset = self._attention_layer(layer_idx).get_mask_sizes(query_length)
+        if torch.compiler.is_compiling():
+            if self._masks.padding is not None:
+                raise RuntimeError(
+                    "LagKVStaticCache holds a padded batch, whose mask a compiled region cannot make: give it a 4-D "
+                    "mask, as generate does, made of visible_columns"
+                )
+            asked_while_tracing(self)
+            return columns, offset
+        install()
+        return AskedLength.of(columns, self, layer_idx, query_length), offset
 
     def visible_columns(self, layer: int, new: int = 1) -> Tensor:
         """bool ``[B, capacity]``, on the device: the rows of a full-attention layer that attention of a step of ``new``
@@ -159,65 +155,60 @@ class LagKVStaticCache(ReportsLayers, Cache):
             )
         return held.visible(new)
 
-    def _look_at_mask(self, request: MaskRequest, layer: SlotLayer, new: int) -> None:
-        """Find padding in the model's mask and, after a padded prompt, write into it which rows are there."""
-        mask = request.mask
-        if mask is not None and mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        if self._padding is None and (mask is None or bool(mask.all())):
-            return
-        seen = int(self.get_seq_length())
-        if not seen:
-            self._set_padding(None if mask is None or bool(mask.all()) else check_prompt_mask(mask))
-            return
-        if mask is None:
-            raise ValueError(
-                "LagKVStaticCache holds a padded batch, so the model needs an attention_mask "
-                f"[{self.batch_size}, {seen + new}] with every step, got none"
-            )
-        if self._padding is None:
-            raise ValueError(
-                f"LagKVStaticCache takes padding with the first prompt alone, got an attention_mask with zeros after "
-                f"{seen} tokens. Use LagKVCache"
-            )
-        self._padding.take(mask, seen)
-        self._padding.check_positions(request.position_ids, seen)
-        if new > 1 or not bool(mask[:, -1].all()):
-            raise ValueError(
-                "LagKVStaticCache takes one token of every sequence at a time after a padded prompt, got an "
-                f"attention_mask for {new} with {int((mask[:, -new:] == 0).sum())} zeros. Use LagKVCache"
-            )
-        if isinstance(layer, LagKVStaticLayer):
-            request.check_private()
-            columns = min(mask.shape[1], layer.capacity)
-            mask[:, :columns] = layer.visible(new)[:, :columns]
+    def make_mask(self, layer: int, new: int, function: MaskFunction, arguments: dict[str, Any]) -> Any:
+        """The mask of a step, from transformers' mask function (``masks/hook.py``); ValueError for one that does not
+        fit."""
+        return self._masks.make(self._attention_layer(layer), new, function, arguments)
 
-    def _set_padding(self, mask: Tensor | None) -> None:
-        self._padding = None
-        if mask is not None:
-            others = sorted({type(x).__name__ for x in self.layers} - {"LagKVStaticLayer", "DummyLayer"})
-            reason = (
-                f"a layer of this model cannot tell from a token ({', '.join(others)})" if others else None
-            )
-            self._padding = Padding(mask.shape[0], 0, left_only=reason)
-            self._padding.take(mask, 0)
-        for layer in self._lagkv_layers().values():
-            layer.set_padding(self._padding)
+    def check_traced_mask(self, attention_mask: Tensor | None) -> None:
+        """RuntimeError for a mask whose padding would go unseen in a compiled region."""
+        self._masks.check_traced(attention_mask)
+
+    def set_attention_mask(self, attention_mask: Tensor | None) -> None:
+        """Tell the cache of the mask of a prompt that it cannot see: a 4-D one, or one of attention code that makes its
+        own masks. Steps of transformers' models with 2-D masks, `generate` included, need no call.
+
+        Args:
+            attention_mask: ``[B, tokens]``, before the step that it is for. None or a 4-D mask, once: no step until
+                `reset` has padding, and the caller makes the masks.
+
+        Raises:
+            ValueError: a mask that does not fit, as in a step of a model.
+        """
+        self._masks.tell(attention_mask)
+
+    # -- steps
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new tokens of one layer, ``[B, H, n, D]``; returns the rows that attention of this step sees.
+
+        Raises:
+            ValueError: a prompt whose mask was neither seen nor told (`set_attention_mask`).
+        """
+        layer = self.layers[layer_idx]
+        if torch.compiler.is_compiling():
+            asked_while_tracing(None)
+        elif isinstance(layer, SlotLayer):
+            self._masks.check_step(layer, key_states.shape[-2])
+            if layer is self._last:
+                self._masks.begun()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     # -- changes
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
-        self._padding = None
+        self._masks.reset()
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self._padding is not None:
-            self._padding.select(beam_idx.cpu())
+        self._masks.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Only ``crop(0)``, which removes nothing."""
+        """Does nothing for ``crop(0)``; refuses to remove tokens."""
         if tokens_to_remove:
             raise ValueError(
                 f"LagKVStaticCache cannot remove tokens, got crop({tokens_to_remove}): what they set off in its memory "
@@ -255,9 +246,6 @@ class LagKVStaticCache(ReportsLayers, Cache):
     def _allocate(
         self, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> None:
-        # Here, because early versions 5 have no such function, and still serve for LagKVCache.
-        from transformers.configuration_utils import get_head_shapes
-
         heads, head_dim = get_head_shapes(self._text_config)
         dtype = dtype or getattr(self._text_config, "dtype", None) or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else torch.device(device)

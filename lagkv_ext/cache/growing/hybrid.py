@@ -1,4 +1,4 @@
-"""A layer with full attention and linear attention in one (Falcon-H1): the rows are compressed, the state is not."""
+"""A layer with full attention and linear attention in one (Falcon-H1): its rows are compressed, its state is not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from lagkv_ext.cache.layer import LagKVLayer
+from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.settings import LayerSettings
 
 
@@ -44,13 +44,19 @@ class LagKVHybridLayer(LinearAttentionLayer, LagKVLayer):  # type: ignore[misc] 
         LagKVLayer.activate_past_recording(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_all(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_states(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        LagKVLayer.reorder_cache(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_all(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map_states(lambda x: x.repeat_interleave(repeats, dim=0))
+        LagKVLayer.batch_repeat_interleave(self, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_all(lambda x: x[indices.to(x.device)])
+        self._map_states(lambda x: x[indices.to(x.device)])
+        LagKVLayer.batch_select_indices(self, indices)
+
+    def tokens_at_once(self, most: int) -> int:
+        return 1
 
     def offload(self) -> None:
         LagKVLayer.offload(self)
@@ -80,7 +86,3 @@ class LagKVHybridLayer(LinearAttentionLayer, LagKVLayer):  # type: ignore[misc] 
             for i, x in states.items():
                 if x is not None:
                     states[i] = change(x)
-
-    def _map_all(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._map_states(change)
-        self._map(change)

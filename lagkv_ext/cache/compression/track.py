@@ -1,4 +1,4 @@
-"""What is known of the rows of a cache: how many, how many of them are settled, and which token each one is."""
+"""Lengths of a cache and positions of its rows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lagkv_ext.cache.budget import Pass, Plan, plan
+from lagkv_ext import arguments
+from lagkv_ext.cache.compression.plan import Pass, Plan, plan
 from lagkv_ext.cache.settings import LayerSettings
 
 
 class Track:
     """Lengths and positions of the rows of sequences that are compressed together.
 
-    Two lengths, never mixed: ``seen`` is the number of tokens given (what positions count), ``rows`` the number of
-    rows held. Rows come in this order: the sink; the rows that compressions chose; the most recent tokens, all of them.
-    The next compression spares the rows before ``start``: the sink and what was chosen, or (once a budget has made it
+    Two lengths, never mixed: ``seen`` is the number of tokens given (positions count it), ``rows`` the number of rows
+    held. Rows come in this order: the sink; the rows that compressions chose; the most recent tokens, all of them.
+    The next compression spares the rows before ``start``: the sink and the chosen rows, or (once a budget has made it
     start again) the sink alone.
     """
 
@@ -35,13 +36,8 @@ class Track:
         cls, settings: LayerSettings, positions: Tensor, *, start: int, seen: int, compressions: int
     ) -> Track:
         """For rows at these positions ``[B, H, rows]``, which compressions (if any) chose."""
-        track = cls(settings)
-        track.seen, track.rows = seen, positions.shape[2]
-        track.start, track.compressions = start, compressions
-        if compressions:
-            track.chosen = positions[:, :, settings.sink_size :]
-            track._chosen_count = track.chosen.shape[2]
-        return track
+        chosen = positions[:, :, settings.sink_size :] if compressions else None
+        return cls.restored(settings, seen, positions.shape[2], start, compressions, chosen)
 
     @classmethod
     def restored(
@@ -64,6 +60,19 @@ class Track:
         """Rows at the end that are the last tokens seen, all of them."""
         return self.rows - self.settings.sink_size - self._chosen_count if self.compressions else self.rows
 
+    @property
+    def settled(self) -> int:
+        """Rows before the recent ones: the sink and those that compressions chose."""
+        return self.rows - self.recent
+
+    def check_room(self, new: int) -> None:
+        """ValueError where ``new`` more tokens have no positions, which are int32."""
+        if self.seen + new > arguments.MAX_LENGTH:
+            raise ValueError(
+                f"positions of tokens are int32, so a cache sees at most {arguments.MAX_LENGTH} tokens; it has seen "
+                f"{self.seen} and got {new} more: reset() it"
+            )
+
     def append(self, new: int) -> None:
         self.seen += new
         self.rows += new
@@ -73,9 +82,24 @@ class Track:
         self.seen -= count
         self.rows -= count
 
-    def plan(self, new: int = 0) -> Plan:
-        """What ``new`` tokens more set off."""
-        return plan(self.settings, self.rows + new, self.start)
+    def check_removal(self, count: int, whose: str = "") -> None:
+        """ValueError where a compression would have to be undone: the tokens that it chose from are gone."""
+        if self.compressions and count > self.recent:
+            raise ValueError(
+                f"crop would undo a compression{whose}: asked to remove {count} tokens, but only the last "
+                f"{self.recent} of the {self.seen} tokens seen are all held (compressions so far: "
+                f"{self.compressions}, rows held: {self.rows})"
+            )
+
+    def until_due(self) -> int:
+        """Tokens up to the one that sets off the next compression, at least 1."""
+        if not self.settings.compresses:
+            return arguments.MAX_LENGTH
+        return max(1, self.start + 2 * self.settings.lag_size - self.rows)
+
+    def plan(self) -> Plan:
+        """The compressions that are due with the rows held."""
+        return plan(self.settings, self.rows, self.start)
 
     def account(self, planned: Plan) -> None:
         """Set the lengths to those after these compressions. The positions follow, with `record` for every pass."""
@@ -85,7 +109,7 @@ class Track:
             self._chosen_count = self._chosen_after(done, self._chosen_count)
 
     def record(self, index: Tensor, done: Pass) -> None:
-        """Positions of the rows that ``done`` left, given the operator's ``index [B, H, >= rows left]``."""
+        """Store the positions of the rows that ``done`` left, from the operator's ``index [B, H, >= rows left]``."""
         sink = self.settings.sink_size
         before = 0 if self.chosen is None else self.chosen.shape[2]
         rows = index[:, :, sink : sink + self._chosen_after(done, before)]
@@ -114,9 +138,13 @@ class Track:
             [span(0, self.settings.sink_size), self.chosen, span(self.seen - self.recent, self.seen)], 2
         )
 
+    def copy(self) -> Track:
+        """The same numbers and, not copied, the same positions: nothing writes into those."""
+        return copy.copy(self)
+
     def split(self, batch: int) -> list[Track]:
         """One track for each of ``batch`` sequences that were compressed together."""
-        tracks = [copy.copy(self) for _ in range(batch)]
+        tracks = [self.copy() for _ in range(batch)]
         if self.chosen is not None:
             for track, chosen in zip(tracks, self.chosen.split(1), strict=True):
                 track.chosen = chosen

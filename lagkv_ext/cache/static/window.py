@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lagkv_ext.cache.slots import SlotLayer
+from lagkv_ext.cache.static.slots import SlotLayer
 
 
 class StaticWindowLayer(SlotLayer):

@@ -1,4 +1,4 @@
-"""Rows of keys and values in buffers that grow: appending writes behind the last row and copies nothing else."""
+"""Buffers of keys and values that grow: appending writes behind the last row and copies nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lagkv_ext import arguments
 class RowBuffer:
     """``rows`` rows of keys ``[B, H, rows, Dk]`` and values ``[B, H, rows, Dv]`` in buffers with room for more.
 
-    Starts out as the tensors given, without a copy: with no room, and not written to before the first growth.
+    Starts as the given tensors, without a copy. They have no room, so nothing is written to them.
     """
 
     def __init__(self, key: Tensor, value: Tensor):
@@ -94,8 +94,12 @@ class RowBuffer:
                     )
 
 
-def check_new_states(key: Tensor, value: Tensor) -> None:
-    """The checks that need no rows to compare with. RuntimeError for states that require grad, else ValueError."""
+def checked_states(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """New states that agree with each other. RuntimeError for states that require grad, else ValueError.
+
+    Under autocast keys may come in float32 (rotary embeddings are computed in it) and values in 16 bits. Both are then
+    held in the wider dtype, so keys as `DynamicCache` holds them; attention under autocast narrows both alike.
+    """
     if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
         raise RuntimeError(
             "LagKVCache keeps no gradient history (its buffers are written in place), got states that require "
@@ -110,11 +114,15 @@ def check_new_states(key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} states must be float16, bfloat16, float32 or float64, got {states.dtype}"
             )
+    if key.dtype != value.dtype and torch.is_autocast_enabled(key.device.type):
+        dtype = torch.promote_types(key.dtype, value.dtype)
+        key, value = key.to(dtype), value.to(dtype)
     if key.shape[:3] != value.shape[:3] or key.dtype != value.dtype or key.device != value.device:
         raise ValueError(
             f"key and value states must agree in [B, H, n], dtype and device, got {list(key.shape)} {key.dtype} on "
             f"{key.device} and {list(value.shape)} {value.dtype} on {value.device}"
         )
+    return key, value
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which columns of a padded batch hold tokens: the attention masks of all steps so far, checked as they come."""
+"""Columns of a padded batch that hold tokens: the attention masks of all steps so far, checked as they come."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ class Padding:
     """
 
     def __init__(self, batch: int, columns: int, left_only: str | None = None):
-        self.tokens = torch.ones(batch, columns, dtype=torch.bool)
+        self.tokens = torch.ones(batch, columns, dtype=torch.bool, device="cpu")
         self._step = 0  # first column of the last step
         self._left_only = left_only
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
 
     def take(self, attention_mask: Tensor, seen: int) -> None:
         """Take in the mask ``[B, seen + new]`` of a step, or of the same step again.
@@ -54,26 +58,35 @@ class Padding:
                 )
         self.tokens, self._step = mask, seen
 
-    def check_positions(self, position_ids: Tensor | None, seen: int) -> None:
-        """ValueError where the new tokens of a sequence with padding behind tokens are not counted as tokens."""
+    def check_positions(self, position_ids: Tensor | None, seen: int, new: int) -> None:
+        """ValueError unless the ``new`` tokens of each sequence with padding behind tokens are counted as tokens."""
         behind = (self.tokens[:, : max(seen - 1, 0)] & ~self.tokens[:, 1 : max(seen, 1)]).any(dim=1)
-        if position_ids is None or position_ids.dim() != 2 or not behind.any():
+        if not behind.any():
             return
-        expected = (self.tokens.cumsum(dim=1) - 1)[:, seen:]
-        got = position_ids.cpu().expand(expected.shape)
-        wrong = (got != expected) & self.tokens[:, seen:] & behind[:, None]
+        tokens = self.columns(seen, new)
+        rule = "has padding behind a token, so position_ids must count its tokens alone (attention_mask.cumsum(1) - 1)"
+        if position_ids is None or position_ids.dim() != 2:
+            got = "none" if position_ids is None else f"shape {list(position_ids.shape)}"
+            raise ValueError(
+                f"sequence {int(behind.nonzero()[0])} {rule}, [B, {new}]; the model handed {got} to the cache: pad on "
+                "the left, or call set_attention_mask(attention_mask, position_ids) before the step"
+            )
+        expected = (self.tokens.cumsum(dim=1) - 1)[:, seen : seen + new]
+        got_ids = position_ids.cpu().expand(expected.shape)
+        wrong = (got_ids != expected) & tokens & behind[:, None]
         if wrong.any():
             sequence, column = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"sequence {sequence} has padding behind a token, so position_ids must count its tokens alone "
-                f"(attention_mask.cumsum(1) - 1): {int(expected[sequence, column])} in column {seen + column}, got "
-                f"{int(got[sequence, column])}. generate counts otherwise after padding on the right: pad on the left"
+                f"sequence {sequence} {rule}: {int(expected[sequence, column])} in column {seen + column}, got "
+                f"{int(got_ids[sequence, column])}. generate counts otherwise after padding on the right: pad on the "
+                "left"
             )
 
     def columns(self, seen: int, new: int) -> Tensor:
         """bool ``[B, new]`` of the columns after ``seen``; those that no mask was given for hold tokens."""
         if self.tokens.shape[1] < seen + new:
-            more = torch.ones(self.tokens.shape[0], seen + new - self.tokens.shape[1], dtype=torch.bool)
+            missing = seen + new - self.tokens.shape[1]
+            more = torch.ones(self.batch, missing, dtype=torch.bool, device="cpu")
             self.tokens = torch.cat([self.tokens, more], dim=1)
         return self.tokens[:, seen : seen + new]
 

@@ -5,40 +5,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lagkv_ext.cache.budget import starts_again
-from lagkv_ext.cache.buffer import RowBuffer, plain_tensors
-from lagkv_ext.cache.layer import LagKVLayer
-from lagkv_ext.cache.padded import PaddedLayer
-from lagkv_ext.cache.padding import Padding
+from lagkv_ext import arguments
+from lagkv_ext.cache.compression.compressor import Compressor
+from lagkv_ext.cache.compression.plan import starts_again
+from lagkv_ext.cache.compression.timer import CompressionTimer
+from lagkv_ext.cache.compression.track import Track
+from lagkv_ext.cache.growing.buffer import RowBuffer, plain_tensors
+from lagkv_ext.cache.growing.dense import DenseRows
+from lagkv_ext.cache.padded.padding import Padding
+from lagkv_ext.cache.padded.rows import PaddedRows
+from lagkv_ext.cache.rows import Rows
 from lagkv_ext.cache.settings import LayerSettings
-from lagkv_ext.cache.slots import SlotLayer
-from lagkv_ext.cache.timer import CompressionTimer
-from lagkv_ext.cache.track import Track
+from lagkv_ext.cache.static.slots import SlotLayer
 
 
 class LagKVStaticLayer(SlotLayer):
-    """It holds what a ``LagKVLayer`` of the same settings holds, bit for bit.
+    """Holds the rows that a ``LagKVLayer`` of the same settings holds, bit for bit.
 
-    The difference is who knows the lengths: here they are tensors, so that one step, compiled or captured, stays right
-    while the layer fills, compresses and starts again from the sink. A prompt is taken in by a ``LagKVLayer``, of which
-    the rows that stay are copied to the slots: attention of that step sees what it would see there, in memory that
-    lasts for that step.
+    Here the lengths are tensors, so that one step, compiled or captured, stays right while the layer fills, compresses
+    and starts again from the sink. A prompt is taken in by `DenseRows`, whose kept rows are copied to the slots:
+    attention of that step sees the rows that it would see in a growing cache, in memory that lasts for that step.
 
-    Every sequence has lengths of its own. Where a prompt had ``padding`` they differ: it is taken in by a
-    ``PaddedLayer``, and after it comes one token at a time, of every sequence, with a mask that shows `visible`.
+    Every sequence has lengths of its own. Where a prompt had ``padding`` they differ: it is taken in by `PaddedRows`,
+    and after it comes one token at a time, of every sequence, with a mask that shows `visible`.
     """
 
     is_sliding = False
     padding: Padding | None = None
-    timer: CompressionTimer | None = (
-        None  #: times prompts; compressions of steps are part of captured regions
-    )
 
     def __init__(self, settings: LayerSettings, capacity: int, step_tokens: int):
         super().__init__(capacity, step_tokens)
         assert settings.max_tokens == capacity - step_tokens + 1
         self.settings = settings
         self.max_tokens = settings.max_tokens
+        self._compressor = Compressor(settings)
+
+    @property
+    def timer(self) -> CompressionTimer | None:
+        """Times prompts; compressions of steps are part of captured regions."""
+        return self._compressor.timer
+
+    @timer.setter
+    def timer(self, timer: CompressionTimer | None) -> None:
+        self._compressor.timer = timer
 
     def allocate_lengths(self) -> None:
         self.positions = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.int32)
@@ -105,6 +114,10 @@ class LagKVStaticLayer(SlotLayer):
         rows = self.rows
         if not rows:
             raise ValueError("kept_positions: this layer has seen no token yet")
+        if int(self.seen) > arguments.MAX_LENGTH:
+            raise ValueError(
+                f"kept_positions: positions are int32, and this layer has seen {int(self.seen)} tokens: reset() it"
+            )
         self.settle()
         if self.padding is None:
             return self.positions[:, :, :rows].clone()
@@ -140,7 +153,7 @@ class LagKVStaticLayer(SlotLayer):
     def settle(self) -> None:
         """Run the compression that the last step left due; only once attention of that step has run.
 
-        This is ``budget.plan`` on the device. A step of at most ``step_tokens`` tokens sets off one pass at most.
+        This is ``compression/plan.py`` on the device. A step of up to ``step_tokens`` tokens sets off one pass at most.
         """
         # Behind the last row there are no partitions: with start there, the operator changes nothing.
         start = torch.where(self.due, self.start, self.length)
@@ -158,19 +171,17 @@ class LagKVStaticLayer(SlotLayer):
 
     def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         growing = self._as_growing()
-        growing.timer = self.timer
         new = key.shape[2]
-        key, value = growing.update(key, value)
-        kept_key, kept_value, positions = growing.keys, growing.values, growing.kept_positions()
-        assert kept_key is not None
-        assert kept_value is not None
-        tracks = growing.tracks
+        key, value = growing.take(key, value, hold=False)
+        states, positions, tracks = growing.states(), growing.positions(), growing.tracks
+        assert states is not None
+        assert positions is not None
         with plain_tensors():
             for b in range(self.batch_size):
                 track = tracks[b % len(tracks)]  # one by sequence, or one for all
                 for slots, kept in (
-                    (self.keys, kept_key),
-                    (self.values, kept_value),
+                    (self.keys, states[0]),
+                    (self.values, states[1]),
                     (self.positions, positions),
                 ):
                     slots[b, :, : track.rows].copy_(kept[b, :, kept.shape[2] - track.rows :])
@@ -181,15 +192,15 @@ class LagKVStaticLayer(SlotLayer):
         self.awaits_prompt = False
         return key, value
 
-    def _as_growing(self) -> LagKVLayer | PaddedLayer:
-        """What is held as a layer that grows. It reads the slots and never writes to them: they have no room there."""
+    def _as_growing(self) -> Rows:
+        """The rows held, as rows that grow. They read the slots and never write to them: they have no room there."""
         self.check_may_read()
         if self.awaits_prompt:
             assert self.padding is not None
-            return PaddedLayer(self.settings, self.padding)
+            return PaddedRows(self.settings, self._compressor, self.padding)
         rows = self.rows
         if not rows:
-            return LagKVLayer(self.settings)
+            return DenseRows(self.settings, self._compressor)
         track = Track.of_rows(
             self.settings,
             self.kept_positions(),
@@ -197,12 +208,12 @@ class LagKVStaticLayer(SlotLayer):
             seen=int(self.seen),
             compressions=self.compressions,
         )
-        return LagKVLayer.of_rows(self.keys[:, :, :rows], self.values[:, :, :rows], track)
+        return DenseRows.of_rows(self._compressor, self.keys[:, :, :rows], self.values[:, :, :rows], track)
 
     # -- lengths
 
     def _dropped(self, rows: Tensor) -> Tensor:
-        """What a compression of so many rows drops, by sequence."""
+        """Rows that a compression of so many rows drops, by sequence."""
         count = ((rows - self.start) // self.settings.lag_size - 1).clamp(min=0)
         return count * (self.settings.lag_size - self.settings.keep)
 

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from lagkv_ext.cache.cache import LagKVCache
+from lagkv_ext.cache.compression.timer import CompressionTimer
+from lagkv_ext.cache.growing.cache import LagKVCache
 from lagkv_ext.cache.report import CacheReport
-from lagkv_ext.cache.timer import CompressionTimer
 
 
 class _SelfAttentionCache(LagKVCache):

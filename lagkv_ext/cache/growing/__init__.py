@@ -1,0 +1,1 @@
+"""``LagKVCache``: a cache that grows with the tokens it is given."""

@@ -1,0 +1,1 @@
+"""Rows held in 8 or 4 bits."""

@@ -1,0 +1,1 @@
+"""``LagKVStaticCache``: memory of a fixed size at fixed addresses."""
