@@ -21,6 +21,7 @@ NAMES = (
     "skip_layers",
     "max_tokens",
     "quantization",
+    "boundary",
     "offloading",
     "offload_only_non_sliding",
 )

@@ -51,6 +51,10 @@ class Rows(ABC):
     # -- steps
 
     @abstractmethod
+    def check_step(self, new: int) -> None:
+        """ValueError where ``new`` tokens cannot come at once."""
+
+    @abstractmethod
     def check_states(self, key: Tensor, value: Tensor) -> None:
         """ValueError unless new states are like the rows held."""
 

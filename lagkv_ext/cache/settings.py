@@ -23,7 +23,8 @@ class LayerSettings:
     value_weight: float
     score: str
     max_tokens: int | None = None
-    quantization: str | None = None  #: of the rows that stay, one of `quantizer.FORMATS`
+    quantization: str | None = None  #: of the kept rows, one of `quantizer.FORMATS`
+    boundary: int | None = None  #: compress only when the tokens seen are a multiple of it
 
     @property
     def compresses(self) -> bool:
@@ -54,6 +55,7 @@ def layer_settings(
     score: str,
     max_tokens: int | None = None,
     quantization: str | None = None,
+    boundary: int | None = None,
 ) -> LayerSettings:
     """The settings of every layer that has none of its own. ValueError or TypeError names what was wrong."""
     lag_size = _integer("lag_size", lag_size, minimum=1)
@@ -78,7 +80,18 @@ def layer_settings(
         _check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
     if quantization is not None:
         _one_of("quantization", quantization, FORMATS)
-    return LayerSettings(lag_size, keep, sink_size, float(value_weight), score, max_tokens, quantization)
+    if boundary is not None:
+        boundary = _integer("boundary", boundary, minimum=1)
+        if boundary % lag_size:
+            raise ValueError(f"boundary must be a multiple of lag_size ({lag_size}), got {boundary}")
+        if max_tokens is not None:
+            raise ValueError(
+                f"give boundary or max_tokens, not both (a layer that starts again from the sink depends on every step "
+                f"so far), got boundary={boundary} and max_tokens={max_tokens}"
+            )
+    return LayerSettings(
+        lag_size, keep, sink_size, float(value_weight), score, max_tokens, quantization, boundary
+    )
 
 
 def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:

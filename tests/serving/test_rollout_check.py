@@ -30,6 +30,13 @@ SETTINGS = st.fixed_dictionaries(
         "quantization": st.just("int8"),
         "skip_layers": st.just([-1]),
     },
+) | st.fixed_dictionaries(
+    {
+        "lag_size": st.just(8),
+        "sink_size": st.integers(0, 6),
+        "keep": st.integers(1, 3),
+        "boundary": st.sampled_from([8, 24]),
+    }
 )
 
 
@@ -55,7 +62,7 @@ def step_by_step(kind: str, cache, ids: torch.Tensor, said: torch.Tensor, chunk:
     st.integers(1, 70),
 )
 def test_the_same_rows_stay_and_the_same_is_said_as_one_by_one(kind, settings, length, tokens, seed, chunk):
-    model = tiny_model(kind, dtype=torch.float64)
+    model, chunk = tiny_model(kind, dtype=torch.float64), settings.get("boundary", chunk)
     ids, said = prompt(length, seed=seed), prompt(tokens, seed=seed + 1000)
     full, compressed = DynamicCache(config=model.config), LagKVCache(model.config, **settings)
     agree, kl = departure(*(step_by_step(kind, cache, ids, said, chunk) for cache in (full, compressed)))

@@ -65,12 +65,29 @@ class Track:
         """Rows before the recent ones: the sink and those that compressions chose."""
         return self.rows - self.recent
 
-    def check_room(self, new: int) -> None:
-        """ValueError where ``new`` more tokens have no positions, which are int32."""
+    def check_step(self, new: int) -> None:
+        """ValueError where ``new`` tokens cannot come at once.
+
+        With a ``boundary``, the token at position ``t`` attends to a cache in which the first ``m`` partitions are
+        compressed, ``m = max(0, (n - sink_size) // lag_size - 1)`` for ``n = t // boundary * boundary``. The tokens of
+        one step see the same rows, so a step must not reach over a boundary at which a compression comes due.
+        """
         if self.seen + new > arguments.MAX_LENGTH:
             raise ValueError(
                 f"positions of tokens are int32, so a cache sees at most {arguments.MAX_LENGTH} tokens; it has seen "
                 f"{self.seen} and got {new} more: reset() it"
+            )
+        boundary = self.settings.boundary
+        if boundary is None:
+            return
+        crossed = (self.seen + new - 1) // boundary * boundary
+        if crossed > self.seen and self.settings.compressed_count(
+            self.rows + crossed - self.seen, self.start
+        ):
+            raise ValueError(
+                f"with boundary={boundary} a step must end at {crossed} tokens, where a compression comes due: {new} "
+                f"tokens came after {self.seen}. Give at most {boundary - self.seen % boundary} now, and prompts with "
+                f"prefill_chunk_size={boundary}"
             )
 
     def append(self, new: int) -> None:
@@ -90,15 +107,34 @@ class Track:
                 f"{self.recent} of the {self.seen} tokens seen are all held (compressions so far: "
                 f"{self.compressions}, rows held: {self.rows})"
             )
+        if self.compressions and self.seen - count < self._last_boundary():
+            raise ValueError(
+                f"crop would undo a compression{whose}: asked to remove {count} of {self.seen} tokens, but the cache "
+                f"was compressed at {self._last_boundary()} tokens, a multiple of boundary={self.settings.boundary}"
+            )
+
+    def _last_boundary(self) -> int:
+        """Tokens seen when the last compression ran; 0 without a boundary."""
+        boundary, lag_size = self.settings.boundary, self.settings.lag_size
+        if boundary is None:
+            return 0
+        partitions = (self.start - self.settings.sink_size) // self.settings.keep
+        least = self.settings.sink_size + (partitions + 1) * lag_size
+        return -(-least // boundary) * boundary
 
     def until_due(self) -> int:
         """Tokens up to the one that sets off the next compression, at least 1."""
         if not self.settings.compresses:
             return arguments.MAX_LENGTH
-        return max(1, self.start + 2 * self.settings.lag_size - self.rows)
+        missing = max(1, self.start + 2 * self.settings.lag_size - self.rows)
+        if self.settings.boundary is None:
+            return missing
+        return -(-(self.seen + missing) // self.settings.boundary) * self.settings.boundary - self.seen
 
     def plan(self) -> Plan:
         """The compressions that are due with the rows held."""
+        if self.settings.boundary is not None and self.seen % self.settings.boundary:
+            return Plan((), self.rows, self.start)
         return plan(self.settings, self.rows, self.start)
 
     def account(self, planned: Plan) -> None:

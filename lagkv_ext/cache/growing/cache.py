@@ -48,6 +48,10 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             no room for the next one makes the layer start again from the sink: the next one chooses among
             all rows after it, as if they were a new sequence. Tokens given one by one never take a layer over it;
             many at once do for the step that brings them.
+        boundary: compress only when the tokens seen are a multiple of it, itself a multiple of ``lag_size``. Keys and
+            values of a token then depend on the tokens up to it and on the settings alone, not on the steps in which
+            they came, as in the vLLM plugin. A step that reaches over a boundary at which a compression comes due is
+            refused: give prompts with ``prefill_chunk_size=boundary``. Not with ``max_tokens`` or assisted decoding.
         quantization: "int8", "int4" or "fp8" for the kept rows of full-attention layers, with a scale for every
             32 channels (`quantizer`). The most recent rows, from one to two ``lag_size``, are held as they came, so the
             same tokens are kept as without it; where nothing is dropped, all rows before them are quantised.
@@ -91,6 +95,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         skip_layers: Iterable[int] = (),
         max_tokens: int | None = None,
         quantization: str | None = None,
+        boundary: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ):
@@ -104,6 +109,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             score=score,
             max_tokens=max_tokens,
             quantization=quantization,
+            boundary=boundary,
         )
         if offloading and not torch.accelerator.is_available():
             raise ValueError(

@@ -17,7 +17,10 @@ class LagKVHybridLayer(LinearAttentionLayer, LagKVLayer):  # type: ignore[misc] 
 
     is_compileable = False
     supports_early_init = False
-    is_croppable = LinearAttentionLayer.is_croppable
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return super().is_croppable and self.settings.boundary is None
 
     def __init__(self, settings: LayerSettings, number_of_states: int = 1):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)

@@ -31,7 +31,6 @@ class LagKVLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = True
 
     def __init__(self, settings: LayerSettings):
         # Not the base class's __init__: it assigns keys and values, which are properties here.
@@ -61,6 +60,11 @@ class LagKVLayer(CacheLayerMixin):
         if arrival is not None:
             arrival.synchronize()
         return self._held
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override] # an attribute in the base class
+        """Whether any step may be taken back, as assisted decoding does."""
+        return self.settings.boundary is None
 
     @property
     def compressor(self) -> Compressor:
@@ -138,6 +142,7 @@ class LagKVLayer(CacheLayerMixin):
         key, value = checked_states(key_states, value_states)
         held = self.held
         held.check_states(key, value)
+        held.check_step(key.shape[2])
         if not self.is_initialized:
             LagKVLayer.lazy_initialization(self, key, value)
         if self._awaits_crop:
@@ -159,7 +164,15 @@ class LagKVLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Hold every step until `crop`, which assisted decoding calls after it, or the next step: a rejected token then
-        never decides what is kept."""
+        never decides what is kept.
+
+        Raises ValueError: with a ``boundary``, over which the candidates of a step would reach.
+        """
+        if not self.is_croppable:
+            raise ValueError(
+                f"assisted decoding is not possible with boundary={self.settings.boundary}: a step of candidates would "
+                "reach over a boundary"
+            )
         self.record_past, self._awaits_crop = True, False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -228,6 +241,10 @@ class LagKVLayer(CacheLayerMixin):
         if positions is None:
             raise ValueError("kept_positions: this layer has seen no token yet")
         return positions
+
+    def check_step(self, new: int) -> None:
+        """ValueError where ``new`` tokens cannot come at once; see `Track.check_step`."""
+        self._held.check_step(new)
 
     def tokens_at_once(self, most: int) -> int:
         """Tokens, up to ``most``, that a step may bring with the result of as many steps of one token: those up to the

@@ -97,6 +97,9 @@ class MaskKeeper:
                     f"got shape {list(mask.shape)}"
                 )
             self._take(mask)
+        for layer in self._layers:
+            if isinstance(layer, LagKVLayer):
+                layer.check_step(new)
         if self._known != seen + new:
             self._positions = None  # those told with an earlier step
         self._known = seen + new

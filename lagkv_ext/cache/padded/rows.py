@@ -76,13 +76,16 @@ class PaddedRows(Rows):
 
     # -- steps
 
+    def check_step(self, new: int) -> None:
+        counts = self._padding.columns(self._seen, new).sum(dim=1).tolist()
+        for track, count in zip(self._tracks, counts, strict=True):
+            track.check_step(count)
+
     def check_states(self, key: Tensor, value: Tensor) -> None:
         if key.shape[0] != self.batch:
             raise ValueError(
                 f"key states must have the batch size of attention_mask ({self.batch}), got shape {list(key.shape)}"
             )
-        for track in self._tracks:
-            track.check_room(key.shape[2])
         if self._buffer is not None:
             self._buffer.check_states(key, value)
 

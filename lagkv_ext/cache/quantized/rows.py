@@ -64,8 +64,10 @@ class CodedRows(Rows):
 
     # -- steps
 
+    def check_step(self, new: int) -> None:
+        self.track.check_step(new)
+
     def check_states(self, key: Tensor, value: Tensor) -> None:
-        self.track.check_room(key.shape[2])
         if self.buffer is not None:
             self.buffer.check_states(key, value)
 

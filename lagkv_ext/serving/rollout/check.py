@@ -29,11 +29,11 @@ def replay(
     ``[T]``; without the prompt) with a `DynamicCache` and, beside it, with a `LagKVCache` of ``settings``. Integers.
 
     The compressed cache goes through the compressions of the generation: the prompt comes in one piece, or in the
-    chunks in which `generate` was told to read it (``prefill_chunk_size``), and the answer in steps that end where a
-    compression comes due. Between two compressions the tokens of a step see what they would see one by one, so the
-    same rows stay; what differs is rounding, as between any two batch shapes of a model. (Quantised rows, models with
-    linear and full attention in one layer: all tokens come one by one.) The full cache gets the same steps, so that
-    nothing but compression differs.
+    chunks in which `generate` was told to read it (``prefill_chunk_size``, else the ``boundary`` of ``settings``), and
+    the answer in steps that end where a compression comes due. Between two compressions the tokens of a step see what
+    they would see one by one, so the same rows stay; what differs is rounding, as between any two batch shapes of a
+    model. (Quantised rows, models with linear and full attention in one layer: all tokens come one by one.) The full
+    cache gets the same steps, so that nothing but compression differs.
 
     Costs two readings of the prompt and ``2 T / lag_size`` steps or so, both caches, and no other memory that grows
     with ``N``. Each answer token is judged given the right ones before it.
@@ -49,7 +49,8 @@ def replay(
     from lagkv_ext import LagKVCache
 
     full, compressed = DynamicCache(config=model.config), LagKVCache(model.config, **settings)
-    return compare(model, prompt, said, full, compressed, prefill_chunk_size or prompt.shape[1])
+    chunk = prefill_chunk_size or settings.get("boundary") or prompt.shape[1]
+    return compare(model, prompt, said, full, compressed, chunk)
 
 
 def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any, chunk: int) -> Check:
