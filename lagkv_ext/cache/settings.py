@@ -149,51 +149,6 @@ def with_capacity(settings: LayerSettings, capacity: int, step_tokens: int) -> L
     return dataclasses.replace(settings, max_tokens=max_tokens)
 
 
-ENCODER_DECODERS = ("bart", "marian", "mbart", "pegasus", "whisper")
-
-
-def check_config(config: Any, part_of_encoder_decoder: bool = False) -> None:
-    """Refuse what is no configuration of transformers, and models whose cache does not hold keys and values by row."""
-    from transformers import PreTrainedConfig
-
-    if not isinstance(config, PreTrainedConfig):
-        hint = " (pass model.config)" if isinstance(getattr(config, "config", None), PreTrainedConfig) else ""
-        raise TypeError(f"config must be a transformers configuration, got {type(config).__name__}{hint}")
-    text = config.get_text_config(decoder=True)
-    model = f"{type(config).__name__} (model_type {text.model_type!r})"
-    if config.is_encoder_decoder or text.is_encoder_decoder:
-        if hasattr(text, "relative_attention_num_buckets"):
-            raise ValueError(
-                f"{model} is an encoder-decoder model that derives an attention bias from row numbers of the cache, "
-                "which no longer are positions once tokens were dropped"
-            )
-        if text.model_type not in ENCODER_DECODERS:
-            raise ValueError(
-                f"{model} is an encoder-decoder model; those that can be served are {', '.join(ENCODER_DECODERS)}"
-            )
-        if not part_of_encoder_decoder:
-            raise ValueError(
-                f"{model} is an encoder-decoder model, whose cross-attention needs a cache of its own: use "
-                "LagKVEncoderDecoderCache"
-            )
-    elif part_of_encoder_decoder:
-        raise ValueError(f"{model} is no encoder-decoder model: use LagKVCache")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise ValueError(
-            f"{model} has multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): its cache holds "
-            "latents that all heads share, which LagKV does not score"
-        )
-    if (
-        text.model_type in ("bloom", "mpt")
-        or text.model_type.startswith("inkling")
-        or getattr(text, "alibi", False)
-    ):
-        raise ValueError(
-            f"{model} derives an attention bias from row numbers of the cache (ALiBi or relative logits), which no "
-            "longer are positions once tokens were dropped"
-        )
-
-
 def _layer_index(name: str, index: Any, layer_count: int, named: dict[int, str]) -> int:
     index = _integer(f"a layer index in {name}", index)
     if not -layer_count <= index < layer_count:

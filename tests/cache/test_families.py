@@ -290,7 +290,8 @@ def test_whisper():
     [
         ("BartConfig", LagKVCache, "cross-attention needs a cache of its own: use LagKVEncoderDecoderCache"),
         ("T5Config", LagKVEncoderDecoderCache, "attention bias from row numbers of the cache"),
-        ("T5GemmaConfig", LagKVEncoderDecoderCache, "can be served are bart, marian, mbart, pegasus, whisper"),
+        ("T5Gemma2Config", LagKVEncoderDecoderCache, "merges the rows of its encoder into self-attention"),
+        ("MoonshineConfig", LagKVEncoderDecoderCache, "can be served are bart, .* marian, .* whisper"),
         ("LlamaConfig", LagKVEncoderDecoderCache, "is no encoder-decoder model: use LagKVCache"),
         ("DeepseekV3Config", LagKVCache, "latents that all heads share, which LagKV does not score"),
         ("DeepseekV2Config", LagKVCache, "latents that all heads share, which LagKV does not score"),

@@ -213,7 +213,7 @@ def tiny(name, **settings):
 MASK_USERS = {
     # It slices the mask, adds a bias to it, and hides more.
     "Doge": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "keep_window_size": 512, "initializer_range": 0.3},
+             "num_key_value_heads": 1, "keep_window_size": 512, "initializer_range": 0.3},
     # They compare its shape with that of the keys, and pass it on.
     "XGLM": {"d_model": 32, "ffn_dim": 32, "num_layers": 3, "attention_heads": 4, "init_std": 0.3},
     "TrOCR": {"d_model": 32, "decoder_ffn_dim": 32, "decoder_layers": 3, "decoder_attention_heads": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.growing.recording import PastRecording
 from lagkv_ext.cache.masks.hook import AskedLength, MaskFunction, install
 from lagkv_ext.cache.masks.keeper import MaskKeeper
+from lagkv_ext.cache.models import check_config, cross_attention_layers, uncompressed_layers
 from lagkv_ext.cache.padded.padding import check_prompt_mask
 from lagkv_ext.cache.report import ReportsLayers
-from lagkv_ext.cache.settings import LayerSettings, check_config, layer_settings, settings_per_layer
+from lagkv_ext.cache.settings import LayerSettings, layer_settings, settings_per_layer
 from lagkv_ext.cache.storage import StoredInFiles, describe_model
 
 
@@ -120,7 +122,12 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding
         )
         self._model = describe_model(config)
-        full_layers = [i for i, layer in enumerate(self.layers) if _is_compressed(layer)]
+        other_rows = cross_attention_layers(config)
+        rows_of_tokens = [
+            i for i, layer in enumerate(self.layers) if _is_compressed(layer) and i not in other_rows
+        ]
+        uncompressed = uncompressed_layers(config)
+        full_layers = [i for i in rows_of_tokens if i not in uncompressed]
         if not full_layers:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise ValueError(
@@ -128,14 +135,17 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
                 f"{len(self.layers)} layers are {', '.join(kinds)}"
             )
         settings = settings_per_layer(base, full_layers, len(self.layers), layer_keep_ratio, skip_layers)
+        # Not plain layers of transformers: ours know padding, and can be saved.
+        whole = dataclasses.replace(base, keep=base.lag_size, quantization=None)
+        settings |= {i: whole for i in rows_of_tokens if i in uncompressed}
         if any(isinstance(x, LinearAttentionAndFullAttentionLayer) for x in self.layers):
             _check_hybrid(quantization, offloading)
-        for i in full_layers:
+        for i in rows_of_tokens:
             self.layers[i] = _compressed_layer(self.layers[i], settings[i])
         self._compresses = any(x.compresses for x in settings.values())
-        others = [x for x in MaskKeeper(self.layers, uniform=True).sharing if x not in settings]
+        others = [x for x in MaskKeeper(self.layers, True, other_rows).sharing if x not in settings]
         uniform = not others and len(set(settings.values())) == 1
-        self._masks = MaskKeeper(self.layers, uniform)
+        self._masks = MaskKeeper(self.layers, uniform, other_rows)
         self._recording = PastRecording()
         attention = getattr(config.get_text_config(decoder=True), "_attn_implementation", None)
         if not uniform and attention == "flex_attention":
@@ -216,7 +226,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             ValueError: the mask of these tokens was neither seen nor told (`set_attention_mask`).
         """
         layer, new, visible = self.layers[layer_idx], key_states.shape[-2], None
-        if self._compresses:
+        if self._compresses and layer_idx not in self._masks.other_rows:
             self._masks.check_step(layer, new, kwargs.get("kwargs") or {})
             visible = self._masks.hidden_by(layer_idx, new)
         if not isinstance(layer, LagKVLayer):

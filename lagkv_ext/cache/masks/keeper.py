@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,20 @@ _SHARING_ATTENTION = ("sdpa", "eager")
 class MaskKeeper:
     """Sees the 2-D attention mask of every step, finds padding in it, and makes the masks of full-attention layers.
 
-    Full-attention layers share one mask, made for the longest of them. ``layers`` are all those of the cache.
+    Full-attention layers share one mask, made for the longest of them. ``layers`` are all those of the cache;
+    ``other_rows`` are those whose rows are not the tokens, and which have masks of their own.
     """
 
-    def __init__(self, layers: Sequence[Any], uniform: bool):
+    def __init__(self, layers: Sequence[Any], uniform: bool, other_rows: Collection[int] = ()):
         self._layers = layers
+        self.other_rows = other_rows
         self._uniform = uniform  # whether all of them are compressed alike
         self.sharing = tuple(
             i
             for i, layer in enumerate(layers)
-            if isinstance(layer, CacheLayerMixin) and not getattr(layer, "is_sliding", False)
+            if isinstance(layer, CacheLayerMixin)
+            and not getattr(layer, "is_sliding", False)
+            and i not in other_rows
         )
         self.reset()
 

@@ -12,8 +12,9 @@ from transformers.configuration_utils import get_head_shapes
 
 from lagkv_ext.cache.growing.buffer import plain_tensors
 from lagkv_ext.cache.masks.hook import AskedLength, MaskFunction, asked_while_tracing, install
+from lagkv_ext.cache.models import check_config, static_refusal
 from lagkv_ext.cache.report import ReportsLayers
-from lagkv_ext.cache.settings import _integer, check_config, layer_settings, with_capacity
+from lagkv_ext.cache.settings import _integer, layer_settings, with_capacity
 from lagkv_ext.cache.static.layer import LagKVStaticLayer
 from lagkv_ext.cache.static.masks import StaticMasks
 from lagkv_ext.cache.static.slots import SlotLayer
@@ -254,6 +255,9 @@ class LagKVStaticCache(ReportsLayers, Cache):
 
 
 def _check_layers(config: PreTrainedConfig, layers: list[Any]) -> None:
+    reason = static_refusal(config)
+    if reason is not None:
+        raise ValueError(f"{type(config).__name__} cannot go with LagKVStaticCache: {reason}. Use LagKVCache")
     kinds = {type(x).__name__ for x in layers}
     names = ", ".join(sorted(kinds))
     unfit = sorted(kinds - {StaticLayer.__name__, *_OTHER_LAYERS})
