@@ -70,6 +70,27 @@ def trip(path: Path, me: int) -> int:
 
 
 def add_checks(path: Path, me: int) -> None:
-    evidence = Evidence(Store(path).checks_of(1), 9)
+    evidence = Evidence(Store(path).checks_of(1))
     for i in range(100):
         evidence.append(Check(0.5, i, me, 1))
+
+
+def settle(path: Path, _: int) -> int:
+    """What a server does that starts, and the version that it sees then."""
+    from lagkv_ext.serving.rollout import Rollout
+    from tests.cache.models import tiny_config
+
+    rollout = Rollout(path, tiny_config("llama"), reload_s=0)
+    while (version := rollout.status().version) == 1:  # another one holds the lock
+        time.sleep(0.01)
+    return version
+
+
+def add_samples(path: Path, me: int) -> int:
+    """How many of five were taken in."""
+    from lagkv_ext.serving.rollout.samples import Sample, SampleFolder
+
+    store = Store(path)
+    folder = SampleFolder(store, store.current().samples)
+    made = Sample("now", 1, "lagkv", {}, f"prompt of {me}", "a", "b", 1)
+    return sum(folder.add(made) is not None for _ in range(5))

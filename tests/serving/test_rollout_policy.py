@@ -69,12 +69,12 @@ def changed(field: str, value: object) -> str:
         ("guard.min_agrement", 1, "guard has the unknown name 'min_agrement'; known: min_agreement"),
         ("guard.min_agreement", 0, "guard.min_agreement must be a number over 0 to 1, got 0"),
         ("guard.max_kl", 0, "guard.max_kl must be a number over 0, got 0"),
-        ("guard.min_checks", 0, "guard.min_checks must be an integer of at least 1, got 0"),
-        ("guard.window", 2, "guard.window must be at least guard.min_checks (3), got 2"),
+        ("guard.level", 0, "guard.level must be a number over 0 to 0.5, got 0"),
+        ("guard.recover", 1, "guard.recover must be true or false, got 1"),
         ("guard.window", 2.5, "guard.window must be an integer of at least 1, got 2.5"),
         ("guard.check_share", 2, "guard.check_share must be a number from 0 to 1, got 2"),
         ("guard.max_errors", 0, "guard.max_errors must be an integer of at least 1, got 0"),
-        ("Share", 1, "has the unknown name 'Share'; known: version, enabled, share, "),
+        ("Share", 1, "has the unknown name 'Share'; known: version, enabled, variants, min_prompt_tokens, "),
     ],
 )
 def test_every_wrong_value(field, value, message):
@@ -100,7 +100,10 @@ def test_the_order_that_is_left_may_still_be_named():
         ('{"settings": {"keep": 1, "keep": 2}}', "has the name 'keep' twice"),
         ('{"share": NaN}', "must have finite numbers, got NaN"),
         ('{"share": Infinity}', "must have finite numbers, got Infinity"),
-        ('{"version": 1, "enabled": true, "share": 1}', "must say 'settings'; required are version, enabled"),
+        (
+            '{"version": 1, "enabled": true, "share": 1}',
+            "must have 'settings'; required: version, enabled, share",
+        ),
         ("[" * 100_000, "is not valid JSON"),
         (changed("share", 10**400), "share must be a number from 0 to 1"),
     ],

@@ -47,7 +47,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: Store(path.with_name("a.json")).trip(),
         json.dumps({"version": 1, "reason": "why", "time": "now", "pid": 1}, indent=2),
     ),
-    "evidence": (lambda path: Evidence(path, 9).new(), json.dumps(CHECK) + "\n" + json.dumps(CHECK) + "\n"),
+    "evidence": (lambda path: Evidence(path).new(), json.dumps(CHECK) + "\n" + json.dumps(CHECK) + "\n"),
     "facts": (facts, json.dumps(FACTS, indent=2)),
     "templates": (files.read_templates, json.dumps({"qasper": "Read {context}\nSay {input}"}, indent=2)),
     "prompts": (prompts, json.dumps(PROMPT) + "\n" + json.dumps(PROMPT) + "\n"),

@@ -9,25 +9,29 @@
 
 from __future__ import annotations
 
-from lagkv_ext.serving.rollout.breaker import Breaker, Check
+from lagkv_ext.serving.rollout.judge import Check, Judge
 from lagkv_ext.serving.rollout.ladder import Ladder, Rung, read_ladder
-from lagkv_ext.serving.rollout.policy import Guard, Policy, RolloutError
+from lagkv_ext.serving.rollout.policy import Guard, LadderRules, Policy, RolloutError, Samples, Variant
 from lagkv_ext.serving.rollout.server import Decision, Rollout
-from lagkv_ext.serving.rollout.status import RolloutStatus
+from lagkv_ext.serving.rollout.status import RolloutStatus, VariantStatus
 from lagkv_ext.serving.rollout.store import Store, Trip
 
 __all__ = [
-    "Breaker",
     "Check",
     "Decision",
     "Guard",
+    "Judge",
     "Ladder",
+    "LadderRules",
     "Policy",
     "Rollout",
     "RolloutError",
     "RolloutStatus",
     "Rung",
+    "Samples",
     "Store",
     "Trip",
+    "Variant",
+    "VariantStatus",
     "read_ladder",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lagkv_ext.cache.fidelity import departure, forward
 from lagkv_ext.cache.growing.layer import LagKVLayer
-from lagkv_ext.serving.rollout.breaker import Check
+from lagkv_ext.serving.rollout.judge import Check
 
 # Answer tokens in one step at most: two times as many rows of logits exist at one time.
 _MOST = 64

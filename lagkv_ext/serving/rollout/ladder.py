@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lagkv_ext.serving.rollout.policy import RolloutError, check_values, number, read_object, text_of
+from lagkv_ext.serving.rollout.policy import RolloutError, check_rungs, number, read_object, text_of
 from lagkv_ext.settings_file import checked_settings
 
 FORMAT = "lagkv-ladder-1"
@@ -96,15 +96,6 @@ def parse_ladder(text: str, source: str) -> Ladder:
                 f"{source}: rungs must go from the largest cache to the smallest, got rows {smaller} after {larger}"
             )
     return Ladder(found, model)
-
-
-def check_rungs(settings: Sequence[Mapping[str, Any]], source: str) -> None:
-    """RolloutError where settings of two rungs are equal, or no cache takes them."""
-    for i, one in enumerate(settings):
-        check_values(one, f"{source}: rung {i}")
-        for j, other in enumerate(settings[:i]):
-            if dict(one) == dict(other):
-                raise RolloutError(f"{source}: rungs {j} and {i} have the same settings")
 
 
 def _rung(source: str, data: Any) -> Rung:

@@ -2,8 +2,10 @@
 
 Beside ``lagkv-rollout.json``, the version in force:
 
-- ``lagkv-rollout.history/000003.json``: every version, never changed; ``000003.tripped.json`` where it tripped.
-- ``lagkv-rollout.tripped.json``: the version that tripped, for all processes; later versions ignore it.
+- ``lagkv-rollout.history/000003.json``: every version, never changed; ``000003.tripped.json`` where it tripped,
+  ``000003.tripped.NAME.json`` where another variant than the main one did.
+- ``lagkv-rollout.tripped.json`` and ``lagkv-rollout.tripped.NAME.json``: the version in which a variant tripped, for
+  all processes; later versions ignore them.
 - ``lagkv-rollout.checks/000003.jsonl``: the quality checks of a version (`evidence`).
 - ``lagkv-rollout.lock``: held (flock) while something is written; the system frees it when a process dies.
 
@@ -23,11 +25,11 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lagkv_ext.serving.rollout.policy import Policy, RolloutError, integer, read, read_object, text_of
+from lagkv_ext.serving.rollout.policy import MAIN, Policy, RolloutError, integer, read, read_object, text_of
 
 DOUBT = 2**62  # above every version
 _NUMBERED = re.compile(r"(\d{6,})\.")
@@ -36,15 +38,19 @@ _VERSION = re.compile(r"(\d{6,})\.json")
 
 @dataclass(frozen=True)
 class Trip:
-    """Why a version fell back to the full cache."""
+    """Why a variant fell back to the full cache in one version."""
 
     version: int
     reason: str
     time: str  #: ISO 8601, UTC
     pid: int  #: of the process that found out
-    checks: int = 0  #: in the window
+    checks: int = 0
     agreement: float | None = None
     kl: float | None = None  #: nats per token; None also where it was infinite
+    variant: str = MAIN
+    by: str = (
+        "checks"  #: "checks", "errors" or "probation": after a trip, a ladder tries a larger cache unseen
+    )
 
 
 def now() -> str:
@@ -71,7 +77,6 @@ class Store:
         self.name, self._patience_s = Path(name), patience_s
         self.path = target_of(self.name)
         self.history = self._beside(".history")
-        self.tripped = self._beside(".tripped.json")
         self.checks = self._beside(".checks")
 
     def again(self) -> Store:
@@ -115,36 +120,68 @@ class Store:
         """Where the quality checks of a version are (`evidence`)."""
         return self.checks / f"{number:06}.jsonl"
 
-    def trip(self) -> Trip | None:
-        """The record of the last trip, of whatever version. OSError or RolloutError where it cannot be read."""
-        return _read_trip(self.tripped)
+    def tripped(self, variant: str = MAIN) -> Path:
+        """The file with the record of a variant's last trip."""
+        return self._beside(_tripped(variant))
 
-    def trip_of(self, number: int) -> Trip | None:
-        """What the history has of a version's trip, None where it did not trip."""
-        return _read_trip(self.history / f"{number:06}.tripped.json")
+    def trip(self, variant: str = MAIN) -> Trip | None:
+        """The record of a variant's last trip, of any version. OSError or RolloutError where it cannot be read."""
+        return _read_trip(self.tripped(variant), variant)
 
-    def trip_in_force(self, number: int) -> Trip | None:
-        """The trip that holds for a version that is in force: by the last record or, where somebody deleted that, by
-        the history. OSError or RolloutError where either cannot be read."""
-        trip = self.trip()
-        return trip if trip is not None and trip.version >= number else self.trip_of(number)
+    def trip_of(self, number: int, variant: str = MAIN) -> Trip | None:
+        """The trip of a variant in a version by the history; None where it did not trip."""
+        return _read_trip(self.history / f"{number:06}{_tripped(variant)}", variant)
+
+    def trips_of(self, policy: Policy) -> list[Trip]:
+        """The trips of all variants of a version, by the history."""
+        found = (self.trip_of(policy.version, name) for name in policy.variants)
+        return [trip for trip in found if trip is not None]
+
+    def trip_in_force(self, number: int, variant: str = MAIN) -> Trip | None:
+        """The trip of a variant that holds for a version in force: by the last record or, where somebody deleted it,
+        by the history. OSError or RolloutError where either cannot be read."""
+        trip = self.trip(variant)
+        return trip if trip is not None and trip.version >= number else self.trip_of(number, variant)
+
+    def trips_in_force(self, policy: Policy) -> dict[str, Trip]:
+        """The trips that hold for a version, by variant. A record that cannot be read counts for every version."""
+        found = {}
+        for name in policy.variants:
+            try:
+                trip = self.trip_in_force(policy.version, name)
+            except (OSError, RolloutError) as error:
+                trip = Trip(DOUBT, str(error), now(), os.getpid(), variant=name)
+            if trip is not None and trip.version >= policy.version:
+                found[name] = trip
+        return found
 
     # -- writing
 
     def write(
-        self, make: Callable[[Policy | None], Policy], *, over: bool = False, dry_run: bool = False
+        self,
+        make: Callable[[Policy | None], Policy],
+        *,
+        over: bool = False,
+        dry_run: bool = False,
+        anew: Collection[str] | None = None,
+        probation: Trip | None = None,
     ) -> tuple[Policy | None, Policy]:
-        """Write a new version. ``make`` gets the version in the file (None: no file), and returns what is wanted with
-        any version number; the number is set here. Returns the old and the new version.
+        """Writes a new version. ``make`` gets the version in the file (None: no file) and returns the wanted one with
+        any number; the number is set here. Returns the old and the new version.
 
-        Nothing is written where ``make`` wants what is there and that has not tripped: both returned are the same.
-        ``over``: where the file is gone or cannot be used, ``make`` gets the newest usable version of the history.
-        ``dry_run``: write nothing, only return both.
+        Nothing is written where ``make`` returns the content of the file and no variant has tripped: both returned
+        are the same.
+
+        Args:
+            over: where the file is gone or cannot be used, ``make`` gets the newest usable version of the history.
+            dry_run: write nothing, only return both.
+            anew: the variants whose trips end; None: all. The trips of others hold for the new version too.
+            probation: a trip of the new version, of any number: its variant gets no request until it is proven.
 
         Raises what ``make`` raises, OSError, and RolloutError where the file (``over``: and every version) cannot be
         used.
         """
-        with self._locked():
+        with self.locked():
             try:
                 old, lost = self.current(), False
             except RolloutError:
@@ -154,33 +191,45 @@ class Store:
             if old is None and over:
                 old, lost = self._newest_usable(), True
             wanted = make(old)
-            trip = self.trip_or_doubt(old)
-            tripped = old is not None and trip is not None and trip.version >= old.version
-            if old is not None and wanted.content == old.content and not tripped and not lost:
+            trips = {} if old is None else self.trips_in_force(old)
+            if old is not None and wanted.content == old.content and not trips and not lost:
                 return old, old
-            new = dataclasses.replace(wanted, version=self._last(old, trip) + 1)
+            new = dataclasses.replace(wanted, version=self._last(old, trips) + 1)
+            held = [
+                x
+                for name, x in trips.items()
+                if anew is not None and name not in anew and name in new.variants
+            ]
+            held += [] if probation is None else [probation]
             if not dry_run:
-                self._publish(old, new, trip)
+                self._publish(old, new, trips, [dataclasses.replace(x, version=new.version) for x in held])
             return old, new
 
-    def _last(self, old: Policy | None, trip: Trip | None) -> int:
-        """The highest number that any file speaks of."""
-        numbers = [x.version for x in (old, trip) if x is not None and x.version < DOUBT]
+    def _last(self, old: Policy | None, trips: dict[str, Trip]) -> int:
+        """The highest number in any file."""
+        numbers = [x.version for x in (old, *trips.values()) if x is not None and x.version < DOUBT]
+        for path in self._tripped_files():  # of a version whose writer died before it was in force
+            with contextlib.suppress(OSError, RolloutError):
+                trip = _read_trip(path, MAIN)
+                numbers += [trip.version] if trip is not None and trip.version < DOUBT else []
         for folder in (self.history, self.checks):
             names = [x.name for x in folder.iterdir()] if folder.is_dir() else []
             numbers += [int(found[1]) for name in names if (found := _NUMBERED.match(name))]
         return max(numbers, default=0)
 
-    def _publish(self, old: Policy | None, new: Policy, trip: Trip | None) -> None:
-        """In an order in which the death of this process at any point loses no version that was in force, and leaves
-        none in the history that never was."""
+    def _publish(self, old: Policy | None, new: Policy, trips: dict[str, Trip], held: list[Trip]) -> None:
+        """In an order in which the death of this process at any point loses no version that was in force, leaves none
+        in the history that never was, and lets no variant begin that is held."""
         self.history.mkdir(exist_ok=True)
         if old is not None:  # made by hand, or its writer died
             with contextlib.suppress(FileExistsError):
                 place(self._kept(old.version), old.text, first=True)
             self._pending(old.version).unlink(missing_ok=True)
-        if trip is not None and trip.version < DOUBT:  # the server that tripped may not have had the right to
-            self._keep_trip(trip)
+        for trip in trips.values():
+            if trip.version < DOUBT:  # the server that tripped may not have had the right to
+                self._keep_trip(trip)
+        for trip in held:  # a record of a later version holds for the one in force too
+            place(self.tripped(trip.variant), _text(trip))
         place(self._pending(new.version), new.text, first=True)
         try:
             place(self.path, new.text)
@@ -193,14 +242,24 @@ class Store:
                 str(self.path),
             ) from error
         os.rename(self._pending(new.version), self._kept(new.version))
-        self.tripped.unlink(missing_ok=True)  # of an older version, whose record is in the history
+        for trip in held:
+            self._keep_trip(trip)
+        keep = {self.tripped(trip.variant) for trip in held}
+        for path in self._tripped_files():  # of older versions, whose records are in the history
+            if path not in keep:
+                path.unlink(missing_ok=True)
+
+    def _tripped_files(self) -> list[Path]:
+        begin = self._beside(".tripped.").name
+        names = os.listdir(self.path.parent) if self.path.parent.is_dir() else []
+        return [self.path.with_name(x) for x in names if x.startswith(begin) and x.endswith(".json")]
 
     def _pending(self, number: int) -> Path:
         return self.history / f"{number:06}.pending"
 
     def _keep_trip(self, trip: Trip) -> None:
         with contextlib.suppress(FileExistsError):
-            place(self.history / f"{trip.version:06}.tripped.json", _text(trip), first=True)
+            place(self.history / f"{trip.version:06}{_tripped(trip.variant)}", _text(trip), first=True)
 
     def _kept(self, number: int) -> Path:
         return self.history / f"{number:06}.json"
@@ -214,27 +273,21 @@ class Store:
         )
 
     def record_trip(self, trip: Trip) -> Trip:
-        """Let all processes know. Returns the record that stands: the first one of a version, never a later one."""
-        with self._locked():
-            with contextlib.suppress(RolloutError):  # an unreadable record is replaced by a good one
-                standing = self.trip_in_force(trip.version)
+        """Tells all processes. Returns the record that stands: the first one of a version and variant."""
+        with self.locked():
+            with contextlib.suppress(RolloutError):  # a record that cannot be read is replaced by a good one
+                standing = self.trip_in_force(trip.version, trip.variant)
                 if standing is not None and standing.version >= trip.version:
                     trip = standing  # written again, where somebody deleted it
-            place(self.tripped, _text(trip))
+            place(self.tripped(trip.variant), _text(trip))
             with contextlib.suppress(OSError):  # else the next command does it
                 self.history.mkdir(exist_ok=True)
                 self._keep_trip(trip)
             return trip
 
-    def trip_or_doubt(self, policy: Policy | None) -> Trip | None:
-        """As `trip_in_force`, without a version as `trip`; a record that cannot be read counts for every version."""
-        try:
-            return self.trip() if policy is None else self.trip_in_force(policy.version)
-        except (OSError, RolloutError) as error:
-            return Trip(DOUBT, str(error), now(), os.getpid())
-
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """While something is written. TimeoutError where another process does not finish."""
         lock = self._beside(".lock")
         fd = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         end = time.monotonic() + self._patience_s
@@ -278,14 +331,16 @@ def mounted_by_itself(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -
     return os.fsencode(path) in found
 
 
-def place(path: Path, text: str, *, first: bool = False) -> None:
+def place(path: Path, text: str, *, first: bool = False, mode: int = 0o666) -> None:
     """Write a file as a whole: whoever reads it sees all of ``text`` or what was there before, also after a crash.
 
-    ``first``: only where there is none, FileExistsError otherwise, decided by the file system.
+    ``first``: only where there is none, FileExistsError otherwise, decided by the file system. ``mode``: of a file that
+    replaces none; the process's mask applies.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:
             file.write(text)
             if not first:
                 _keep_rights(path, file.fileno())
@@ -317,11 +372,15 @@ def _keep_rights(path: Path, new: int) -> None:
     os.fchmod(new, stat.S_IMODE(old.st_mode))
 
 
+def _tripped(variant: str) -> str:
+    return ".tripped.json" if variant == MAIN else f".tripped.{variant}.json"
+
+
 def _text(trip: Trip) -> str:
     return json.dumps(dataclasses.asdict(trip), indent=2) + "\n"
 
 
-def _read_trip(path: Path) -> Trip | None:
+def _read_trip(path: Path, variant: str) -> Trip | None:
     source = f"the trip record {path}"
     try:
         text = text_of(path, source)
@@ -331,6 +390,9 @@ def _read_trip(path: Path) -> Trip | None:
     try:
         trip = Trip(**data)
         integer("version", trip.version, 1)
+        for name in ("reason", "time", "variant", "by"):
+            if not isinstance(found := getattr(trip, name), str):
+                raise RolloutError(f"{name} must be a string, got {found!r}")
     except (TypeError, RolloutError) as error:
         raise RolloutError(f"{source} is not usable: {error}") from error
-    return trip
+    return dataclasses.replace(trip, variant=variant)

@@ -1,8 +1,9 @@
-"""What is in force: the last good version of a rollout file that anything may happen to, and whether it tripped."""
+"""The version in force: the last good one of a rollout file that may change in any way, and which variants tripped."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -24,11 +25,21 @@ class Force:
     """Never changes, so that threads can read it without a lock."""
 
     policy: Policy
-    tripped: bool
+    trips: dict[str, Trip]  #: by variant; of those that tripped
+    doubtful: frozenset[str]  #: variants whose record cannot be read, which counts as tripped
+
+    def has_tripped(self, variant: str) -> bool:
+        return variant in self.trips or variant in self.doubtful
+
+    def may_recover(self, variant: str) -> bool:
+        """Whether a variant that tripped may come back on checks of requests that got the full cache."""
+        trip = self.trips.get(variant)
+        known = trip is not None and trip.by != "errors" and variant not in self.doubtful
+        return known and self.policy.guard.recover
 
 
 class Watch:
-    """Reads a rollout file and its trip record again where they changed. Not thread-safe: one look at a time.
+    """Reads a rollout file and its trip records again where they changed. Not thread-safe: one look at a time.
 
     RolloutError when made: there is no file, or it cannot be used.
     """
@@ -40,6 +51,8 @@ class Watch:
         self._told: dict[Path, object] = {}
         self._unusable: set[Path] = set()
         self._lost = False  # the symbolic links lead nowhere
+        self._trips: dict[str, Trip] = {}  # the last one of each variant
+        self._doubtful: set[str] = set()
         self._warn_of_mount()
         try:
             self._seen[store.path] = _signature(store.path)
@@ -53,16 +66,18 @@ class Watch:
             raise RolloutError(
                 f"the rollout file {store.path} cannot be read: {error.strerror or error}"
             ) from error
-        self._trip: Trip | None = None
-        self._doubt = False  # there is a trip record that cannot be read
         self._recall(self._good)
 
     @property
     def force(self) -> Force:
-        trip = self._trip
-        # A record of a higher version: this file was put back by hand to what is older. Doubt means the full cache.
-        tripped = self._doubt or (trip is not None and trip.version >= self._good.version)
-        return Force(self._policy, tripped)
+        # A record of a higher version: this file was put back by hand to an older one. Doubt means the full cache.
+        names = self._good.variants
+        trips = {
+            name: trip
+            for name, trip in self._trips.items()
+            if name in names and trip.version >= self._good.version
+        }
+        return Force(self._policy, trips, frozenset(self._doubtful & set(names)))
 
     @property
     def unusable(self) -> bool:
@@ -75,9 +90,19 @@ class Watch:
             return self.force
         path = self.store.path
         self._look_at(path, lambda: read(path, self.config), self._take, _STAYS)
-        record = self.store.tripped
-        if not self._look_at(record, self.store.trip, self._take_trip_record, "it counts as tripped"):
-            self._doubt = True
+        for name in self._good.variants:
+            record = self.store.tripped(name)
+            take = functools.partial(self._take_trip_record, name)
+            read_it = functools.partial(self.store.trip, name)
+            if not self._look_at(record, read_it, take, "it counts as tripped"):
+                self._doubtful.add(name)
+        return self.force
+
+    def take_trip(self, trip: Trip) -> Force:
+        """A trip stays for its version, also where its record vanishes."""
+        known = self._trips.get(trip.variant)
+        if known is None or trip.version > known.version:
+            self._trips[trip.variant] = trip
         return self.force
 
     def _follow_links(self) -> bool:
@@ -97,6 +122,7 @@ class Watch:
             # Nothing is known of these files, even where they were followed before.
             self._seen.clear()
             self._unusable.clear()
+            self._doubtful.clear()
             self._warn_of_mount()
         return True
 
@@ -108,21 +134,15 @@ class Watch:
                 self.store.path,
             )
 
-    def take_trip(self, trip: Trip) -> Force:
-        """A trip stays for its version, also where its record vanishes."""
-        if self._trip is None or trip.version > self._trip.version:
-            self._trip = trip
-        return self.force
-
     def _look_at(
         self, path: Path, read_it: Callable[[], T], take: Callable[[T | None], None], otherwise: str
     ) -> bool:
         """Read and take what changed, None where there is no file. False where that cannot be used, told once."""
         signature: Signature = None
         try:
-            signature = _signature(path)  # before reading: what comes later is seen by the next look
+            signature = _signature(path)  # before reading: a later change is seen by the next look
             if path in self._seen and self._seen[path] == signature:
-                return True
+                return path not in self._unusable
             take(None if signature is None else read_it())
             self._seen[path] = signature
             self._unusable.discard(path)
@@ -173,24 +193,33 @@ class Watch:
             )
 
     def _recall(self, policy: Policy) -> None:
-        """A trip of a version that comes into force: the history has it also where the record was deleted."""
-        try:
-            trip = self.store.trip_of(policy.version)
-        except RolloutError as error:  # there is one
-            trip = Trip(policy.version, str(error), now(), os.getpid())
-        except OSError as error:
-            _log.warning("whether version %d tripped cannot be read: %s", policy.version, error)
-            return
+        """Trips of a version that comes into force: the history has them also where a record was deleted."""
+        for name in policy.variants:
+            try:
+                trip = self.store.trip_of(policy.version, name)
+            except RolloutError as error:  # there is one
+                trip = Trip(policy.version, str(error), now(), os.getpid(), variant=name)
+            except OSError as error:
+                _log.warning(
+                    "whether %s of version %d tripped cannot be read: %s", name, policy.version, error
+                )
+                continue
+            if trip is not None:
+                self._tell_trip(trip)
+                self.take_trip(trip)
+
+    def _take_trip_record(self, name: str, trip: Trip | None) -> None:
+        self._doubtful.discard(name)
         if trip is not None:
-            _log.error("rollout version %d has tripped: %s", trip.version, trip.reason)
+            if trip.version >= self._good.version and trip != self._trips.get(name):
+                self._tell_trip(trip)
             self.take_trip(trip)
 
-    def _take_trip_record(self, trip: Trip | None) -> None:
-        self._doubt = False
-        if trip is not None:
-            if trip.version >= self._good.version and trip != self._trip:
-                _log.error("rollout version %d has tripped: %s", trip.version, trip.reason)
-            self.take_trip(trip)
+    @staticmethod
+    def _tell_trip(trip: Trip) -> None:
+        _log.error(
+            "variant %s of rollout version %d has tripped: %s", trip.variant, trip.version, trip.reason
+        )
 
 
 def _signature(path: Path) -> Signature:
