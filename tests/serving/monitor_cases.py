@@ -8,7 +8,8 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from lagkv_ext import LagKVCache
-from lagkv_ext.serving.rollout import RolloutStatus
+from lagkv_ext.serving.rollout import RolloutStatus, VariantStatus
+from lagkv_ext.serving.rollout.status import REASONS
 from tests.cache.models import SMALL, tiny_config
 
 Values = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -38,7 +39,16 @@ def values(registry: CollectorRegistry) -> Values:
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
-    return values(registry)[name, tuple(sorted(labels.items()))]
+    """`total` of one scrape."""
+    return total(values(registry), name, **labels)
+
+
+def total(found: Values, name: str, **labels: str) -> float:
+    """The sum of the series with these labels and any others: of all variants where none is named."""
+    wanted = set(labels.items())
+    chosen = [x for (n, of), x in found.items() if n == name and wanted <= set(of)]
+    assert chosen, (name, labels)
+    return sum(chosen)
 
 
 @dataclasses.dataclass
@@ -49,15 +59,21 @@ class Rolled:
         default_factory=lambda: RolloutStatus(
             version=7,
             enabled=True,
-            share=0.25,
-            tripped=False,
-            decisions={
-                "compressed": 5,
-                **dict.fromkeys(("disabled", "share", "short_prompt", "tripped", "error"), 1),
+            variants={
+                "lagkv": VariantStatus(
+                    share=0.25,
+                    tripped=False,
+                    decisions={**dict.fromkeys(REASONS, 1), "compressed": 5},
+                    checks=3,
+                    agreement=0.99,
+                    agreement_at_least=0.9,
+                    agreement_at_most=1.0,
+                    kl=0.01,
+                    rung=1,
+                    samples=2,
+                    reviews={"same": 1},
+                )
             },
-            checks=3,
-            agreement=0.99,
-            kl=0.01,
             check_errors=0,
             failures=0,
             unusable=False,

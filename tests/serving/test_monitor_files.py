@@ -41,6 +41,8 @@ QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in pa
 EXPRESSIONS = [*QUERIES, *((rule["alert"], rule["expr"]) for rule in RULES)]
 VLLM = Path(__file__).parent / "vllm_totals"  # files as an engine with the plugin writes them
 VARIABLES = {x["name"]: x for x in DASHBOARD["templating"]["list"]}
+#: As Grafana fills them in; a repeated row has one variant.
+SUBSTITUTES = (("$__rate_interval", "1m"), ("$model", "m|other"), ("$instance", ".*"), ("$variant", "lagkv"))
 
 
 def exported(labels):
@@ -126,7 +128,7 @@ def test_every_alert_has_a_severity_and_says_what_happens():
 
 def test_the_dashboard_asks_for_its_data_source_and_filters_everywhere():
     assert DASHBOARD["schemaVersion"] >= 39
-    assert set(VARIABLES) == {"datasource", "model", "instance"}
+    assert set(VARIABLES) == {"datasource", "model", "instance", "variant"}
     assert VARIABLES["datasource"]["query"] == "prometheus"
     for panel in PANELS:
         for source in (panel["datasource"], *(target["datasource"] for target in panel["targets"])):
@@ -135,6 +137,17 @@ def test_the_dashboard_asks_for_its_data_source_and_filters_everywhere():
     for title, expression in QUERIES:
         selectors = re.findall(r"\blagkv_\w+(\{[^}]*\})?", expression)
         assert all('model=~"$model", instance=~"$instance"' in x for x in selectors), title
+
+
+def test_there_is_a_row_for_each_variant():
+    """The last row is repeated by Grafana, and every query of its panels is about one variant."""
+    rows = [i for i, panel in enumerate(DASHBOARD["panels"]) if panel["type"] == "row"]
+    assert [DASHBOARD["panels"][i].get("repeat") for i in rows] == [*[None] * (len(rows) - 1), "variant"]
+    for panel in DASHBOARD["panels"][rows[-1] + 1 :]:
+        for target in panel["targets"]:
+            selectors = re.findall(r"\blagkv_\w+\{([^}]*)\}", target["expr"])
+            assert selectors
+            assert all('variant="$variant"' in x for x in selectors), panel["title"]
 
 
 def test_panels_have_their_own_numbers_and_do_not_overlap():
@@ -286,7 +299,7 @@ def test_prometheus_scrapes_and_answers_every_query(tmp_path):
         moved = 'increase(lagkv_requests_total{outcome="completed"}[1m]) > 0'
         prometheus.wait(lambda: prometheus.ask("query", query=moved)["data"]["result"])
         for title, expression in QUERIES:
-            for name, text in (("$__rate_interval", "1m"), ("$model", "m|other"), ("$instance", ".*")):
+            for name, text in SUBSTITUTES:
                 expression = expression.replace(name, text)
             assert "$" not in expression
             answer = prometheus.ask("query", query=expression)
@@ -297,7 +310,7 @@ def test_prometheus_scrapes_and_answers_every_query(tmp_path):
                 metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["definition"]).groups()
                 assert label == name
                 answer = prometheus.ask(f"label/{label}/values", **{"match[]": metric})
-                assert len(answer["data"]) == 1, answer
+                assert len(answer["data"]) == (2 if label == "variant" else 1), answer
         scraped = {
             x["metric"]["__name__"] for x in prometheus.ask("query", query='{job="s"}')["data"]["result"]
         }

@@ -25,7 +25,7 @@ from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.serving.monitor import CacheMonitor
 from tests.cache.models import SMALL, generate, prompt, tiny_config, tiny_model
 from tests.cache.padded_batches import padded, texts
-from tests.serving.monitor_cases import cache, fill, value, values
+from tests.serving.monitor_cases import cache, fill, total, value, values
 
 
 def plain(model):
@@ -89,13 +89,12 @@ def test_scrapes_while_two_threads_generate(kind, make):
             found = values(registry)
             scrapes += 1
             live = {
-                state: found["lagkv_cache_tokens", (("cache", "lagkv"), ("state", state))]
+                state: total(found, "lagkv_cache_tokens", cache="lagkv", state=state)
                 for state in ("seen", "kept")
             }
             assert 0 <= live["kept"] <= live["seen"] <= 2 * report.tokens_seen
             sizes = [
-                found["lagkv_cache_bytes", (("cache", "lagkv"), ("state", x))]
-                for x in ("held", "uncompressed")
+                total(found, "lagkv_cache_bytes", cache="lagkv", state=x) for x in ("held", "uncompressed")
             ]
             assert min(sizes) >= 0
             assert found["lagkv_cache_reads_total", (("outcome", "failed"),)] == 0
@@ -207,7 +206,7 @@ def test_counters_add_up_over_processes(tmp_path):
     import os
     import prometheus_client
     from prometheus_client import multiprocess
-    from tests.serving.monitor_cases import cache, fill, values
+    from tests.serving.monitor_cases import cache, fill, total, values
     from lagkv_ext.serving.monitor import CacheMonitor
 
     monitor = CacheMonitor(labels={"model": "x"})
@@ -224,13 +223,13 @@ def test_counters_add_up_over_processes(tmp_path):
     assert all(os.waitpid(x, 0)[1] == 0 for x in workers)
     registry = prometheus_client.CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
-    at, of = ("model", "x"), ("cache", "lagkv")
+    at = {"model": "x", "variant": "lagkv"}
     def show():
         found = values(registry)
-        print(found["lagkv_tokens_seen_total", (of, at)])
-        print(found["lagkv_requests_total", (of, at, ("outcome", "completed"))])
-        print(found["lagkv_request_kept_ratio_count", (at,)])
-        print(found.get(("lagkv_requests_in_flight", (of, at))))
+        print(total(found, "lagkv_tokens_seen_total", cache="lagkv", **at))
+        print(total(found, "lagkv_requests_total", cache="lagkv", outcome="completed", **at))
+        print(total(found, "lagkv_request_kept_ratio_count", **at))
+        print(total(found, "lagkv_requests_in_flight", cache="lagkv", **at))
         print("lagkv_cache_bytes" in {name for name, _ in found})
     show()
     for worker in workers:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
+import logging
 import subprocess
 import sys
 import weakref
@@ -23,11 +26,13 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from lagkv_ext import LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
 from lagkv_ext.cache.report import report_of
+from lagkv_ext.serving.log import JsonLines, RequestRecord
 from lagkv_ext.serving.monitor import CacheMonitor
+from lagkv_ext.serving.rollout import Decision
 from tests.cache.families import encoder_decoder
 from tests.cache.models import SMALL, generate, prompt, tiny_config, tiny_model
 from tests.cache.padded_batches import padded, texts
-from tests.serving.monitor_cases import cache, fill, value, values
+from tests.serving.monitor_cases import cache, fill, total, value, values
 
 CACHES = 3  # the last one is not compressed
 ACTIONS = st.one_of(
@@ -83,7 +88,7 @@ def check(registry, kind, caches, requests, expected):
     at = {"model": kind}
 
     def one(name, **labels):
-        return found[name, tuple(sorted({**at, **labels}.items()))]
+        return total(found, name, **at, **labels)
 
     for of in ("lagkv", "full"):
         live = [report_of(caches[i]) for i in requests if (i == CACHES - 1) == (of == "full")]
@@ -445,10 +450,138 @@ def test_without_prometheus_client_it_is_said_by_name():
     code = """
 import sys
 sys.modules["prometheus_client"] = None
+from lagkv_ext.serving.log import JsonLines, RequestRecord
 from lagkv_ext.serving.monitor import CacheMonitor
+from lagkv_ext.serving.rollout import Decision
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 1
     assert "ImportError: CacheMonitor needs prometheus-client, which is not installed here" in done.stderr
     assert "pip install 'lagkv_ext[monitoring]'" in done.stderr
+
+
+# -- variants
+
+
+def decision(variant: str, **more) -> Decision:
+    return Decision(None, True, "compressed", 3, False, variant, {"keep": 2}, "id-1", 50, True, **more)
+
+
+def test_variants_are_counted_apart():
+    registry = CollectorRegistry()
+    monitor = CacheMonitor(registry, {"model": "m"})
+    for variant, tokens in (("half", 60), ("quarter", 40)):
+        held = cache()
+        with monitor.request(held, decision(variant)):
+            fill(held, tokens)
+            assert value(registry, "lagkv_cache_tokens", variant=variant, state="seen") == tokens
+            assert value(registry, "lagkv_requests_in_flight", variant=variant) == 1
+    # A request of a variant that got the full cache, since its prompt was short.
+    with monitor.request(full := DynamicCache(config=tiny_config("llama")), decision("half")):
+        fill(full, 5)
+    with monitor.request(plain := cache()):  # without a rollout
+        fill(plain, 30)
+    seen = {
+        tuple(x for name, x in of if name in ("cache", "variant")): count
+        for (name, of), count in values(registry).items()
+        if name == "lagkv_tokens_seen_total"
+    }
+    assert seen == {
+        ("lagkv", "half"): 60,
+        ("full", "half"): 5,
+        ("lagkv", "quarter"): 40,
+        ("lagkv", "lagkv"): 30,
+        ("full", "full"): 0,
+    }
+    for name in ("lagkv_compressions_total", "lagkv_tokens_dropped_total", "lagkv_request_kept_ratio_count"):
+        assert value(registry, name, variant="half") > 0
+        assert value(registry, name, variant="full") == 0
+
+
+# -- the log
+
+
+def test_one_record_a_request_with_the_documented_fields(caplog):
+    """All fields, for each outcome, as attributes of the record and as one line of JSON."""
+    monitor = CacheMonitor(CollectorRegistry(), {"model": "m"})
+    held = cache()
+    with caplog.at_level(logging.INFO, "lagkv_ext.requests"):
+        with monitor.request(held, decision("half")):
+            fill(held, 60)
+        with pytest.raises(TypeError), monitor.request(held):
+            fill(held, 10, batch="one")
+        request = monitor.request(held)
+        fill(held, 10)
+        request.finish("failed")
+        monitor.request(cache())  # and nobody keeps it
+        monitor.read_live()
+        gone = monitor.request(dropped := cache())
+        del dropped
+        gc.collect()
+        gone.finish("cancelled")
+    records = [x for x in caplog.records if x.name == "lagkv_ext.requests"]
+    lines = [json.loads(JsonLines().format(x)) for x in records]
+    first, _, failed, abandoned, lost = lines
+    assert [x["outcome"] for x in lines] == ["completed", "failed", "failed", "abandoned", "cancelled"]
+    report = held.report()
+    assert set(first) == {
+        "time",
+        "level",
+        "logger",
+        "message",
+        "event",
+        *(x.name for x in dataclasses.fields(RequestRecord)),
+    }
+    assert all(set(x) == set(first) for x in lines)
+    assert first["time"].endswith("Z")
+    known = {
+        "event": "request",
+        "request_id": "id-1",
+        "outcome": "completed",
+        "cache": "lagkv",
+        "variant": "half",
+    }
+    known |= {
+        "reason": "compressed",
+        "version": 3,
+        "eligible": True,
+        "settings": {"keep": 2},
+        "prompt_tokens": 50,
+    }
+    known |= {"tokens_seen": 60, "labels": {"model": "m"}}
+    assert {name: first[name] for name in known} == known
+    assert first["bytes_saved"] > 0
+    assert first["duration_s"] > 0
+    assert (failed["outcome"], failed["tokens_seen"], failed["variant"], failed["version"]) == (
+        "failed",
+        10,
+        "lagkv",
+        None,
+    )
+    assert (failed["tokens_kept"], failed["compressions"]) == (report.tokens_kept, report.compressions)
+    assert (failed["bytes_held"], failed["bytes_saved"]) == (report.bytes_held, report.bytes_saved)
+    assert (abandoned["outcome"], abandoned["duration_s"], abandoned["tokens_seen"]) == (
+        "abandoned",
+        None,
+        None,
+    )
+    assert (lost["outcome"], lost["tokens_seen"], lost["bytes_held"]) == ("cancelled", None, None)
+    assert "request id-1 completed in " in first["message"]
+
+
+def test_nothing_is_formatted_where_nobody_asked(caplog):
+    monitor = CacheMonitor(CollectorRegistry())
+    with caplog.at_level(logging.WARNING, "lagkv_ext.requests"), monitor.request(cache()):
+        pass
+    assert not [x for x in caplog.records if x.name == "lagkv_ext.requests"]
+
+
+def test_json_lines_of_other_records():
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        record = logging.LogRecord("a", logging.ERROR, "f", 1, "it %s", ("failed",), sys.exc_info())
+    data = json.loads(JsonLines().format(record))
+    assert (data["message"], data["level"]) == ("it failed", "ERROR")
+    assert "ZeroDivisionError" in data["exception"]

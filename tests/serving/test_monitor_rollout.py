@@ -14,22 +14,31 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from lagkv_ext.serving.monitor import CacheMonitor, RolloutCollector
-from lagkv_ext.serving.rollout import RolloutStatus
+from lagkv_ext.serving.rollout import RolloutStatus, VariantStatus
 from lagkv_ext.serving.rollout.status import REASONS
 from tests.serving.monitor_cases import Rolled, value, values
 
 COUNTS = st.integers(0, 10**9)
 SHARES = st.floats(0, 1)
-STATUSES = st.builds(
-    RolloutStatus,
-    version=COUNTS,
-    enabled=st.booleans(),
+VARIANTS = st.builds(
+    VariantStatus,
     share=SHARES,
     tripped=st.booleans(),
     decisions=st.fixed_dictionaries(dict.fromkeys(REASONS, COUNTS)),
     checks=COUNTS,
     agreement=st.none() | SHARES,
+    agreement_at_least=st.none() | SHARES,
+    agreement_at_most=st.none() | SHARES,
     kl=st.none() | st.floats(min_value=0),
+    rung=st.none() | COUNTS,
+    samples=COUNTS,
+    reviews=st.dictionaries(st.sampled_from(["full", "compressed", "same"]), COUNTS),
+)
+STATUSES = st.builds(
+    RolloutStatus,
+    version=COUNTS,
+    enabled=st.booleans(),
+    variants=st.dictionaries(st.sampled_from(["lagkv", "eighth", "full"]), VARIANTS, min_size=1),
     check_errors=COUNTS,
     failures=COUNTS,
     unusable=st.booleans(),
@@ -38,15 +47,21 @@ STATUSES = st.builds(
 NAMES = {
     "version": "lagkv_rollout_version",
     "enabled": "lagkv_rollout_enabled",
-    "share": "lagkv_rollout_share_ratio",
-    "tripped": "lagkv_rollout_tripped",
-    "checks": "lagkv_rollout_checks_total",
-    "agreement": "lagkv_rollout_agreement_ratio",
-    "kl": "lagkv_rollout_kl_nats",
     "check_errors": "lagkv_rollout_check_errors_total",
     "failures": "lagkv_rollout_failures_total",
     "unusable": "lagkv_rollout_file_unusable",
     "reload_errors": "lagkv_rollout_reload_errors_total",
+}
+VARIANT_NAMES = {
+    "share": "lagkv_rollout_share_ratio",
+    "tripped": "lagkv_rollout_tripped",
+    "checks": "lagkv_rollout_checks_total",
+    "agreement": "lagkv_rollout_agreement_ratio",
+    "agreement_at_least": "lagkv_rollout_agreement_at_least_ratio",
+    "agreement_at_most": "lagkv_rollout_agreement_at_most_ratio",
+    "kl": "lagkv_rollout_kl_nats",
+    "rung": "lagkv_rollout_ladder_rung",
+    "samples": "lagkv_rollout_samples",
 }
 
 
@@ -59,21 +74,33 @@ def test_every_scrape_shows_the_status(statuses):
     at = ("model", "m")
     for status in statuses:
         rolled.found = status
-        expected = {
-            (name, (at,)): float(found)
-            for field, name in NAMES.items()
-            if (found := getattr(status, field)) is not None
-        }
-        expected |= {
-            ("lagkv_rollout_decisions_total", (at, ("reason", reason))): float(count)
-            for reason, count in status.decisions.items()
-        }
+        expected = {(name, (at,)): float(getattr(status, field)) for field, name in NAMES.items()}
+        for which, variant in status.variants.items():
+            of = ("variant", which)
+            expected |= {
+                (name, (at, of)): float(found)
+                for field, name in VARIANT_NAMES.items()
+                if (found := getattr(variant, field)) is not None
+            }
+            expected |= {
+                ("lagkv_rollout_decisions_total", (at, ("reason", reason), of)): float(count)
+                for reason, count in variant.decisions.items()
+            }
+            expected |= {
+                ("lagkv_rollout_reviews", (at, of, ("verdict", verdict))): float(count)
+                for verdict, count in variant.reviews.items()
+            }
         expected["lagkv_rollout_read_errors_total", (at,)] = 0.0
         assert values(registry) == expected
 
 
 def test_every_field_is_exported():
-    assert {field.name for field in dataclasses.fields(RolloutStatus)} == {*NAMES, "decisions"}
+    assert {field.name for field in dataclasses.fields(RolloutStatus)} == {*NAMES, "variants"}
+    assert {field.name for field in dataclasses.fields(VariantStatus)} == {
+        *VARIANT_NAMES,
+        "decisions",
+        "reviews",
+    }
 
 
 def test_a_status_that_cannot_be_read_is_counted_and_costs_no_scrape(caplog):

@@ -1,4 +1,4 @@
-"""The metrics of `CacheMonitor`: names, help texts, labels, buckets. Their meaning: docs/operations.md."""
+"""The metrics of `CacheMonitor`: names, help texts, labels, buckets. docs/operations.md explains them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0
 
 
 class CacheFamilies(Families):
-    """The metrics of all `CacheMonitor` on one registry. docs/operations.md says what each of them means."""
+    """The metrics of all `CacheMonitor` on one registry."""
 
     title = "CacheMonitor"
 
     def __init__(self, names: tuple[str, ...]):
         super().__init__(names)
-        by_kind = (*names, "cache")
+        by_variant = (*names, "variant")
+        by_kind = (*by_variant, "cache")
         self.requests = Counter(
             "lagkv_requests", "Requests that ended, by outcome.", (*by_kind, "outcome"), registry=None
         )
@@ -53,21 +54,21 @@ class CacheFamilies(Families):
         self.kept = Histogram(
             "lagkv_request_kept_ratio",
             "Share of the tokens seen that a full-attention layer of a LagKV cache held when a request ended.",
-            names,
+            by_variant,
             registry=None,
             buckets=_KEPT,
         )
         self.dropped = Counter(
             "lagkv_tokens_dropped",
             "Tokens dropped by compression, on average over the full-attention layers.",
-            names,
+            by_variant,
             registry=None,
         )
         self.compressions = Counter(
-            "lagkv_compressions", "Compressions, each layer counted.", names, registry=None
+            "lagkv_compressions", "Compressions, each layer counted.", by_variant, registry=None
         )
         self.seconds = Counter(
-            "lagkv_compression_seconds", "Time in the operators that compress.", names, registry=None
+            "lagkv_compression_seconds", "Time in the operators that compress.", by_variant, registry=None
         )
         self.reads = Counter(
             "lagkv_cache_reads",
@@ -80,18 +81,18 @@ class CacheFamilies(Families):
         tokens = GaugeMetricFamily(
             "lagkv_cache_tokens",
             "Tokens of the requests in flight: seen, and kept on average over the full-attention layers.",
-            labels=[*self.label_names, "cache", "state"],
+            labels=[*self.label_names, "variant", "cache", "state"],
         )
         size = GaugeMetricFamily(
             "lagkv_cache_bytes",
             "Bytes of the caches in flight: really held, and those of the keys and values of all tokens seen.",
-            labels=[*self.label_names, "cache", "state"],
+            labels=[*self.label_names, "variant", "cache", "state"],
         )
         for values, monitor in members:
-            for kind, live in monitor.read_live().items():
-                tokens.add_metric([*values, kind, "seen"], live.seen)
-                tokens.add_metric([*values, kind, "kept"], live.kept)
-                size.add_metric([*values, kind, "held"], live.held)
-                size.add_metric([*values, kind, "uncompressed"], live.uncompressed)
+            for which, live in monitor.read_live().items():
+                tokens.add_metric([*values, *which, "seen"], live.seen)
+                tokens.add_metric([*values, *which, "kept"], live.kept)
+                size.add_metric([*values, *which, "held"], live.held)
+                size.add_metric([*values, *which, "uncompressed"], live.uncompressed)
         yield tokens
         yield size

@@ -1,4 +1,4 @@
-"""``CacheMonitor``: what compression does to the requests of a server, in Prometheus metrics."""
+"""``CacheMonitor``: reports what compression does to a server's requests, as Prometheus metrics and log records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
@@ -19,19 +19,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from lagkv_ext.cache import CacheReport, LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
 from lagkv_ext.cache.compression.timer import CompressionTimer
 from lagkv_ext.cache.report import report_of
+from lagkv_ext.serving.log import RequestRecord, log_request
 from lagkv_ext.serving.monitor.families import KINDS, OUTCOMES, READS, CacheFamilies
 from lagkv_ext.serving.monitor.registry import REGISTRY, child, join
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from lagkv_ext.serving.rollout import Decision
+
+# Of a decision, as they are called in the log record.
+_DECIDED = ("request_id", "reason", "version", "eligible", "settings", "prompt_tokens")
 _COMPRESSED = (LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache)
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Live:
-    """What the requests in flight hold, all together."""
+    """Totals of the requests in flight."""
 
     seen: int = 0
     kept: float = 0.0
@@ -51,20 +56,27 @@ class _Flight:
 
     cache: weakref.ref
     kind: str
+    variant: str
     timer: CompressionTimer
+    about: dict[str, Any]  #: for the log: the fields of the rollout's decision
     before: CacheReport | None = None
     begun: float = 0.0
-    last: CacheReport | None = None  #: what the scrape before found
+    last: CacheReport | None = None  #: of the previous scrape
 
 
-class _OfKind:
-    """The series of the requests with one kind of cache."""
+class _Series:
+    """The series of the requests of one variant with one kind of cache."""
 
-    def __init__(self, metrics: CacheFamilies, values: tuple[str, ...]):
-        self.requests = {x: child(metrics.requests, *values, x) for x in OUTCOMES}
-        self.bytes = {x: child(metrics.bytes, *values, x) for x in ("held", "uncompressed")}
+    def __init__(self, metrics: CacheFamilies, values: tuple[str, ...], variant: str, kind: str):
+        both = (*values, variant, kind)
+        self.requests = {x: child(metrics.requests, *both, x) for x in OUTCOMES}
+        self.bytes = {x: child(metrics.bytes, *both, x) for x in ("held", "uncompressed")}
         shared = metrics.in_flight, metrics.duration, metrics.seen
-        self.in_flight, self.duration, self.seen = (child(x, *values) for x in shared)
+        self.in_flight, self.duration, self.seen = (child(x, *both) for x in shared)
+        compressing = metrics.kept, metrics.dropped, metrics.compressions, metrics.seconds
+        self.kept, self.dropped, self.compressions, self.seconds = (
+            child(x, *values, variant) for x in compressing
+        )
 
 
 class CacheMonitor:
@@ -78,7 +90,8 @@ class CacheMonitor:
 
     While a request is in flight, every scrape reads its cache where it stands, from the thread of the scrape: that
     takes nothing from the generating thread but its turn of the interpreter, never raises, and never keeps a cache
-    alive. When it ends, counters and histograms take what it added. What each metric means is in docs/operations.md.
+    alive. When it ends, counters and histograms take what it added, and one record is logged
+    (``lagkv_ext.serving.log``). docs/operations.md explains every metric.
 
     A static cache whose lengths lie on a device is not read at scrapes, which would wait for the device and break
     a CUDA graph that is being captured: it counts as "skipped" there, and in full when its request ends.
@@ -106,16 +119,16 @@ class CacheMonitor:
         # Of requests that were dropped without an end. Filled by the garbage collector, which may run anywhere, even
         # while this thread holds a lock: so nothing but an append happens there.
         self._lost: deque[int] = deque()
-        # Of ended requests, with events that the device had not passed.
-        self._late: list[CompressionTimer] = []
+        # Of ended requests, with events that the device had not passed, and where their time belongs.
+        self._late: list[tuple[CompressionTimer, _Series]] = []
         metrics, values = join(CacheFamilies, registry, labels)
-        # Made now, so that every series is there, at 0, before the first request.
-        self._of_kind = {kind: _OfKind(metrics, (*values, kind)) for kind in KINDS}
+        self._labels = dict(labels or {})
+        self._make_series = functools.partial(_Series, metrics, values)
+        self._series: dict[tuple[str, str], _Series] = {}
+        # Made now, so that these series are there, at 0, before the first request. A variant's come with it.
+        for kind in KINDS:
+            self._series_of(kind, kind)
         self._reads = {x: child(metrics.reads, *values, x) for x in READS}
-        compressing = metrics.kept, metrics.dropped, metrics.compressions, metrics.seconds
-        self._kept, self._dropped, self._compressions, self._seconds = (
-            child(x, *values) for x in compressing
-        )
         metrics.admit(values, self)
         self._leave = functools.partial(metrics.leave, values, self)
         self._closed = False
@@ -127,12 +140,13 @@ class CacheMonitor:
         self._closed = True
         self._leave()
 
-    def request(self, cache: Cache) -> MonitoredRequest:
-        """A request begins, in which ``cache`` is used. Keep what is returned: as a context manager, or until you call
-        its `MonitoredRequest.finish`.
+    def request(self, cache: Cache, decision: Decision | None = None) -> MonitoredRequest:
+        """Begins a request that uses ``cache``. Keep the returned object: as a context manager, or until you call its
+        `MonitoredRequest.finish`.
 
-        Any cache of transformers: in metrics with the label "cache" those that LagKV compresses are "lagkv", all
-        others "full". A cache may be used for one request after another: each counts what it added.
+        Any cache of transformers: the label "cache" is "lagkv" for those that LagKV compresses and "full" for all
+        others. A cache may be used for one request after another: each counts what it added. ``decision``: of a
+        `Rollout`, for the label "variant" and the log record; without one, "variant" is as "cache".
 
         Raises:
             TypeError: no cache of transformers.
@@ -153,28 +167,31 @@ class CacheMonitor:
                 kind, cache.timer = "lagkv", timer
             self._number += 1
             number = self._number
-            flight = self._flights[number] = _Flight(weakref.ref(cache), kind, timer)
+            variant = kind if decision is None else decision.variant
+            about = {name: getattr(decision, name, None) for name in _DECIDED}
+            flight = _Flight(weakref.ref(cache), kind, variant, timer, about)
+            self._flights[number] = flight
         flight.before = self._report(cache)
-        self._of_kind[kind].in_flight.inc()
+        self._series_of(variant, kind).in_flight.inc()
         flight.begun = time.perf_counter()
         return MonitoredRequest(self, number)
 
     # -- at a scrape
 
-    def read_live(self) -> dict[str, Live]:
-        """What the caches in flight hold now, by kind. Called by scrapes, from any thread; raises nothing."""
+    def read_live(self) -> dict[tuple[str, str], Live]:
+        """Totals of the caches in flight, by variant and kind. Called by scrapes, from any thread; raises nothing."""
         self._forget_lost()
         with self._lock:
             flights = list(self._flights.values())
-        live = {kind: Live() for kind in KINDS}
+            live = {which: Live() for which in self._series}
         for flight in flights:
             cache = flight.cache()
             if cache is None:
-                continue  # said when the request ends
+                continue  # logged when the request ends
             report = self._report(cache, at_scrape=True)
             if report is not None:
                 flight.last = _whole(report, flight.last)
-                live[flight.kind].add(flight.last)
+                live.setdefault((flight.variant, flight.kind), Live()).add(flight.last)
         return live
 
     # -- when a request ends
@@ -182,31 +199,65 @@ class CacheMonitor:
     def finish(self, number: int, outcome: str) -> None:
         """For `MonitoredRequest`."""
         flight = self._end(number, outcome)
+        duration = time.perf_counter() - flight.begun
         if outcome == "completed":
-            self._of_kind[flight.kind].duration.observe(time.perf_counter() - flight.begun)
-        cache = flight.cache()
+            self._series_of(flight.variant, flight.kind).duration.observe(duration)
+        cache, after, seen = flight.cache(), None, None
         if cache is None:
             self._reads["failed"].inc()
             _log.warning("a cache was deleted before its request ended: what it held is not counted")
-            return
-        after = self._report(cache)
-        if flight.before is not None and after is not None:
-            self._count(flight.kind, flight.before, after)
+        else:
+            after = self._report(cache)
+            if flight.before is not None and after is not None:
+                seen = self._count(flight, flight.before, after)
+        self._log(flight, outcome, duration, after, seen)
 
-    def _count(self, kind: str, before: CacheReport, after: CacheReport) -> None:
+    def _log(
+        self,
+        flight: _Flight,
+        outcome: str,
+        duration: float | None = None,
+        after: CacheReport | None = None,
+        seen: float | None = None,
+    ) -> None:
+        log_request(
+            RequestRecord(
+                outcome=outcome,
+                duration_s=duration,
+                cache=flight.kind,
+                variant=flight.variant,
+                tokens_seen=None if seen is None else round(seen),
+                tokens_kept=None if after is None else float(after.tokens_kept),
+                bytes_held=None if after is None else after.bytes_held,
+                bytes_saved=None if after is None else after.bytes_saved,
+                compressions=None if after is None else after.compressions,
+                labels=self._labels,
+                **flight.about,
+            )
+        )
+
+    def _series_of(self, variant: str, kind: str) -> _Series:
+        with self._lock:
+            if (variant, kind) not in self._series:
+                self._series[variant, kind] = self._make_series(variant, kind)
+            return self._series[variant, kind]
+
+    def _count(self, flight: _Flight, before: CacheReport, after: CacheReport) -> float:
+        """Counts what a request added; the tokens seen."""
         added = [now - then for now, then in zip(_growing(after), _growing(before), strict=True)]
         if min(added) < -0.5:  # it was reset since: as Prometheus does with a counter that starts again
             added = list(_growing(after))
         seen, dropped, compressions = (max(x, 0) for x in added)  # averages have rounding errors
-        series = self._of_kind[kind]
+        series = self._series_of(flight.variant, flight.kind)
         series.seen.inc(seen)
         series.bytes["held"].inc(after.bytes_held)
         series.bytes["uncompressed"].inc(after.bytes_uncompressed)
-        if kind == "lagkv":
-            self._dropped.inc(dropped)
-            self._compressions.inc(compressions)
+        if flight.kind == "lagkv":
+            series.dropped.inc(dropped)
+            series.compressions.inc(compressions)
             if after.tokens_seen:
-                self._kept.observe(after.tokens_kept / after.tokens_seen)
+                series.kept.observe(after.tokens_kept / after.tokens_seen)
+        return seen
 
     def _end(self, number: int, outcome: str) -> _Flight:
         with self._lock:
@@ -221,6 +272,7 @@ class CacheMonitor:
                 lost.append(self._land(self._lost.popleft()))
         for flight in lost:
             self._count_end(flight, "abandoned")
+            self._log(flight, "abandoned")
 
     def _land(self, number: int) -> _Flight:
         """With the lock held: from here on the cache may be in another request."""
@@ -231,24 +283,23 @@ class CacheMonitor:
         return flight
 
     def _count_end(self, flight: _Flight, outcome: str) -> None:
-        self._of_kind[flight.kind].in_flight.dec()
-        self._of_kind[flight.kind].requests[outcome].inc()
-        self._seconds.inc(self._seconds_of(flight.timer))
+        series = self._series_of(flight.variant, flight.kind)
+        series.in_flight.dec()
+        series.requests[outcome].inc()
+        self._count_seconds(flight.timer, series)
 
-    def _seconds_of(self, timer: CompressionTimer) -> float:
-        """Of this timer, and what is known only now of earlier ones."""
-        seconds = 0.0
+    def _count_seconds(self, timer: CompressionTimer, series: _Series) -> None:
+        """Of this timer, and of earlier ones whose time is known only now."""
         with self._lock:
-            timers, self._late = [*self._late, timer], []
-            for late in timers:
+            timers, self._late = [*self._late, (timer, series)], []
+            for late, where in timers:
                 try:
-                    seconds += late.take()
+                    where.seconds.inc(late.take())
                 except Exception:  # of a device that failed: the request counts all the same
                     _log.warning("the time of compressions could not be read", exc_info=True)
                     continue
                 if late.waits:
-                    self._late.append(late)
-        return seconds
+                    self._late.append((late, where))
 
     def lose(self, number: int) -> None:
         """For `MonitoredRequest`: nobody can end this request any more."""

@@ -17,7 +17,7 @@ __all__ = ["REGISTRY", "RESERVED", "Families", "child", "join"]
 
 _LABEL = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*\Z")
 #: Labels that the metrics have already.
-RESERVED = ("cache", "le", "outcome", "reason", "state")
+RESERVED = ("cache", "le", "outcome", "reason", "state", "variant", "verdict")
 
 
 class Families:

@@ -1,4 +1,4 @@
-"""``RolloutCollector``: the state of a rollout in Prometheus metrics."""
+"""``RolloutCollector``: exports the state of a rollout as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -24,33 +24,47 @@ class HasStatus(Protocol):
     def status(self) -> RolloutStatus: ...
 
 
-# name, help, of a status
+# Of a rollout: field of its status, name, help.
 _GAUGES: tuple[tuple[str, str, str], ...] = (
     ("version", "lagkv_rollout_version", "Version of the rollout file in force."),
     ("enabled", "lagkv_rollout_enabled", "1 where the rollout file allows compression."),
-    ("share", "lagkv_rollout_share_ratio", "Share of requests that the rollout file asks to compress."),
-    ("tripped", "lagkv_rollout_tripped", "1 where quality checks have switched compression off."),
     (
         "unusable",
         "lagkv_rollout_file_unusable",
         "1 where the rollout file or the record of a trip cannot be used.",
     ),
-    (
-        "agreement",
-        "lagkv_rollout_agreement_ratio",
-        "Share of tokens on which compressed and full cache agree.",
-    ),
-    ("kl", "lagkv_rollout_kl_nats", "Divergence of the compressed cache from the full one, nats per token."),
 )
 _COUNTERS: tuple[tuple[str, str, str], ...] = (
-    ("checks", "lagkv_rollout_checks", "Quality checks that came to a result."),
     ("check_errors", "lagkv_rollout_check_errors", "Quality checks that failed."),
     (
         "failures",
         "lagkv_rollout_failures",
-        "Requests that failed with a compressed cache, as the server said.",
+        "Requests that failed with a compressed cache, as the server reported.",
     ),
     ("reload_errors", "lagkv_rollout_reload_errors", "Contents of the rollout file that could not be used."),
+)
+# Of each variant.
+_VARIANT_GAUGES: tuple[tuple[str, str, str], ...] = (
+    ("share", "lagkv_rollout_share_ratio", "Share of requests that the rollout file gives to a variant."),
+    ("tripped", "lagkv_rollout_tripped", "1 where a variant has tripped: its requests get the full cache."),
+    (
+        "agreement",
+        "lagkv_rollout_agreement_ratio",
+        "Share of tokens on which compressed and full cache agree, mean of the last checks.",
+    ),
+    (
+        "agreement_at_least",
+        "lagkv_rollout_agreement_at_least_ratio",
+        "Lower bound of the mean agreement, valid at every moment.",
+    ),
+    (
+        "agreement_at_most",
+        "lagkv_rollout_agreement_at_most_ratio",
+        "Upper bound of the mean agreement, valid at every moment.",
+    ),
+    ("kl", "lagkv_rollout_kl_nats", "Divergence of the compressed cache from the full one, nats per token."),
+    ("rung", "lagkv_rollout_ladder_rung", "Rung of the ladder; 0 is the largest cache."),
+    ("samples", "lagkv_rollout_samples", "Answers stored for review."),
 )
 
 
@@ -67,34 +81,42 @@ class RolloutFamilies(Families):
 
     def families(self, members: list[tuple[tuple[str, ...], Any]]) -> Iterator[Metric]:
         names = list(self.label_names)
+        by_variant = [*names, "variant"]
         families: dict[str, Any] = {
             **{field: GaugeMetricFamily(name, text, labels=names) for field, name, text in _GAUGES},
             **{field: CounterMetricFamily(name, text, labels=names) for field, name, text in _COUNTERS},
+            **{
+                field: GaugeMetricFamily(name, text, labels=by_variant)
+                for field, name, text in _VARIANT_GAUGES
+            },
+            "checks": CounterMetricFamily(
+                "lagkv_rollout_checks", "Quality checks that came to a result.", labels=by_variant
+            ),
+            "decisions": CounterMetricFamily(
+                "lagkv_rollout_decisions",
+                "Requests by what was decided for them.",
+                labels=[*by_variant, "reason"],
+            ),
+            "reviews": GaugeMetricFamily(
+                "lagkv_rollout_reviews",
+                "Verdicts of people on stored answers.",
+                labels=[*by_variant, "verdict"],
+            ),
         }
-        decisions = CounterMetricFamily(
-            "lagkv_rollout_decisions", "Requests by what was decided for them.", labels=[*names, "reason"]
-        )
         for values, collector in members:
-            found = collector.read()
-            if found is None:
-                continue
-            numbers, reasons = found
-            for field, number in numbers.items():
-                if number is not None:
-                    families[field].add_metric(list(values), number)
-            for reason, count in reasons.items():
-                decisions.add_metric([*values, reason], count)
-        yield from (*families.values(), decisions)
+            for field, labels, number in collector.read():
+                families[field].add_metric([*values, *labels], number)
+        yield from families.values()
 
 
 class RolloutCollector:
     """Exports ``rollout.status()`` at every scrape.
 
     Args:
-        rollout: a ``lagkv_ext.serving.rollout.Rollout``, or anything whose ``status()`` has these fields. Kept alive.
+        rollout: a ``lagkv_ext.serving.rollout.Rollout``, or anything whose ``status()`` has its fields. Kept alive.
         registry, labels: as for `CacheMonitor`.
 
-    Before the first quality check there is no agreement and no divergence to export. A status that cannot be read is
+    Before the first quality check of a variant its agreement and divergence are absent. A status that cannot be read is
     counted in ``lagkv_rollout_read_errors_total`` and logged; the scrape goes on without it.
 
     Raises:
@@ -119,15 +141,25 @@ class RolloutCollector:
         """From now on scrapes do not read the rollout, and another may report under these labels."""
         self._leave()
 
-    def read(self) -> tuple[dict[str, float | None], dict[str, int]] | None:
-        """Numbers by field and decisions by reason. Called by scrapes; raises nothing."""
+    def read(self) -> list[tuple[str, tuple[str, ...], float]]:
+        """Field, further label values and number of each sample. Called by scrapes; raises nothing."""
         try:
-            status = self._rollout.status()
-            fields = [field for field, _, _ in (*_GAUGES, *_COUNTERS)]
-            values = {field: getattr(status, field) for field in fields}
-            numbers = {field: None if x is None else float(x) for field, x in values.items()}
-            return numbers, {str(reason): int(count) for reason, count in status.decisions.items()}
+            return list(_samples(self._rollout.status()))
         except Exception:
             self._errors.inc()
             _log.warning("a rollout could not be read for its metrics", exc_info=True)
-            return None
+            return []
+
+
+def _samples(status: RolloutStatus) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    for field, _, _ in (*_GAUGES, *_COUNTERS):
+        yield field, (), float(getattr(status, field))
+    for name, variant in status.variants.items():
+        for field, _, _ in _VARIANT_GAUGES:
+            if (value := getattr(variant, field)) is not None:
+                yield field, (name,), float(value)
+        yield "checks", (name,), float(variant.checks)
+        for reason, count in variant.decisions.items():
+            yield "decisions", (name, str(reason)), float(count)
+        for verdict, count in variant.reviews.items():
+            yield "reviews", (name, str(verdict)), float(count)
