@@ -19,11 +19,14 @@ from typer.testing import CliRunner
 
 from lagkv_ext.commands.cli import app
 from lagkv_ext.serving.monitor import CacheMonitor
-from tests.cache.models import prompt, tiny_model
+from lagkv_ext.serving.rollout.policy import parse
+from tests.cache.models import prompt, tiny_config, tiny_model
 from tests.evaluate import tiny_models as characters
+from tests.serving.monitor_cases import value
+from tests.serving.operations_page import blocks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+HTTP, FASTAPI = blocks("Metrics in the server", "python")
+(SERVER,) = blocks("In the server", "python")
 #: Long enough that a cache with the default settings compresses it.
 TEXT = "The quick brown fox jumps over the lazy dog. " * 10
 
@@ -38,13 +41,12 @@ def registry(monkeypatch):
 
 
 def completed(text: str) -> str:
-    return re.search(
-        r'lagkv_requests_total\{cache="lagkv",model="llama-3.1-8b",outcome="completed"\} (\S+)', text
-    )[1]
+    labels = 'cache="lagkv",model="llama-3.1-8b",outcome="completed",variant="lagkv"'
+    return re.search(rf"lagkv_requests_total\{{{labels}\}} (\S+)", text)[1]
 
 
 def test_the_server_with_http_answers_and_shows_its_metrics(registry):
-    block, changed = re.subn(r"\b(9400|8000)\)", "0)", BLOCKS[0])
+    block, changed = re.subn(r"\b(9400|8000)\)", "0)", HTTP)
     assert changed == 2
     block = block.replace("start_http_server(0)", "start_http_server(0, registry=registry)")
     scope = {"model": characters.model(), "tokenizer": characters.tokenizer(), "registry": registry}
@@ -73,7 +75,7 @@ def test_the_server_with_fastapi_answers_and_shows_its_metrics(registry):
     testclient = pytest.importorskip("fastapi.testclient", reason="its test client needs httpx")
     from lagkv_ext import LagKVCache
 
-    block = BLOCKS[1].replace("make_asgi_app()", "make_asgi_app(registry)")
+    block = FASTAPI.replace("make_asgi_app()", "make_asgi_app(registry)")
     scope = {
         "model": characters.model(),
         "tokenizer": characters.tokenizer(),
@@ -88,32 +90,30 @@ def test_the_server_with_fastapi_answers_and_shows_its_metrics(registry):
     assert completed(client.get("/metrics/").text) == "1.0"
 
 
-def test_the_server_with_a_rollout_checks_and_retries(tmp_path, monkeypatch):
+def test_the_server_with_a_rollout_checks_and_retries(tmp_path, monkeypatch, registry):
     monkeypatch.chdir(tmp_path)
     Path("lagkv.json").write_text('{"keep_ratio": 0.5, "lag_size": 8, "sink_size": 4}')
-    arguments = [
-        "rollout",
-        "init",
-        "--share",
-        "1",
-        "--check-share",
-        "1",
-        "--min-agreement",
-        "0.01",
-        "--max-kl",
-        "1000",
-    ]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    scope = {"model": tiny_model("llama")}
-    exec(BLOCKS[2], scope)
+    options = ["--share", "1", "--check-share", "1", "--min-agreement", "0.01", "--max-kl", "1000"]
+    assert CliRunner().invoke(app, ["rollout", "init", *options]).exit_code == 0
+    block = SERVER.replace('"llama-3.1-8b"})', '"llama-3.1-8b"}, registry=registry)')
+    scope = {"model": tiny_model("llama"), "tokenizer": None, "registry": registry}
+    exec(block, scope)
     inputs = {"input_ids": prompt(60), "attention_mask": torch.ones(1, 60).long()}
     assert scope["answer"]("a", inputs).shape == (1, 110)
-    scope["checks"].join()
-    status = scope["rollout"].status()
+    scope["later"].join()
+    status = scope["rollout"].status().variants["lagkv"]
     assert (status.decisions["compressed"], status.checks) == (1, 1)
     # A mask that a compressed cache refuses, and a full one takes: padding between tokens.
     inputs["attention_mask"][0, 30] = 0
     assert scope["answer"]("a", inputs).shape == (1, 110)
+    for outcome in ("completed", "failed"):
+        assert value(registry, "lagkv_requests_total", variant="lagkv", cache="lagkv", outcome=outcome) == 1
     for _ in range(9):
         scope["rollout"].failed(scope["rollout"].cache(request_id="a", prompt_tokens=1))
-    assert scope["rollout"].status().tripped  # the tenth failure was that request
+    assert scope["rollout"].status().variants["lagkv"].tripped  # the tenth failure was that request
+
+
+@pytest.mark.parametrize("block", blocks("The rollout file", "json"))
+def test_the_files_of_the_page_are_rollout_files(block):
+    made = parse(block, "the page", tiny_config("llama"))
+    assert parse(made.text, "F") == made

@@ -15,15 +15,21 @@ pytest.importorskip("transformers", reason="the commands need transformers")
 pytest.importorskip("typer", reason="the command lagkv needs typer")
 pytest.importorskip("numpy", reason="the evaluation needs numpy")
 
+import torch
+
+from lagkv_ext import LagKVCache
 from lagkv_ext.serving.rollout import Store
-from tests.cache.models import tiny_config
+from tests.evaluate import tiny_models as characters
+from tests.serving.operations_page import blocks, save_model
 from tests.serving.rollout_cases import policy
 from tests.tools import documented
 from tests.tools.documented import ROOT, Command, check, of_page
 
 COMMANDS = documented.commands()
+#: These depend on each other: `tests/serving/test_pilot.py` runs them in order.
+PILOT = {line.strip() for block in blocks("A pilot", "") for line in block.splitlines()}
 #: One test for each different command; what the same words do does not depend on the page.
-DIFFERENT = list({command.words: command for command in COMMANDS}.values())
+DIFFERENT = list({command.words: command for command in COMMANDS if command.text not in PILOT}.values())
 
 
 @pytest.fixture
@@ -31,14 +37,23 @@ def folder(tmp_path, monkeypatch):
     """Where a reader stands: with the files that the pages speak of, under the names that they use."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    Path("requests.jsonl").write_text("")
     Path("lagkv.json").write_text('{"lag_size": 128, "keep_ratio": 0.25, "sink_size": 16}')
     for name in ("FOLDER", "texts/search", "texts/heldout", "data", "docs", "lagkv-evaluation"):
         Path(name).mkdir(parents=True)
     for name in ("FOLDER/a.txt", "texts/search/a.txt", "texts/heldout/a.txt"):
         Path(name).write_text("A text. " * 500)
+    for name in ("prompt.txt", "prefix.txt"):
+        Path(name).write_text("A text. " * 500)
+    model = save_model(Path("PATH"))
+    ids = characters.tokenizer()(Path("prefix.txt").read_text()[:1000], return_tensors="pt")["input_ids"]
+    cache = LagKVCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    cache.save("prefix.safetensors")
+    Path("prefix.txt").write_text(Path("prefix.txt").read_text()[:1000])
     for page in ("quality.md", "performance.md"):
         Path("docs", page).write_text("No tables here.\n")
-    tiny_config("llama").save_pretrained("PATH")
     Store("lagkv-rollout.json").write(lambda old: policy(share=0.01))
     return tmp_path
 

@@ -23,7 +23,7 @@ RUN_BY = {
     "README.md": (3, "tests/tools/test_readme.py"),
     "docs/operators.md": (2, "tests/tools/test_readme.py"),
     "docs/quality.md": (1, "tests/tools/test_readme.py"),
-    "docs/operations.md": (3, "tests/serving/test_operations_page.py"),
+    "docs/operations.md": (4, "tests/serving/test_operations_page.py"),
 }
 
 
