@@ -84,6 +84,7 @@ def test_defaults_are_the_papers():
         "score": "std",
         "max_tokens": None,
         "quantization": None,
+        "boundary": None,
     }
 
 

@@ -40,7 +40,7 @@ def test_measures_reports_and_reports_again(tmp_path):
     assert "0/1 passkey" in result.output
     assert f"report:  {tmp_path / 'report.html'}" in result.output
     lines = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [x["kind"] for x in lines] == ["run", "result", "result", "result"]
+    assert [x["kind"] for x in lines] == ["run", "result", "result", "result", "attempt"]
     assert lines[0]["plan"]["keep_ratios"] == [0.5]
     assert lines[0]["versions"]["torch"] == torch.__version__
     assert "cost per million tokens" in (tmp_path / "report.html").read_text()

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("numpy", reason="arguments may be numbers of numpy")
+
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -6,11 +6,12 @@ import dataclasses
 import os
 import time
 
-import numpy as np
 import pytest
 
+pytest.importorskip("numpy", reason="random numbers come from numpy")
 pytest.importorskip("transformers", reason="the rollout needs transformers")
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 

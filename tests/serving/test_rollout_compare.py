@@ -7,12 +7,13 @@ import itertools
 import json
 import math
 
-import numpy as np
 import pytest
 
+pytest.importorskip("numpy", reason="random numbers come from numpy")
 pytest.importorskip("transformers", reason="the rollout needs transformers")
 pytest.importorskip("typer", reason="the command needs typer")
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
+pytest.importorskip("numpy", reason="random numbers come from numpy")
 pytest.importorskip("transformers", reason="the rollout needs transformers")
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
