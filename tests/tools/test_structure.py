@@ -18,7 +18,7 @@ MAY_IMPORT = {
     LIBRARY: {LIBRARY},
     "cache": {LIBRARY, "cache"},
     "serving": {LIBRARY, "cache", "serving"},
-    "vllm": {LIBRARY, "vllm"},
+    "vllm": {LIBRARY, "serving", "vllm"},
     "commands": {LIBRARY, "cache", "serving", "commands"},
 }
 # `import lagkv_ext` offers the caches by name and imports them at their first use.

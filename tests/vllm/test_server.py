@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from lagkv_ext.serving.rollout import Check, Guard, Policy, Store, Variant
+from lagkv_ext.serving.rollout.check import replay
+from lagkv_ext.vllm.check import Deployment
+from tests.serving.operations_page import blocks
 from tests.vllm.cache import cache_tokens
 from tests.vllm.engine import BLOCK, ENVIRONMENT
 from tests.vllm.models import prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = 30
+SETTINGS = {"lag_size": 128, "keep_ratio": 0.25, "sink_size": 16}
 
 
 @pytest.fixture(scope="module")
 def server(llama, tmp_path_factory) -> Iterator[str]:
+    settings = tmp_path_factory.mktemp("settings") / "lagkv.json"
+    settings.write_text(json.dumps(SETTINGS))
+    with running(llama, tmp_path_factory.mktemp("log"), {"lagkv": str(settings)}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running(model: Path, folder: Path, additional: dict[str, Any]) -> Iterator[str]:
+    """The address of a server with ``additional`` as vLLM's additional configuration."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = tmp_path_factory.mktemp("settings") / "lagkv.json"
-    settings.write_text(json.dumps({"lag_size": 128, "keep_ratio": 0.25, "sink_size": 16}))
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w")
+    log = (folder / "server.log").open("w")
+    module = "vllm.entrypoints.openai.api_server"
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ),
-        *("--model", str(llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"),
+        *(sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), "--model", str(model)),
+        *("--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"),
         *("--block-size", str(BLOCK), "--max-model-len", "2048", "--max-num-batched-tokens", "512"),
-        *("--num-gpu-blocks-override", "150", "--additional-config", json.dumps({"lagkv": str(settings)})),
+        *("--num-gpu-blocks-override", "150", "--additional-config", json.dumps(additional)),
     ]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -98,6 +108,11 @@ async def stream(client: httpx.AsyncClient, tokens: list[int], new: int = NEW, c
     return text
 
 
+async def answer(url: str, tokens: list[int], new: int) -> str:
+    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        return await stream(client, tokens, new)
+
+
 def metrics(url: str) -> dict[str, float]:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
@@ -150,3 +165,50 @@ def test_a_request_longer_than_the_model_is_refused_and_the_server_lives(server)
     answer = httpx.post(f"{server}/v1/completions", json={**body(prompt(2100)), "stream": False}, timeout=60)
     assert answer.status_code == 400
     assert httpx.get(f"{server}/health").status_code == 200
+
+
+def test_a_rollout_routes_and_checks_two_deployments(server, llama, tmp_path, monkeypatch):
+    """The router of docs/operations.md: variants by request, checks by both deployments, and the guard."""
+    monkeypatch.chdir(tmp_path)
+    settings = {**SETTINGS, "boundary": 256}
+    Path("quarter.json").write_text(json.dumps(settings))
+    guard = Guard(min_agreement=0.95, max_kl=1e3, check_share=1.0)
+    policy = Policy(1, True, {"quarter": Variant(0.5, settings)}, 512, guard)
+    Store("lagkv-rollout.json").write(lambda old: policy)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    with running(llama, tmp_path, {}) as stock:
+        (page,) = blocks("In front of vLLM", "python")
+        page = page.replace("meta-llama/Llama-3.1-8B-Instruct", str(llama)).replace(", MODEL)", ', "tiny")')
+        page = page.replace("http://full:8000", stock).replace("http://quarter:8000", server)
+        asked: Counter[str] = Counter()
+        checks: list[Check] = []
+
+        def forward(to: Deployment, prompt_ids: list[int]) -> list[int]:
+            asked[to.url] += 1
+            return [int(word) for word in asyncio.run(answer(to.url, prompt_ids, 10)).split()]
+
+        scope: dict[str, Any] = {"forward": forward}
+        exec(page, scope)
+        rollout = scope["rollout"]
+        count = rollout.add_check
+        rollout.add_check = lambda check, **about: checks.append(check) or count(check, **about)
+        for i in range(60):
+            ids = prompt(800, seed=60 + i)
+            before = len(checks)
+            output = scope["answer"](f"user-{i}", ids)
+            assert len(output) == 10
+            if len(checks) > before:
+                expected = replay(model, torch.tensor([ids]), torch.tensor([output]), settings)
+                assert checks[-1].compressed == expected.compressed is True
+                assert checks[-1].agreement == expected.agreement
+                assert checks[-1].kl <= expected.kl + 1e-5  # the server lists 20 tokens of 512
+            if rollout.status().variants["quarter"].tripped:
+                break
+        # A random model loses much with a quarter of its cache. The guard sees it.
+        assert set(asked) == {stock, server}
+        assert rollout.status().variants["quarter"].checks == len(checks) == asked[server]
+        assert rollout.status().variants["quarter"].tripped
+        asked.clear()
+        for i in range(4):
+            scope["answer"](f"user-{i}", prompt(600, seed=i))
+        assert set(asked) == {stock}

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ class Live:
 class _Flight:
     """A request as the monitor knows it. Nothing here keeps the cache or the request alive."""
 
-    cache: weakref.ref
+    cache: Callable[[], Cache | None]  #: a weak reference
+    elsewhere: bool  #: an engine holds the cache, and nothing here can read it
     kind: str
     variant: str
     timer: CompressionTimer
@@ -140,27 +141,32 @@ class CacheMonitor:
         self._closed = True
         self._leave()
 
-    def request(self, cache: Cache, decision: Decision | None = None) -> MonitoredRequest:
+    def request(self, cache: Cache | None, decision: Decision | None = None) -> MonitoredRequest:
         """Begins a request that uses ``cache``. Keep the returned object: as a context manager, or until you call its
         `MonitoredRequest.finish`.
 
         Any cache of transformers: the label "cache" is "lagkv" for those that LagKV compresses and "full" for all
         others. A cache may be used for one request after another: each counts what it added. ``decision``: of a
-        `Rollout`, for the label "variant" and the log record; without one, "variant" is as "cache".
+        `Rollout`, for the label "variant" and the log record; without one, "variant" is as "cache". ``None`` with a
+        decision of `Rollout.route`: an engine holds the cache. Requests, outcomes and durations are counted, tokens and
+        bytes are not.
 
         Raises:
-            TypeError: no cache of transformers.
+            TypeError: no cache of transformers, or None without a decision.
             ValueError: the cache is in a request that has not ended.
             RuntimeError: the monitor is closed.
         """
         if self._closed:
             raise RuntimeError("request: this monitor is closed")
-        if not isinstance(cache, Cache):
+        elsewhere = cache is None and decision is not None
+        if not isinstance(cache, Cache) and not elsewhere:
             raise TypeError(f"cache must be a cache of transformers, got {type(cache).__name__}")
         self._forget_lost()
         kind, timer = "full", CompressionTimer()
+        if elsewhere and decision is not None and decision.compressed:
+            kind = "lagkv"
         with self._lock:
-            watched = any(x.cache() is cache for x in self._flights.values())
+            watched = not elsewhere and any(x.cache() is cache for x in self._flights.values())
             if watched or (isinstance(cache, _COMPRESSED) and cache.timer is not None):
                 raise ValueError("cache must not be in a request that has not ended, got one that is")
             if isinstance(cache, _COMPRESSED):
@@ -169,9 +175,11 @@ class CacheMonitor:
             number = self._number
             variant = kind if decision is None else decision.variant
             about = {name: getattr(decision, name, None) for name in _DECIDED}
-            flight = _Flight(weakref.ref(cache), kind, variant, timer, about)
+            reference = _nothing if cache is None else weakref.ref(cache)
+            flight = _Flight(reference, elsewhere, kind, variant, timer, about)
             self._flights[number] = flight
-        flight.before = self._report(cache)
+        if cache is not None:
+            flight.before = self._report(cache)
         self._series_of(variant, kind).in_flight.inc()
         flight.begun = time.perf_counter()
         return MonitoredRequest(self, number)
@@ -203,7 +211,9 @@ class CacheMonitor:
         if outcome == "completed":
             self._series_of(flight.variant, flight.kind).duration.observe(duration)
         cache, after, seen = flight.cache(), None, None
-        if cache is None:
+        if flight.elsewhere:
+            pass
+        elif cache is None:
             self._reads["failed"].inc()
             _log.warning("a cache was deleted before its request ended: what it held is not counted")
         else:
@@ -356,6 +366,10 @@ class MonitoredRequest:
         number = getattr(self, "_number", None)
         if number is not None:
             self._monitor.lose(number)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _growing(report: CacheReport) -> tuple[float, float, float]:

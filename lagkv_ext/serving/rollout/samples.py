@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lagkv_ext.serving.rollout.policy import RolloutError, Samples, integer, read_object, text_of
-from lagkv_ext.serving.rollout.store import Store, now, place
+from lagkv_ext.serving.rollout.store import Store, place
 from lagkv_ext.user_files import decode
 
 _log = logging.getLogger(__name__)
@@ -155,8 +155,11 @@ class SampleFolder:
 
 def generate_both(
     model: Any, tokenizer: Any, input_ids: Any, settings: Mapping[str, Any], max_new_tokens: int
-) -> tuple[str, str]:
-    """The answers to ``input_ids [1, N]`` with a `DynamicCache` and with a `LagKVCache` of ``settings``."""
+) -> tuple[str, str, str]:
+    """The text of ``input_ids [1, N]``, and the answers with a `DynamicCache` and with a `LagKVCache` of ``settings``.
+
+    Raises what the model or the tokenizer raises.
+    """
     from transformers import DynamicCache
 
     from lagkv_ext import LagKVCache
@@ -172,30 +175,17 @@ def generate_both(
             do_sample=False,
         )
         answers.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
-    return answers[0], answers[1]
+    return tokenizer.decode(input_ids[0], skip_special_tokens=True), answers[0], answers[1]
 
 
-def make_sample(
-    model: Any,
-    tokenizer: Any,
-    input_ids: Any,
-    *,
-    version: int,
-    variant: str,
-    settings: Mapping[str, Any],
-    max_new_tokens: int,
-    redact: Callable[[str], str] | None,
-) -> Sample:
-    """Generates both answers and redacts all three texts. Raises what the model, the tokenizer or ``redact`` raises."""
-    full, compressed = generate_both(model, tokenizer, input_ids, settings, max_new_tokens)
-    prompt = tokenizer.decode(input_ids[0], skip_special_tokens=True)
-    texts = [prompt, full, compressed]
-    if redact is not None:
-        texts = [redact(x) for x in texts]
-        if wrong := [x for x in texts if not isinstance(x, str)]:
-            raise TypeError(f"redact must return a string, got {type(wrong[0]).__name__}")
-    prompt, full, compressed = texts
-    return Sample(now(), version, variant, dict(settings), prompt, full, compressed, input_ids.shape[1])
+def redacted(texts: tuple[str, str, str], redact: Callable[[str], str] | None) -> tuple[str, str, str]:
+    """The texts as they may be stored. Raises what ``redact`` raises, and TypeError where one is not a string."""
+    prompt, full, compressed = texts if redact is None else map(redact, texts)
+    for text in (prompt, full, compressed):
+        if not isinstance(text, str):
+            who = "a sample's text must be" if redact is None else "redact must return"
+            raise TypeError(f"{who} a string, got {type(text).__name__}")
+    return prompt, full, compressed
 
 
 def _verdict_of(line: bytes) -> Verdict:

@@ -19,7 +19,7 @@ from lagkv_ext.serving.rollout import adapt
 from lagkv_ext.serving.rollout.evidence import Evidence
 from lagkv_ext.serving.rollout.judge import Check, Judge
 from lagkv_ext.serving.rollout.policy import FULL, RolloutError, number, rung_of
-from lagkv_ext.serving.rollout.samples import SampleFolder, make_sample
+from lagkv_ext.serving.rollout.samples import Sample, SampleFolder, generate_both, redacted
 from lagkv_ext.serving.rollout.status import REASONS, RolloutStatus, VariantStatus
 from lagkv_ext.serving.rollout.store import Store, Trip, now
 from lagkv_ext.serving.rollout.watch import Force, Watch
@@ -35,7 +35,7 @@ _LADDER_S = 60.0
 class Decision:
     """The cache of one request, and why."""
 
-    cache: Any  #: an empty `LagKVCache`, or an empty `DynamicCache`: give it to the model
+    cache: Any  #: an empty `LagKVCache`, or an empty `DynamicCache`: give it to the model. None from `Rollout.route`
     compressed: bool
     reason: str  #: one of `REASONS`
     version: int  #: of the rollout file
@@ -115,6 +115,31 @@ class Rollout:
         Never raises where a `DynamicCache` can be made: whatever goes wrong, a wrong argument too, gives the full cache
         with the reason "error", is logged with its traceback, and counts towards ``guard.max_errors``.
         """
+
+        def made(settings: Mapping[str, Any]) -> Any:
+            from lagkv_ext import LagKVCache
+
+            return LagKVCache(self._config, **settings)
+
+        decision = self._decide(request_id, prompt_tokens, made)
+        if decision.cache is not None:
+            return decision
+        from transformers import DynamicCache
+
+        return dataclasses.replace(decision, cache=DynamicCache(config=self._config))
+
+    def route(self, *, request_id: str, prompt_tokens: int) -> Decision:
+        """`cache` for an engine that holds the caches itself, as vLLM does: decides, and makes no cache.
+
+        Where ``compressed``, send the request to the deployment with ``settings``; else to that with the full cache.
+        ``Decision.cache`` is None. Never raises; in doubt the full cache, as `cache`.
+        """
+        return self._decide(request_id, prompt_tokens, None)
+
+    def _decide(
+        self, request_id: str, prompt_tokens: int, make: Callable[[Mapping[str, Any]], Any] | None
+    ) -> Decision:
+        """A decision with the cache that ``make`` makes of the settings, and with None for a full one."""
         cache: Any = None
         settings, variant, eligible, wants_check = None, FULL, False, False
         force = self._force
@@ -128,23 +153,17 @@ class Rollout:
             if reason == "compressed" or (reason == "tripped" and force.may_recover(variant)):
                 wants_check = policy.checks(request_id)
             if reason == "compressed":
-                from lagkv_ext import LagKVCache
-
                 settings = policy.variants[variant].settings
-                cache = LagKVCache(self._config, **settings)
+                cache = make(settings) if make is not None else None
         except Exception:
             reason, settings, wants_check = "error", None, False
             _log.exception(
-                "no compressed cache could be made for request %r: it gets the full one", request_id
+                "no compressed cache could be given to request %r: it gets the full one", request_id
             )
             self._failed(force, variant if variant != FULL else "")
         with self._counting:
             self._decisions[variant, reason] += 1
-        compressed = cache is not None
-        if not compressed:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=self._config)
+        compressed = settings is not None
         return Decision(
             cache,
             compressed,
@@ -227,13 +246,36 @@ class Rollout:
             self._failed(force, variant or "")
             return None
         result = dataclasses.replace(result, variant=name, shadow=shadow)
-        if not result.compressed:
-            return result
-        with self._looking:
-            self._checks[name] += 1
-            if force.policy.version == self._force.policy.version:
-                self._take(result)
+        self._count_check(force, result)
         return result
+
+    def add_check(self, check: Check, *, version: int, variant: str) -> bool:
+        """Judges ``variant`` by a check that was measured elsewhere, as by `lagkv_ext.vllm.check.check_deployments`.
+
+        ``version``, ``variant``: of the decision. Whether it counts: not for another version than that in force, or
+        a disabled one, a variant that has tripped and is not to recover, and a check without anything compressed.
+
+        Raises TypeError for what is no `Check`, and nothing else.
+        """
+        if not isinstance(check, Check):
+            raise TypeError(f"check must be a Check, got {type(check).__name__}")
+        self._look_if_due()
+        force = self._force
+        policy = force.policy
+        shadow = force.has_tripped(variant)
+        known = variant in policy.variants and (not shadow or force.may_recover(variant))
+        if version != policy.version or not policy.enabled or not known:
+            return False
+        return self._count_check(force, dataclasses.replace(check, variant=variant, shadow=shadow))
+
+    def _count_check(self, force: Force, check: Check) -> bool:
+        if not check.compressed:
+            return False
+        with self._looking:
+            self._checks[check.variant] += 1
+            if force.policy.version == self._force.policy.version:
+                self._take(check)
+        return True
 
     def sample(
         self,
@@ -251,23 +293,35 @@ class Rollout:
         stored where the version is no longer in force or stores no samples, where the folder has as many as it may, or
         where anything failed, which is logged. Never raises.
         """
+
+        def made(settings: Mapping[str, Any]) -> tuple[tuple[str, str, str], int]:
+            texts = generate_both(model, tokenizer, input_ids, settings, max_new_tokens)
+            return texts, input_ids.shape[1]
+
+        return self._sample(made, version, variant)
+
+    def add_sample(
+        self, prompt: str, full: str, compressed: str, *, prompt_tokens: int, version: int, variant: str
+    ) -> bool:
+        """Stores two answers that were generated elsewhere, as by two deployments of vLLM. All else as in `sample`."""
+        return self._sample(lambda settings: ((prompt, full, compressed), prompt_tokens), version, variant)
+
+    def _sample(
+        self,
+        make: Callable[[Mapping[str, Any]], tuple[tuple[str, str, str], int]],
+        version: int,
+        variant: str,
+    ) -> bool:
         policy = self._force.policy
         if policy.version != version or policy.samples is None or variant not in policy.variants:
             return False
         folder = SampleFolder(self._watch.store, policy.samples)
+        settings = policy.variants[variant].settings
         try:
             if folder.is_full():
                 return False
-            made = make_sample(
-                model,
-                tokenizer,
-                input_ids,
-                version=version,
-                variant=variant,
-                settings=policy.variants[variant].settings,
-                max_new_tokens=max_new_tokens,
-                redact=self._redact,
-            )
+            texts, tokens = make(settings)
+            made = Sample(now(), version, variant, dict(settings), *redacted(texts, self._redact), tokens)
             return folder.add(made) is not None
         except OSError as error:
             self._tell_once("a sample could not be stored", error)
