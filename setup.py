@@ -74,7 +74,7 @@ def extensions(no_cuda: str) -> list:
     built = [
         CppExtension(
             "lagkv_ext._C",
-            ["csrc/ops.cpp", *sources("csrc/cpu", "*.cpp")],
+            ["csrc/schemas.cpp", *sources("csrc/cpu", "**/*.cpp")],
             include_dirs=[str(ROOT / "csrc")],
             depends=sources("csrc", "**/*.h"),
             extra_compile_args={"cxx": CXX_FLAGS},
@@ -110,9 +110,7 @@ def compiler_version() -> str:
 
 def instruction_sets() -> list[str]:
     """The levels csrc/cpu has kernels for; which one runs is chosen at run time."""
-    levels = [
-        path.stem.removeprefix("kernels_") for path in sorted((ROOT / "csrc/cpu").glob("kernels_*.cpp"))
-    ]
+    levels = [Path(source).stem for source in sources("csrc/cpu/kernels", "*.cpp")]
     return levels if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 
 

@@ -1,98 +1,51 @@
-// Argument checks of the operators, shared by the backends. Every message says which argument, what it must
-// be and what it got. lagkv_ext/checks.py has the same checks for tracing; tests hold the two to the same
-// texts.
+// Argument checks of the operators, the same for every backend: all that can be seen without reading a
+// tensor's elements. They come before any write. lagkv_ext/fake.py repeats what decides an output's shape.
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 
+#include "messages.h"
 #include "overlap.h"
 #include "params.h"
 
 namespace lagkv {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of a sequence: positions are int32
 
-constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
-
-template <class... Parts>
-void check(bool condition, const char* op, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << "lagkv::" << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-/// Parts of messages, as Python spells them: made into text with the message and not before, so that a call
-/// with nothing wrong does not pay for words.
-struct ShapeText {
-  const Tensor& x;
-};
-struct DtypeText {
-  const Tensor& x;
-};
-struct DeviceText {
-  const Tensor& x;
+/// What an operator calls its keys and values and their dimensions.
+struct RowsLayout {
+  const char *key, *value;
+  int64_t rank;
+  const char* shape;
+  const char* dims[3];  // all but the last
 };
 
-inline ShapeText shape_text(const Tensor& x) { return {x}; }
-inline DtypeText dtype_text(const Tensor& x) { return {x}; }
-inline DeviceText device_text(const Tensor& x) { return {x}; }
-
-inline std::ostream& operator<<(std::ostream& out, ShapeText shape) {
-  out << "[";
-  for (int64_t dim = 0; dim < shape.x.dim(); ++dim) out << (dim ? ", " : "") << shape.x.size(dim);
-  return out << "]";
-}
-
-inline std::ostream& operator<<(std::ostream& out, DtypeText dtype) {
-  switch (dtype.x.scalar_type()) {
-    case ScalarType::Half: return out << "float16";
-    case ScalarType::BFloat16: return out << "bfloat16";
-    case ScalarType::Float: return out << "float32";
-    case ScalarType::Double: return out << "float64";
-    case ScalarType::Bool: return out << "bool";
-    case ScalarType::Byte: return out << "uint8";
-    case ScalarType::Char: return out << "int8";
-    case ScalarType::Short: return out << "int16";
-    case ScalarType::Int: return out << "int32";
-    case ScalarType::Long: return out << "int64";
-    case ScalarType::Float8_e4m3fn: return out << "float8_e4m3fn";
-    case ScalarType::Float8_e5m2: return out << "float8_e5m2";
-    case ScalarType::ComplexFloat: return out << "complex64";
-    case ScalarType::ComplexDouble: return out << "complex128";
-    default: return out << "scalar type " << static_cast<int>(dtype.x.scalar_type());
-  }
-}
-
-inline std::ostream& operator<<(std::ostream& out, DeviceText device) {
-  if (device.x.is_cpu()) return out << "cpu";
-  if (device.x.is_cuda()) {
-    out << "cuda";
-  } else {
-    out << "device type " << static_cast<int>(device.x.device().type());
-  }
-  return out << ":" << device.x.get_device_index();
-}
-
-inline bool is_floating(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  return type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
-         type == ScalarType::Double;
-}
+constexpr RowsLayout kDense = {"key", "value", 4, "[B, H, N, D]", {"batch", "heads", "tokens"}};
+constexpr RowsLayout kSlots = {"key", "value", 4, "[B, H, capacity, D]", {"batch", "heads", "capacity"}};
+constexpr RowsLayout kPacked = {"key", "value", 3, "[T, H, D]", {"rows", "heads", nullptr}};
+constexpr RowsLayout kPages = {
+    "key_cache", "value_cache", 4, "[blocks, block_size, H, D]", {"blocks", "block_size", "heads"}};
 
 inline void check_dtype(const char* op, const char* name, const Tensor& x) {
-  check(is_floating(x), op, name, " must be float16, bfloat16, float32 or float64, got ", dtype_text(x));
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
+            type == ScalarType::Double,
+        op, name, " must be float16, bfloat16, float32 or float64, got ", DtypeText{x});
+}
+
+inline void check_int32(const char* op, const char* name, const Tensor& x) {
+  check(x.scalar_type() == ScalarType::Int, op, name, " must be int32, got ", DtypeText{x});
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& x) {
+  const auto last = static_cast<size_t>(x.dim() - 1);
+  const int64_t stride = x.strides()[last];
+  check(stride == 1 || x.sizes()[last] <= 1 || x.numel() == 0, op, name,
+        " must have a contiguous last dimension (stride 1), got stride ", stride);
 }
 
 /// The element address must be a multiple of the element size; slicing cannot break this, foreign memory can.
@@ -102,27 +55,47 @@ inline void check_aligned(const char* op, const char* name, const Tensor& x) {
         " bytes), got address ", address);
 }
 
-inline void check_rows(const char* op, const char* name, const Tensor& x) {
-  check(x.dim() == 4, op, name, " must have 4 dimensions [B, H, N, D], got shape ", shape_text(x));
+inline void check_device(const char* op, const char* name, const Tensor& x, const char* of,
+                         const Tensor& first) {
+  check(x.device() == first.device(), op, name, " must be on the device of ", of, " (", DeviceText{first},
+        "), got ", DeviceText{x});
+}
+
+inline void check_rows(const char* op, const RowsLayout& layout, const char* name, const Tensor& x) {
+  check(x.dim() == layout.rank, op, name, " must have ", layout.rank, " dimensions ", layout.shape,
+        ", got shape ", ShapeText{x});
   check_dtype(op, name, x);
-  check(x.size(2) <= kMaxLength, op, name, " must have at most ", kMaxLength, " tokens, got ", x.size(2));
-  check(x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0, op, name,
-        " must have a contiguous last dimension (stride 1), got stride ", x.stride(3));
+  check_contiguous(op, name, x);
   check_aligned(op, name, x);
 }
 
-inline void check_pair(const char* op, const Tensor& key, const Tensor& value) {
-  check_rows(op, "key", key);
-  check_rows(op, "value", value);
-  check(value.scalar_type() == key.scalar_type(), op, "value must have the dtype of key (", dtype_text(key),
-        "), got ", dtype_text(value));
-  check(value.device() == key.device(), op, "value must be on the device of key (", device_text(key),
-        "), got ", device_text(value));
-  static const char* const kDims[] = {"batch", "heads", "tokens"};
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    check(value.size(dim) == key.size(dim), op, "value must agree with key in ", kDims[dim], " ",
-          shape_text(key), ", got shape ", shape_text(value));
+inline void check_agreement(const char* op, const RowsLayout& layout, const Tensor& key,
+                            const Tensor& value) {
+  check(value.scalar_type() == key.scalar_type(), op, layout.value, " must have the dtype of ", layout.key,
+        " (", DtypeText{key}, "), got ", DtypeText{value});
+  check_device(op, layout.value, value, layout.key, key);
+  for (int64_t dim = 0; dim + 1 < layout.rank; ++dim) {
+    check(value.size(dim) == key.size(dim), op, layout.value, " must agree with ", layout.key, " in ",
+          layout.dims[dim], " ", ShapeText{key}, ", got shape ", ShapeText{value});
   }
+}
+
+inline void check_pair(const char* op, const RowsLayout& layout, const Tensor& key, const Tensor& value) {
+  check_rows(op, layout, layout.key, key);
+  check_rows(op, layout, layout.value, value);
+  check_agreement(op, layout, key, value);
+}
+
+/// [B, H, N, D] of a dense operator, in which N is a number of tokens.
+inline void check_dense(const char* op, const char* name, const Tensor& x) {
+  check_rows(op, kDense, name, x);
+  check(x.size(2) <= kMaxLength, op, name, " must have at most ", kMaxLength, " tokens, got ", x.size(2));
+}
+
+inline void check_dense_pair(const char* op, const Tensor& key, const Tensor& value) {
+  check_dense(op, "key", key);
+  check_dense(op, "value", value);
+  check_agreement(op, kDense, key, value);
 }
 
 inline void check_start(const char* op, int64_t start) {
@@ -138,23 +111,21 @@ inline void check_keep(const char* op, int64_t keep, const char* bound_name, int
   check(keep <= bound, op, "keep must be at most ", bound_name, " (", bound, "), got ", keep);
 }
 
-inline Score check_scoring(const char* op, double value_weight, const std::string& score) {
+inline Score check_score(const char* op, double value_weight, const std::string& score) {
   check(std::isfinite(value_weight), op, "value_weight must be finite, got ", value_weight);
   if (score == "std") return Score::kStd;
   check(score == "cosine", op, "score must be 'std' or 'cosine', got '", score, "'");
   return Score::kCosine;
 }
 
-struct StridesText {
-  const Tensor& x;
-};
-inline std::ostream& operator<<(std::ostream& out, StridesText strides) {
-  out << "[";
-  for (int64_t dim = 0; dim < strides.x.dim(); ++dim) out << (dim ? ", " : "") << strides.x.stride(dim);
-  return out << "]";
+inline Score check_method(const char* op, int64_t lag_size, int64_t keep, double value_weight,
+                          const std::string& score) {
+  check_lag_size(op, lag_size);
+  check_keep(op, keep, "lag_size", lag_size);
+  return check_score(op, value_weight, score);
 }
 
-/// A tensor of an operator that writes some of its arguments.
+/// An argument of an operator that writes some of its arguments.
 struct Argument {
   const char* name;
   const Tensor& x;
@@ -169,7 +140,7 @@ void check_overlap(const char* op, const Argument (&arguments)[kCount]) {
     const Tensor& x = arguments[i].x;
     footprints[i].emplace(x.data_ptr(), x.element_size(), x.dim(), x.sizes().data(), x.strides().data());
     check(!arguments[i].written || !overlaps_itself(*footprints[i]), op, arguments[i].name,
-          " must not overlap itself, got shape ", shape_text(x), " with strides ", StridesText{x});
+          " must not overlap itself, got shape ", ShapeText{x}, " with strides ", StridesText{x});
   }
   for (size_t i = 1; i < kCount; ++i) {
     for (size_t j = 0; j < i; ++j) {
@@ -178,7 +149,7 @@ void check_overlap(const char* op, const Argument (&arguments)[kCount]) {
       check(!overlap(*footprints[i], *footprints[j]), op, arguments[i].name, " must not overlap ",
             arguments[j].name, ", got addresses ",
             static_cast<int64_t>(footprints[i]->begin() - footprints[j]->begin()), " bytes apart, shapes ",
-            shape_text(x), " and ", shape_text(other), ", strides ", StridesText{x}, " and ",
+            ShapeText{x}, " and ", ShapeText{other}, ", strides ", StridesText{x}, " and ",
             StridesText{other});
     }
   }
@@ -186,57 +157,144 @@ void check_overlap(const char* op, const Argument (&arguments)[kCount]) {
 
 inline Score check_compress(const char* op, const Tensor& key, const Tensor& value, int64_t start,
                             int64_t lag_size, int64_t keep, double value_weight, const std::string& score) {
-  check_pair(op, key, value);
+  check_dense_pair(op, key, value);
   check_start(op, start);
-  check_lag_size(op, lag_size);
-  check_keep(op, keep, "lag_size", lag_size);
-  return check_scoring(op, value_weight, score);
+  return check_method(op, lag_size, keep, value_weight, score);
 }
 
-inline Score check_compress_(const char* op, const Tensor& key, const Tensor& value, int64_t start,
-                             int64_t lag_size, int64_t keep, double value_weight, const std::string& score) {
+inline Score check_compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size,
+                             int64_t keep, double value_weight, const std::string& score) {
+  const char* op = "compress_";
   const Score kind = check_compress(op, key, value, start, lag_size, keep, value_weight, score);
   check_overlap(op, {{"key", key, true}, {"value", value, true}});
   return kind;
 }
 
-inline void check_partition_bounds(const char* op, const Tensor& x, int64_t start, int64_t lag_size) {
-  check_rows(op, "x", x);
+inline void check_partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
+  const char* op = "partition_bounds";
+  check_dense(op, "x", x);
   check_start(op, start);
   check_lag_size(op, lag_size);
 }
 
-inline Score check_lag_score(const char* op, const Tensor& key, const Tensor& value, int64_t start,
-                             int64_t lag_size, double value_weight, const std::string& score) {
-  check_pair(op, key, value);
+inline Score check_lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size,
+                             double value_weight, const std::string& score) {
+  const char* op = "lag_score";
+  check_dense_pair(op, key, value);
   check_start(op, start);
   check_lag_size(op, lag_size);
-  return check_scoring(op, value_weight, score);
+  return check_score(op, value_weight, score);
 }
 
-inline void check_topk_index(const char* op, const Tensor& score, int64_t keep) {
+inline void check_topk_index(const Tensor& score, int64_t keep) {
+  const char* op = "topk_index";
   check(score.dim() >= 1, op, "score must have at least 1 dimension [..., L], got a scalar");
   check_dtype(op, "score", score);
-  const int64_t last = score.dim() - 1;
-  check(score.size(last) <= kMaxLength, op, "score must have at most ", kMaxLength, " columns, got ",
-        score.size(last));
-  check_keep(op, keep, "the last dimension of score", score.size(last));
-  check(score.stride(last) == 1 || score.size(last) <= 1 || score.numel() == 0, op,
-        "score must have a contiguous last dimension (stride 1), got stride ", score.stride(last));
+  const int64_t columns = score.size(score.dim() - 1);
+  check(columns <= kMaxLength, op, "score must have at most ", kMaxLength, " columns, got ", columns);
+  check_keep(op, keep, "the last dimension of score", columns);
+  check_contiguous(op, "score", score);
   check_aligned(op, "score", score);
 }
 
 /// All but the values of index, which only a backend that can read them can check.
-inline void check_compact(const char* op, const Tensor& x, const Tensor& index) {
-  check_rows(op, "x", x);
-  check(index.dim() == 3, op, "index must have 3 dimensions [B, H, K], got shape ", shape_text(index));
-  check(index.scalar_type() == ScalarType::Int, op, "index must be int32, got ", dtype_text(index));
-  check(index.device() == x.device(), op, "index must be on the device of x (", device_text(x), "), got ",
-        device_text(index));
+inline void check_compact(const Tensor& x, const Tensor& index) {
+  const char* op = "compact";
+  check_dense(op, "x", x);
+  check(index.dim() == 3, op, "index must have 3 dimensions [B, H, K], got shape ", ShapeText{index});
+  check_int32(op, "index", index);
+  check_device(op, "index", index, "x", x);
   check(index.size(0) == x.size(0) && index.size(1) == x.size(1), op,
-        "index must agree with x in batch and heads ", shape_text(x), ", got shape ", shape_text(index));
+        "index must agree with x in batch and heads ", ShapeText{x}, ", got shape ", ShapeText{index});
   check(index.size(2) <= kMaxLength, op, "index must have at most ", kMaxLength, " columns, got ",
         index.size(2));
+}
+
+/// start, length, cu_seqlens: int32, contiguous, one number a sequence (or one more).
+inline void check_numbers(const char* op, const char* name, const Tensor& x) {
+  check(x.dim() == 1, op, name, " must have 1 dimension, got shape ", ShapeText{x});
+  check_int32(op, name, x);
+  check(x.stride(0) == 1 || x.size(0) <= 1, op, name, " must be contiguous, got stride ", x.stride(0));
+}
+
+inline void check_count(const char* op, const char* name, const Tensor& x, int64_t batch) {
+  check(x.size(0) == batch, op, name, " must have one number for each of ", batch, " sequences, got shape ",
+        ShapeText{x});
+}
+
+inline void check_start_and_length(const char* op, const Tensor& start, const Tensor& length, int64_t batch) {
+  check_numbers(op, "start", start);
+  check_count(op, "start", start, batch);
+  check_numbers(op, "length", length);
+  check_count(op, "length", length, batch);
+}
+
+inline void check_cu_seqlens_and_start(const char* op, const Tensor& cu_seqlens, const Tensor& start) {
+  check_numbers(op, "cu_seqlens", cu_seqlens);
+  check(cu_seqlens.size(0) >= 1, op, "cu_seqlens must have at least 1 number (B + 1 of them), got shape ",
+        ShapeText{cu_seqlens});
+  check_numbers(op, "start", start);
+  check_count(op, "start", start, cu_seqlens.size(0) - 1);
+}
+
+inline void check_block_table(const char* op, const Tensor& block_table) {
+  check(block_table.dim() == 2, op, "block_table must have 2 dimensions [B, max_blocks], got shape ",
+        ShapeText{block_table});
+  check_int32(op, "block_table", block_table);
+  check_contiguous(op, "block_table", block_table);
+}
+
+/// Rows that a sequence can have.
+inline void check_capacity(const char* op, int64_t capacity, const char* of) {
+  check(capacity <= kMaxLength, op, of, " must come to at most ", kMaxLength, " tokens, got ", capacity);
+}
+
+inline Score check_compress_ragged_(const Tensor& key, const Tensor& value, const Tensor& start,
+                                    const Tensor& length, int64_t lag_size, int64_t keep, double value_weight,
+                                    const std::string& score) {
+  const char* op = "compress_ragged_";
+  check_pair(op, kSlots, key, value);
+  check_capacity(op, key.size(2), "capacity");
+  check_start_and_length(op, start, length, key.size(0));
+  check_device(op, "start", start, "key", key);
+  check_device(op, "length", length, "key", key);
+  const Score kind = check_method(op, lag_size, keep, value_weight, score);
+  check_overlap(
+      op, {{"key", key, true}, {"value", value, true}, {"start", start, true}, {"length", length, true}});
+  return kind;
+}
+
+inline Score check_compress_varlen(const Tensor& key, const Tensor& value, const Tensor& cu_seqlens,
+                                   const Tensor& start, int64_t lag_size, int64_t keep, double value_weight,
+                                   const std::string& score) {
+  const char* op = "compress_varlen";
+  check_pair(op, kPacked, key, value);
+  check_capacity(op, key.size(0), "rows");
+  check_cu_seqlens_and_start(op, cu_seqlens, start);
+  check_device(op, "cu_seqlens", cu_seqlens, "key", key);
+  check_device(op, "start", start, "key", key);
+  return check_method(op, lag_size, keep, value_weight, score);
+}
+
+inline Score check_compress_paged_(const Tensor& key_cache, const Tensor& value_cache,
+                                   const Tensor& block_table, const Tensor& start, const Tensor& length,
+                                   int64_t lag_size, int64_t keep, double value_weight,
+                                   const std::string& score) {
+  const char* op = "compress_paged_";
+  check_pair(op, kPages, key_cache, value_cache);
+  check_block_table(op, block_table);
+  check_capacity(op, block_table.size(1) * key_cache.size(1), "block_table.size(1) * block_size");
+  check_start_and_length(op, start, length, block_table.size(0));
+  check_device(op, "block_table", block_table, "key_cache", key_cache);
+  check_device(op, "start", start, "key_cache", key_cache);
+  check_device(op, "length", length, "key_cache", key_cache);
+  const Score kind = check_method(op, lag_size, keep, value_weight, score);
+  check_overlap(op, {{"key_cache", key_cache, true},
+                     {"value_cache", value_cache, true},
+                     {"block_table", block_table, false},
+                     {"start", start, true},
+                     {"length", length, true}});
+  return kind;
 }
 
 }  // namespace lagkv

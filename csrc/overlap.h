@@ -88,7 +88,7 @@ class Footprint {
   Dim dims_[kMaxDims];
 };
 
-/// Whether sum of step_k x_k = target has a solution with 0 <= x_k <= most_k. Steps are positive.
+/// Decides whether sum of step_k x_k = target has a solution with 0 <= x_k <= most_k. Steps are positive.
 class BoundedSum {
  public:
   enum class Answer { kNo, kYes, kUnknown };
@@ -158,7 +158,7 @@ class BoundedSum {
 
   static int64_t divided_up(int64_t x, int64_t divisor) { return (x + divisor - 1) / divisor; }
 
-  /// Whether 0 <= target - a.step x - b.step y <= slack for some x and y. Between 0 and `slack` every
+  /// True where 0 <= target - a.step x - b.step y <= slack for some x and y. Between 0 and `slack` every
   /// multiple of the common divisor counts.
   static bool two_reach(const Term& a, const Term& b, int64_t slack, int64_t target) {
     const int64_t most_y = b.step * b.most;
@@ -214,7 +214,7 @@ class BoundedSum {
 /// Steps of the search, some 100 ns each, before the runs are listed.
 constexpr int64_t kOverlapWork = 2000;
 
-/// Whether two arrays share a byte.
+/// True where two arrays share a byte.
 inline bool overlap(const Footprint& a, const Footprint& b, int64_t work = kOverlapWork) {
   if (a.empty() || b.empty() || a.end() <= b.begin() || b.end() <= a.begin()) return false;
   // Bytes of b are counted from its last one back, so that all steps are positive.
@@ -245,7 +245,7 @@ inline bool overlap(const Footprint& a, const Footprint& b, int64_t work = kOver
   return false;
 }
 
-/// Whether an array holds one byte at two indices.
+/// True where an array holds one byte at two indices.
 inline bool overlaps_itself(const Footprint& x, int64_t work = kOverlapWork) {
   if (x.empty()) return false;
   bool nested = true;

@@ -60,12 +60,52 @@ struct ScoreParams {
   Score kind;
 };
 
+constexpr int kScoreDims = 4;
+
+/// Where rows of scores start: leading dimensions, outermost first, in elements.
+struct ScoreRows {
+  int64_t size[kScoreDims], stride[kScoreDims];
+
+  LAGKV_HOST_DEVICE int64_t offset(int64_t row) const {
+    int64_t offset = 0;
+    for (int dim = kScoreDims - 1; dim > 0; --dim) {
+      offset += row % size[dim] * stride[dim];
+      row /= size[dim];
+    }
+    return offset + row * stride[0];
+  }
+};
+
+/// Merges leading dimensions of a score tensor where their strides allow; false where more than kScoreDims
+/// are left.
+inline bool merge_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, ScoreRows& rows) {
+  int count = 0;
+  ScoreRows merged{};
+  for (int64_t dim = 0; dim < dims; ++dim) {
+    if (sizes[dim] == 1) continue;
+    if (count > 0 && merged.stride[count - 1] == strides[dim] * sizes[dim]) {
+      merged.size[count - 1] *= sizes[dim];
+      merged.stride[count - 1] = strides[dim];
+      continue;
+    }
+    if (count == kScoreDims) return false;
+    merged.size[count] = sizes[dim];
+    merged.stride[count++] = strides[dim];
+  }
+  for (int dim = 0; dim < kScoreDims; ++dim) {
+    const int from = dim - (kScoreDims - count);
+    rows.size[dim] = from < 0 ? 1 : merged.size[from];
+    rows.stride[dim] = from < 0 ? 0 : merged.stride[from];
+  }
+  return true;
+}
+
 /// `topk_index`: positions of the `keep` highest scores of every row, ascending.
 template <class T>
 struct TopkParams {
-  const T* score;  // [rows, L], row stride below, contiguous in L
-  int64_t row_stride;
-  int32_t* index;  // [rows, keep] contiguous
+  const T* score;    // [rows, L], contiguous in L
+  ScoreRows places;  // of the rows
+  int32_t* index;    // [rows, keep] contiguous
   int64_t rows, lag_size, keep;
 };
 

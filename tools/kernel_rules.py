@@ -577,12 +577,12 @@ RULES = [
         "copies: value without channels",
     ),
     Rule(
-        "launches.h",
+        "../params.h",
         "count > 0 && merged.stride[count - 1] == strides[dim] * sizes[dim]",
         "count > 0",
         "topk: dimensions that do not merge",
     ),
-    Rule("launches.h", "    if (count == kTopkDims) return false;\n", "", "topk: too many dimensions"),
+    Rule("../params.h", "    if (count == kScoreDims) return false;\n", "", "topk: too many dimensions"),
     Rule("launches.h", "bytes % size == 0 && alignment % size == 0", "bytes % size == 0", "words: alignment"),
     Rule(
         "launches.h",

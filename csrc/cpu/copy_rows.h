@@ -5,12 +5,13 @@
 #include <cstring>
 
 #include "../rows.h"
-#include "tile.h"
+#include "kernel_set.h"
 
 namespace lagkv::cpu {
 
-/// Rows first_out .. first_out+count-1 of `out` = those at `index`, which ascends, of rows `row_stride` apart
-/// of which the first is at `base`. The two may be the same rows as long as none moves up.
+/// Copies the rows at `index` (ascending positions) to the rows first_out .. first_out+count-1 of `out`.
+/// `rows` is row `base`, the others follow `row_stride` apart. Source and destination may be the same memory
+/// where no row moves to a higher position.
 template <class T>
 void gather_rows(const Kernels<T>& kernels, const T* rows, int64_t row_stride, int64_t base,
                  const Rows<T>& out, const int32_t* index, int64_t first_out, int64_t count, bool stream) {
@@ -22,7 +23,7 @@ void gather_rows(const Kernels<T>& kernels, const T* rows, int64_t row_stride, i
   }
 }
 
-/// Likewise of the rows of x.
+/// The same, from the rows of x.
 template <class T>
 void gather_rows(const Kernels<T>& kernels, const Rows<const T>& x, const Rows<T>& out, const int32_t* index,
                  int64_t first_out, int64_t count, bool stream) {
@@ -34,7 +35,7 @@ void gather_rows(const Kernels<T>& kernels, const Rows<const T>& x, const Rows<T
   }
 }
 
-/// `count` rows from `first` on become the rows of `out` from first_out on; likewise.
+/// Copies `count` rows of x from `first` on to the rows of `out` from first_out on, under the same condition.
 template <class T>
 void copy_rows(const Rows<const T>& x, const Rows<T>& out, int64_t first, int64_t first_out, int64_t count) {
   const auto bytes = static_cast<size_t>(x.dim) * sizeof(T);

@@ -1,176 +1,133 @@
-// The CPU implementations of torch.ops.lagkv: checks, outputs, choice of kernels by dtype and instruction
-// set.
+// The CPU's launchers for operators.h, and the registration of the operators on CPU tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <string>
-#include <tuple>
-#include <vector>
 
-#include "compress.h"
-#include "dispatch.h"
-#include "staged.h"
-#include "tensors.h"
-#include "text_argument.h"
+#include "driver.h"
+#include "isa.h"
+#include "operators.h"
+#include "stages.h"
+#include "values.h"
 
 namespace lagkv::cpu {
 namespace {
 
-template <class T>
-CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const Tensor& key_out,
-                                  const Tensor& value_out, const Tensor& index, int64_t start,
-                                  int64_t lag_size, int64_t keep, double value_weight, Score score) {
-  return {slot_rows<const T>(key),
-          slot_rows<const T>(value),
-          slot_rows<T>(key_out),
-          slot_rows<T>(value_out),
-          static_cast<int32_t*>(index.data_ptr()),
-          key.size(0),
-          key.size(1),
-          key.size(2),
-          start,
-          lag_size,
-          keep,
-          value_weight,
-          score};
-}
+class Backend {
+ public:
+  using Half = cpu::Half;
+  using BFloat16 = cpu::BFloat16;
+  template <class T>
+  using RealOf = cpu::RealOf<T>;
 
-std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& value, int64_t start,
-                                            int64_t lag_size, int64_t keep, double value_weight,
-                                            StringHandle score) {
-  const Score kind =
-      check_compress("compress", key, value, start, lag_size, keep, value_weight, take_text(score));
-  const KernelSet& kernels = *instruction_set().kernels;
-  const int64_t batch = key.size(0), heads = key.size(1),
-                length = output_length(key.size(2), start, lag_size, keep);
-  const Tensor key_out = new_tensor({batch, heads, length, key.size(3)}, key.scalar_type());
-  const Tensor value_out = new_tensor({batch, heads, length, value.size(3)}, value.scalar_type());
-  const Tensor index = new_tensor({batch, heads, length}, ScalarType::Int);
-  by_dtype(key, [&](auto type) {
-    using T = decltype(type);
-    const auto params =
-        compress_params<T>(key, value, key_out, value_out, index, start, lag_size, keep, value_weight, kind);
-    Compressor<T>(dense_batch(params), kernels.of<T>()).copy();
-  });
-  return {key_out, value_out, index};
-}
+  explicit Backend(const Tensor&) : kernels_(*instruction_set().kernels) {}
 
-Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, int64_t keep,
-                 double value_weight, StringHandle score) {
-  const Score kind =
-      check_compress_("compress_", key, value, start, lag_size, keep, value_weight, take_text(score));
-  const KernelSet& kernels = *instruction_set().kernels;
-  const int64_t length = output_length(key.size(2), start, lag_size, keep);
-  const Tensor index = new_tensor({key.size(0), key.size(1), length}, ScalarType::Int);
-  by_dtype(key, [&](auto type) {
-    using T = decltype(type);
-    const auto params =
-        compress_params<T>(key, value, key, value, index, start, lag_size, keep, value_weight, kind);
-    Compressor<T>(dense_batch(params), kernels.of<T>()).in_place();
-  });
-  return index;
-}
+  template <class T>
+  void compress(const CompressParams<T>& p) const {
+    Driver<T>(dense_batch(p), kernels_.of<T>()).copy();
+  }
 
-Tensor partition_bounds(const Tensor& x, int64_t start, int64_t lag_size) {
-  check_partition_bounds("partition_bounds", x, start, lag_size);
-  const KernelSet& kernels = *instruction_set().kernels;
-  const int64_t batch = x.size(0), heads = x.size(1), length = x.size(2);
-  const Tensor out =
-      new_tensor({batch, heads, partition_count(length, start, lag_size), 2, x.size(3)}, arithmetic_type(x));
-  by_dtype(x, [&](auto type) {
-    using T = decltype(type);
-    const BoundsParams<T, RealOf<T>> params{slot_rows<const T>(x),
-                                            static_cast<RealOf<T>*>(out.data_ptr()),
-                                            batch,
-                                            heads,
-                                            length,
-                                            start,
-                                            lag_size};
-    run_partition_bounds(params, kernels.of<T>());
-  });
-  return out;
-}
+  template <class T>
+  void compress_(const CompressParams<T>& p) const {
+    Driver<T>(dense_batch(p), kernels_.of<T>()).in_place();
+  }
 
-Tensor lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size, double value_weight,
-                 StringHandle score) {
-  const Score kind =
-      check_lag_score("lag_score", key, value, start, lag_size, value_weight, take_text(score));
-  const KernelSet& kernels = *instruction_set().kernels;
-  const int64_t batch = key.size(0), heads = key.size(1), length = key.size(2);
-  const Tensor out =
-      new_tensor({batch, heads, compressed_count(length, start, lag_size), lag_size}, arithmetic_type(key));
-  by_dtype(key, [&](auto type) {
-    using T = decltype(type);
-    const ScoreParams<T, RealOf<T>> params{slot_rows<const T>(key),
-                                           slot_rows<const T>(value),
-                                           static_cast<RealOf<T>*>(out.data_ptr()),
-                                           batch,
-                                           heads,
-                                           length,
-                                           start,
-                                           lag_size,
-                                           value_weight,
-                                           kind};
-    run_lag_score(params, kernels.of<T>());
-  });
-  return out;
-}
+  template <class T>
+  void partition_bounds(const BoundsParams<T, RealOf<T>>& p) const {
+    run_partition_bounds(p, kernels_.of<T>());
+  }
 
-Tensor topk_index(const Tensor& score, int64_t keep) {
-  check_topk_index("topk_index", score, keep);
-  const KernelSet& kernels = *instruction_set().kernels;
-  const int64_t leading = score.dim() - 1, lag_size = score.size(leading);
-  const auto sizes = score.sizes(), strides = score.strides();
-  std::vector<int64_t> out_sizes(sizes.begin(), sizes.end());
-  out_sizes.back() = keep;
-  const Tensor index = new_tensor(out_sizes.data(), static_cast<int64_t>(out_sizes.size()), ScalarType::Int);
-  int64_t rows = 1;
-  for (int64_t dim = 0; dim < leading; ++dim) rows *= sizes[dim];
-  by_dtype(score, [&](auto type) {
-    using T = decltype(type);
-    const T* data = static_cast<const T*>(score.data_ptr());
-    // Leading dimensions may have any strides.
-    const auto row = [&](int64_t i) {
-      int64_t offset = 0;
-      for (int64_t dim = leading - 1; dim >= 0; i /= sizes[dim], --dim)
-        offset += i % sizes[dim] * strides[dim];
-      return data + offset;
-    };
-    run_topk_index<T>(row, rows, lag_size, keep, static_cast<int32_t*>(index.data_ptr()), kernels.of<T>());
-  });
-  return index;
-}
+  template <class T>
+  void lag_score(const ScoreParams<T, RealOf<T>>& p) const {
+    run_lag_score(p, kernels_.of<T>());
+  }
 
-Tensor compact(const Tensor& x, const Tensor& index) {
-  check_compact("compact", x, index);
-  const KernelSet& kernels = *instruction_set().kernels;
-  const int64_t batch = x.size(0), heads = x.size(1), length = x.size(2), count = index.size(2);
-  Tensor out;
-  by_dtype(x, [&](auto type) {
-    using T = decltype(type);
-    CompactParams<T> params{
-        slot_rows<const T>(x), {}, number_rows<const int32_t>(index), batch, heads, length, count};
-    const int32_t* bad = index_out_of_range(params);
-    check(bad == nullptr, "compact", "index must hold positions between 0 and ", length - 1, ", got ",
-          bad ? *bad : 0);
-    out = new_tensor({batch, heads, count, x.size(3)}, x.scalar_type());
-    params.out = slot_rows<T>(out);
-    run_compact(params, kernels.of<T>());
-  });
-  return out;
-}
+  template <class T>
+  void topk_index(const TopkParams<T>& p) const {
+    run_topk_index(p, kernels_.of<T>());
+  }
+
+  template <class T>
+  void compact(const CompactParams<T>& p) const {
+    check_index_values(p);
+    run_compact(p, kernels_.of<T>());
+  }
+
+  template <class T>
+  void compress_ragged_(const RaggedParams<T>& p) const {
+    check_slot_values(p.start, p.length, p.batch, p.capacity);
+    in_place(p);
+  }
+
+  template <class T>
+  void compress_varlen(const RaggedParams<T>& p) const {
+    check_packed_values(p.key.offsets, p.start, p.batch, p.capacity);
+    p.new_offsets[0] = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const RaggedSequence sequence = p.sequence(b);
+      p.new_start[b] = static_cast<int32_t>(sequence.new_start);
+      p.new_offsets[b + 1] = p.new_offsets[b] + static_cast<int32_t>(sequence.new_length);
+    }
+    if (p.batch == 0) std::fill_n(p.index, p.heads * p.capacity, -1);  // rows of no sequence
+    Driver<T>(ragged_batch(p), kernels_.of<T>()).copy();
+  }
+
+  template <class T>
+  void compress_paged_(const RaggedParams<T>& p) const {
+    const int64_t block_size = p.key.block_size, max_blocks = block_size > 0 ? p.capacity / block_size : 0;
+    check_page_values({p.key.block_table, p.key.table_stride, max_blocks, p.start, p.length, p.batch,
+                       p.blocks, block_size, p.lag_size, p.keep});
+    in_place(p);
+  }
+
+ private:
+  /// Rows first, then the numbers: the driver reads the old ones.
+  template <class T>
+  void in_place(const RaggedParams<T>& p) const {
+    Driver<T>(ragged_batch(p), kernels_.of<T>()).in_place();
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const RaggedSequence sequence = p.sequence(b);
+      p.new_start[b] = static_cast<int32_t>(sequence.new_start);
+      p.new_length[b] = static_cast<int32_t>(sequence.new_length);
+    }
+  }
+
+  const KernelSet& kernels_;
+};
 
 std::string cpu_isa() { return instruction_set().name; }
+
+// What validate=True asks of the numbers of another device, copied to this one.
+
+void check_slot_numbers(const Tensor& start, const Tensor& length, int64_t capacity) {
+  check_start_and_length("compress_ragged_", start, length, start.numel());
+  check_slot_values(numbers(start), numbers(length), start.size(0), capacity);
+}
+
+void check_packed_numbers(const Tensor& cu_seqlens, const Tensor& start, int64_t rows) {
+  check_cu_seqlens_and_start("compress_varlen", cu_seqlens, start);
+  check_packed_values(numbers(cu_seqlens), numbers(start), start.size(0), rows);
+}
+
+void check_page_numbers(const Tensor& block_table, const Tensor& start, const Tensor& length,
+                        int64_t lag_size, int64_t keep, int64_t blocks, int64_t block_size) {
+  const char* op = "compress_paged_";
+  check_block_table(op, block_table);
+  check_start_and_length(op, start, length, block_table.size(0));
+  check_lag_size(op, lag_size);
+  check_keep(op, keep, "lag_size", lag_size);
+  check_page_values({numbers(block_table), block_table.stride(0), block_table.size(1), numbers(start),
+                     numbers(length), start.size(0), blocks, block_size, lag_size, keep});
+}
 
 }  // namespace
 }  // namespace lagkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lagkv, CPU, m) {
-  m.impl("compress", TORCH_BOX(&lagkv::cpu::compress));
-  m.impl("compress_", TORCH_BOX(&lagkv::cpu::compress_));
-  m.impl("partition_bounds", TORCH_BOX(&lagkv::cpu::partition_bounds));
-  m.impl("lag_score", TORCH_BOX(&lagkv::cpu::lag_score));
-  m.impl("topk_index", TORCH_BOX(&lagkv::cpu::topk_index));
-  m.impl("compact", TORCH_BOX(&lagkv::cpu::compact));
+  lagkv::Operators<lagkv::cpu::Backend>::register_with(m);
+  m.impl("_check_slots", TORCH_BOX(&lagkv::cpu::check_slot_numbers));
+  m.impl("_check_packed", TORCH_BOX(&lagkv::cpu::check_packed_numbers));
+  m.impl("_check_pages", TORCH_BOX(&lagkv::cpu::check_page_numbers));
 }
 
 // No tensor tells the dispatcher where to go.

@@ -1,5 +1,5 @@
-// Work for several threads: tasks taken one by one from a common counter, so that a slow core takes fewer,
-// and the scratch memory of every worker, allocated before any thread starts.
+// Runs tasks on several threads. Tasks are taken from a common counter, so that a slow core takes fewer;
+// scratch memory is allocated before any thread starts.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,7 @@
 
 namespace lagkv::cpu {
 
-/// Waking a thread costs some microseconds: not for less than this.
+/// The least work that is worth waking a thread, which takes some microseconds.
 constexpr int64_t kBytesPerWorker = 256 * 1024;
 
 /// Threads worth using for `tasks` that read `bytes` together.
@@ -35,9 +35,9 @@ void run_tasks(int64_t tasks, int64_t workers, const Task& task) {
   });
 }
 
-/// Partitions of every head are cut in runs of as many consecutive ones; each run is one task. As few runs as
-/// keep `workers` evenly busy: every run costs one more partition read, and threads that finish together
-/// waste nothing. `partitions`: of every sequence, each with `heads` heads.
+/// Partitions of a run: each head's partitions are split into runs of consecutive ones, one task each. Every
+/// run reads one more partition, so there are as few as keep all workers equally busy. `partitions` holds the
+/// count of every sequence, of which each has `heads` heads.
 inline int64_t run_length(const std::vector<int64_t>& partitions, int64_t heads, int64_t workers) {
   int64_t most = 1, total = 0;
   for (const int64_t count : partitions) most = std::max(most, count), total += heads * count;
@@ -58,14 +58,14 @@ inline int64_t run_length(const std::vector<int64_t>& partitions, int64_t heads,
   return best;
 }
 
-/// Tasks of the heads of many sequences, numbered one after the other.
+/// Tasks of all heads of all sequences, numbered consecutively.
 class TaskList {
  public:
   struct Task {
     int64_t sequence, head, part;
   };
 
-  /// `heads` times `parts` more tasks.
+  /// Adds `parts` tasks for each of `heads` heads.
   void add(int64_t sequence, int64_t heads, int64_t parts) {
     if (heads * parts == 0) return;
     groups_.push_back({size_, sequence, parts});
@@ -89,7 +89,7 @@ class TaskList {
   int64_t size_ = 0;
 };
 
-/// An array of Real for each worker, on cache lines of its own.
+/// An array of Real for each worker, none on a cache line of another's.
 template <class Real>
 class Scratch {
  public:

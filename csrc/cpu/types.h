@@ -14,7 +14,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-/// The type arithmetic runs in: float64 for float64, float32 for all else.
+/// The type that arithmetic runs in: float64 for float64, float32 for all else.
 template <class T>
 struct Arithmetic {
   using Real = float;

@@ -1,4 +1,4 @@
-// The walk over a run of partitions of one head that every scoring operator shares.
+// Walks over a run of partitions of one head and scores them: shared by every operator that scores.
 #pragma once
 
 #include <utility>
@@ -8,11 +8,11 @@
 
 namespace lagkv::cpu {
 
-/// A tile and its neighbours stay in the L2 cache up to this size of one tile.
+/// Up to this size of a tile, a tile and its neighbours fit the L2 cache.
 constexpr int64_t kCachedTileBytes = 128 * 1024;
 
-/// The partitions of key and value of one head. A partition that lies in several pages is put together in
-/// `memory`, copies_size(...) elements, which may be null where there are no pages.
+/// The partitions of key and value of one head. A partition that lies in several pages is assembled in
+/// `memory` (copies_size(...) elements; null where there are no pages).
 template <class T>
 class HeadTiles {
  public:
@@ -31,49 +31,49 @@ class HeadTiles {
 
   int64_t first(int64_t partition) const { return start_ + partition * lag_size_; }
 
-  /// The rows of a partition as something to fetch. Where they lie in several pages it lasts for kLists
-  /// calls.
-  Ahead ahead(Side side, int64_t partition) {
+  /// The rows of a partition, to be prefetched. For a partition in several pages the result is valid for
+  /// kLists calls.
+  Upcoming upcoming(Side side, int64_t partition) {
     const Rows<const T>& x = sides_[side].rows;
     if (x.together(first(partition), lag_size_) < lag_size_) return list_of(x, first(partition));
-    return ahead_from(x, first(partition));
+    return upcoming_from(x, first(partition));
   }
 
-  Tile<T> tile(Side side, int64_t partition, Ahead next) {
+  Tile<T> tile(Side side, int64_t partition, Upcoming next) {
     const Rows<const T>& x = sides_[side].rows;
     const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T)), position = first(partition);
     if (x.together(position, lag_size_) < lag_size_)
       return {copy_of(sides_[side], partition), x.dim, lag_size_, x.dim, next};
     if (lag_size_ * row_bytes > kCachedTileBytes && !x.is_paged())
-      next = ahead_from(x, position + kAheadBytes / row_bytes + 4);
+      next = upcoming_from(x, position + kPrefetchBytes / row_bytes + 4);
     return {x.row(position), x.row_stride, lag_size_, x.dim, next};
   }
 
  private:
-  static constexpr int64_t kAheadBytes = 16 * 1024;
+  static constexpr int64_t kPrefetchBytes = 16 * 1024;
 
-  /// Two partitions are held: forward, each is read twice, with the one after it in between.
+  /// The last two assembled partitions: a forward walk reads each twice, with the next one in between.
   struct SideTiles {
     Rows<const T> rows;
     T* memory;
     int64_t held[2] = {-1, -1};
   };
 
-  static Ahead ahead_from(const Rows<const T>& x, int64_t position) {
+  static Upcoming upcoming_from(const Rows<const T>& x, int64_t position) {
     constexpr int64_t size = sizeof(T);
     return {reinterpret_cast<const char*>(x.row(position)), x.row_stride * size, x.dim * size};
   }
 
-  Ahead list_of(const Rows<const T>& x, int64_t position) {
+  Upcoming list_of(const Rows<const T>& x, int64_t position) {
     std::vector<const char*>& list = lists_[latest_ = (latest_ + 1) % kLists];
-    list.resize(static_cast<size_t>(lag_size_ + kAheadPadding));
+    list.resize(static_cast<size_t>(lag_size_ + kUpcomingPadding));
     const char** next = list.data();
     for (int64_t i = 0, rows; i < lag_size_; i += rows) {
       rows = x.together(position + i, lag_size_ - i);
       const T* row = x.row(position + i);
       for (int64_t r = 0; r < rows; ++r) *next++ = reinterpret_cast<const char*>(row + r * x.row_stride);
     }
-    std::fill_n(next, kAheadPadding, next[-1]);
+    std::fill_n(next, kUpcomingPadding, next[-1]);
     return {list[0], 0, x.dim * static_cast<int64_t>(sizeof(T)), list.data()};
   }
 
@@ -87,14 +87,14 @@ class HeadTiles {
     return copy.data;
   }
 
-  static constexpr int kLists = 3;  // the walk looks at a key and a value ahead, and begins with one more
+  static constexpr int kLists = 3;  // the walk prefetches a key and a value tile, and begins with one more
   std::vector<const char*> lists_[kLists];
   int latest_ = 0;
   int64_t start_, lag_size_;
   SideTiles sides_[2];
 };
 
-/// What one worker needs to score: two references for each of key and value, and their statistics.
+/// Scratch to score with: two references for each of key and value, and their statistics.
 template <class Real>
 struct WalkScratch {
   Real *key_now, *key_next, *value_now, *value_next, *key_statistic, *value_statistic;
@@ -118,55 +118,59 @@ struct WalkScratch {
 /// after it and build their own. Forward, they are read twice, the second time from the cache; the partitions
 /// up to `partition` may then be overwritten in `consume`. Both give the same scores.
 ///
-/// Every pass over a tile fetches the tile that comes from memory next, `upcoming` after the last one:
-/// hardware alone stops at the end of each page. Tiles beyond the cache fetch their own rows some way ahead.
+/// Every pass over a tile prefetches the tile that is read from memory next, and `upcoming` after the last
+/// one: the hardware's prefetcher stops at the end of each memory page. A tile beyond the cache's size
+/// prefetches its own rows.
 template <class T, class Consume>
-void walk(HeadTiles<T>& tiles, const Method<T>& method, WalkScratch<RealOf<T>> scratch, int64_t begin,
-          int64_t end, bool forward, double value_weight, Ahead upcoming, const Consume& consume) {
+void walk(HeadTiles<T>& tiles, const ScoreKernels<T>& kernels, WalkScratch<RealOf<T>> scratch, int64_t begin,
+          int64_t end, bool forward, double value_weight, Upcoming upcoming, const Consume& consume) {
   constexpr auto key = HeadTiles<T>::kKey, value = HeadTiles<T>::kValue;
   const auto score = [&](int64_t partition) {
-    method.score(scratch.key_statistic, scratch.value_statistic, tiles.lag_size(), value_weight);
+    kernels.score(scratch.key_statistic, scratch.value_statistic, tiles.lag_size(), value_weight);
     consume(partition, scratch.key_statistic);
   };
 
   if (forward) {
-    // Of large elements half is fetched while the reference is taken: else memory, which they keep waiting,
-    // would rest meanwhile.
-    const auto shared_lines = [](const Ahead& ahead) {
-      return sizeof(T) < 4 ? 0 : ahead.row_bytes / (2 * 64);
+    // Of large elements, half is prefetched during the reference pass: memory is the bottleneck and must not
+    // idle.
+    const auto shared_lines = [](const Upcoming& upcoming) {
+      return sizeof(T) < 4 ? 0 : upcoming.row_bytes / (2 * 64);
     };
     for (int64_t p = begin; p < end; ++p) {
       const bool first = p == begin;
-      const Ahead next_value = tiles.ahead(value, p + 1);
-      const Ahead next_key = p + 1 == end ? upcoming : tiles.ahead(key, p + 2);
-      // Before the first pass the rows of both partitions are still in memory.
+      const Upcoming next_value = tiles.upcoming(value, p + 1);
+      const Upcoming next_key = p + 1 == end ? upcoming : tiles.upcoming(key, p + 2);
+      // In the first round the rows of both partitions are not in the cache yet.
       const int64_t value_lines = first ? 0 : shared_lines(next_value),
                     key_lines = first ? 0 : shared_lines(next_key);
-      method.reference(tiles.tile(key, p + 1, first ? tiles.ahead(key, p) : next_value.first(value_lines)),
-                       scratch.key_now);
-      method.statistic(tiles.tile(key, p, next_value.after(value_lines)), scratch.key_now,
-                       scratch.key_statistic);
-      method.reference(tiles.tile(value, p + 1, first ? tiles.ahead(value, p) : next_key.first(key_lines)),
-                       scratch.value_now);
-      method.statistic(tiles.tile(value, p, next_key.after(key_lines)), scratch.value_now,
-                       scratch.value_statistic);
+      kernels.reference(
+          tiles.tile(key, p + 1, first ? tiles.upcoming(key, p) : next_value.first(value_lines)),
+          scratch.key_now);
+      kernels.statistic(tiles.tile(key, p, next_value.after(value_lines)), scratch.key_now,
+                        scratch.key_statistic);
+      kernels.reference(
+          tiles.tile(value, p + 1, first ? tiles.upcoming(value, p) : next_key.first(key_lines)),
+          scratch.value_now);
+      kernels.statistic(tiles.tile(value, p, next_key.after(key_lines)), scratch.value_now,
+                        scratch.value_statistic);
       score(p);
     }
     return;
   }
-  method.reference(tiles.tile(key, end, tiles.ahead(value, end)), scratch.key_now);
-  method.reference(tiles.tile(value, end, tiles.ahead(key, end - 1)), scratch.value_now);
+  kernels.reference(tiles.tile(key, end, tiles.upcoming(value, end)), scratch.key_now);
+  kernels.reference(tiles.tile(value, end, tiles.upcoming(key, end - 1)), scratch.value_now);
   for (int64_t p = end - 1; p > begin; --p) {
-    method.advance(tiles.tile(key, p, tiles.ahead(value, p)), scratch.key_now, scratch.key_statistic,
-                   scratch.key_next);
-    method.advance(tiles.tile(value, p, tiles.ahead(key, p - 1)), scratch.value_now, scratch.value_statistic,
-                   scratch.value_next);
+    kernels.advance(tiles.tile(key, p, tiles.upcoming(value, p)), scratch.key_now, scratch.key_statistic,
+                    scratch.key_next);
+    kernels.advance(tiles.tile(value, p, tiles.upcoming(key, p - 1)), scratch.value_now,
+                    scratch.value_statistic, scratch.value_next);
     std::swap(scratch.key_now, scratch.key_next);
     std::swap(scratch.value_now, scratch.value_next);
     score(p);
   }
-  method.statistic(tiles.tile(key, begin, tiles.ahead(value, begin)), scratch.key_now, scratch.key_statistic);
-  method.statistic(tiles.tile(value, begin, upcoming), scratch.value_now, scratch.value_statistic);
+  kernels.statistic(tiles.tile(key, begin, tiles.upcoming(value, begin)), scratch.key_now,
+                    scratch.key_statistic);
+  kernels.statistic(tiles.tile(value, begin, upcoming), scratch.value_now, scratch.value_statistic);
   score(begin);
 }
 

@@ -96,35 +96,10 @@ void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Device& device,
   });
 }
 
-/// `rows` and `args.rows` describe the same rows; args.row_stride is not used.
 template <class T, class Run>
-void launch_topk(const TopkParams<T>& args, const ScoreRows& rows, const Device& device, const Run& run) {
-  const TopkLaunch<T> launch{args, rows, plan_topk(sizeof(BitsOf<T>), args.lag_size, device), 0};
+void launch_topk(const TopkParams<T>& args, const Device& device, const Run& run) {
+  const TopkLaunch<T> launch{args, plan_topk(sizeof(BitsOf<T>), args.lag_size, device), 0};
   run_blocks(run, topk_kernel<T>, args.rows, kThreads, launch.plan.shared_bytes, launch, device);
-}
-
-/// Leading dimensions of a score tensor merged where their strides allow; false where more than kTopkDims
-/// are left.
-inline bool merge_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, ScoreRows& rows) {
-  int count = 0;
-  ScoreRows merged{};
-  for (int64_t dim = 0; dim < dims; ++dim) {
-    if (sizes[dim] == 1) continue;
-    if (count > 0 && merged.stride[count - 1] == strides[dim] * sizes[dim]) {
-      merged.size[count - 1] *= sizes[dim];
-      merged.stride[count - 1] = strides[dim];
-      continue;
-    }
-    if (count == kTopkDims) return false;
-    merged.size[count] = sizes[dim];
-    merged.stride[count++] = strides[dim];
-  }
-  for (int dim = 0; dim < kTopkDims; ++dim) {
-    const int from = dim - (kTopkDims - count);
-    rows.size[dim] = from < 0 ? 1 : merged.size[from];
-    rows.stride[dim] = from < 0 ? 0 : merged.stride[from];
-  }
-  return true;
 }
 
 /// Calls f(W()) with the widest machine word that moves rows of `bytes` bytes whose starts are multiples of

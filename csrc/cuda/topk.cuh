@@ -7,26 +7,9 @@
 
 namespace lagkv::cuda {
 
-constexpr int kTopkDims = 4;
-
-/// Where the rows of scores start: leading dimensions merged to at most kTopkDims, outermost first.
-struct ScoreRows {
-  int64_t size[kTopkDims], stride[kTopkDims];
-
-  LAGKV_HOST_DEVICE int64_t offset(int64_t row) const {
-    int64_t offset = 0;
-    for (int dim = kTopkDims - 1; dim > 0; --dim) {
-      offset += row % size[dim] * stride[dim];
-      row /= size[dim];
-    }
-    return offset + row * stride[0];
-  }
-};
-
 template <class T>
 struct TopkLaunch {
-  TopkParams<T> args;  // row_stride is not used: `rows` says where rows start
-  ScoreRows rows;
+  TopkParams<T> args;
   TopkPlan plan;
   int64_t first_job;
 };
@@ -49,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(const TopkLaunch<T> laun
   LAGKV_SHARED(unsigned, histogram, kBins + 2);
   const int count = static_cast<int>(launch.args.lag_size), keep = static_cast<int>(launch.args.keep);
   const int64_t row = launch.first_job + blockIdx.x;
-  const ScoreKeys<T> scores{launch.args.score + launch.rows.offset(row), count};
+  const ScoreKeys<T> scores{launch.args.score + launch.args.places.offset(row), count};
   int32_t* index = launch.args.index + row * launch.args.keep;
   const auto emit = [&](int slot, int i) { st_global(index + slot, static_cast<int32_t>(i)); };
   if (launch.plan.shared_bytes > 0) {

@@ -1,31 +1,20 @@
-// What every launcher needs of torch's stable ABI and of the CUDA runtime: new tensors, the device, the
-// stream.
+// Launches kernels on the device and the stream that are current for a tensor: what is taken of torch's
+// stable ABI and of the CUDA runtime.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
 
-#include "../checks.h"
-#include "../text_argument.h"
-#include "../torch_error.h"
+#include "../params.h"
+#include "../tensors.h"
 #include "plan.h"
 
 namespace lagkv::cuda {
-
-inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
-  return torch::stable::empty(size, type, std::nullopt, like.device());
-}
-
-inline ScalarType arithmetic_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 /// Makes the device of `x` current, and launches on its current stream. Nothing here waits for the device.
 class Launcher {
@@ -43,7 +32,7 @@ class Launcher {
 
   /// Memory that lives as long as this object; the allocator reuses it in the order of the stream.
   void* scratch(int64_t bytes) {
-    scratch_.push_back(empty_on(like_, {bytes}, ScalarType::Byte));
+    scratch_.push_back(new_tensor(like_, {bytes}, ScalarType::Byte));
     return scratch_.back().data_ptr();
   }
 
@@ -73,16 +62,5 @@ class Launcher {
 /// takes long to compile.
 template <class T, class Real>
 void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score);
-
-/// Calls f(T()) for the storage type of x, which the checks have found to be one of these.
-template <class F>
-void with_storage_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return f(__half{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{});
-    case ScalarType::Float: return f(float{});
-    default: return f(double{});
-  }
-}
 
 }  // namespace lagkv::cuda

@@ -93,6 +93,9 @@ calls = {
     "compress_ragged_": lambda: ops.compress_ragged_(key, value, start, length, 2, 1),
     "compress_varlen": lambda: ops.compress_varlen(*packed, rows, start, 2, 1),
     "compress_paged_": lambda: ops.compress_paged_(*pages, table, start, length, 2, 1),
+    "_check_slots": lambda: ops._check_slots(start, length, 8),
+    "_check_packed": lambda: ops._check_packed(rows, start, 8),
+    "_check_pages": lambda: ops._check_pages(table, start, length, 2, 1, 1, 8),
     "_cpu_isa": lambda: ops._cpu_isa(),
 }
 bad = {

@@ -153,16 +153,16 @@ void bind(py::module_& parent, const char* dtype) {
                                                  lag_size};
     lagkv::cuda::launch_bounds<T>(args, device, Run{session, "bounds_kernel", device});
   });
-  // False where the leading dimensions do not merge to kTopkDims: then the caller merges them by a copy.
+  // False where the leading dimensions do not merge to kScoreDims: then the caller merges them by a copy.
   module.def("topk_index", [](Session& session, const TensorArg& score, const TensorArg& index, int64_t keep,
                               const Device& device) {
-    lagkv::cuda::ScoreRows rows;
+    lagkv::ScoreRows places;
     const size_t leading = score.shape.size() - 1;
-    if (!lagkv::cuda::merge_rows(score.shape.data(), score.strides.data(), leading, rows)) return false;
+    if (!lagkv::merge_rows(score.shape.data(), score.strides.data(), leading, places)) return false;
     const lagkv::TopkParams<T> args{
-        session.in<T>("score", score), 0,   session.out<int32_t>("index", index), index.numel() / keep,
+        session.in<T>("score", score), places, session.out<int32_t>("index", index), index.numel() / keep,
         score.shape[leading],          keep};
-    lagkv::cuda::launch_topk<T>(args, rows, device, Run{session, "topk_kernel", device});
+    lagkv::cuda::launch_topk<T>(args, device, Run{session, "topk_kernel", device});
     return true;
   });
   module.def("compact", [](Session& session, const TensorArg& x, const TensorArg& index, const TensorArg& out,

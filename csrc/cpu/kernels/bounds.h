@@ -5,7 +5,7 @@ namespace lagkv::cpu::LAGKV_ISA {
 
 constexpr int kBoundsRows = 8;
 
-/// The rare tile with a NaN in it: channel by channel, as torch.amin and torch.amax do.
+/// For a tile that holds a NaN, which is rare: channel by channel, as torch.amin and torch.amax do.
 template <class T>
 __attribute__((noinline)) void bounds_exact(const Tile<T>& tile, RealOf<T>* lo, RealOf<T>* hi) {
   using Real = RealOf<T>;
@@ -14,7 +14,7 @@ __attribute__((noinline)) void bounds_exact(const Tile<T>& tile, RealOf<T>* lo, 
     const T* row = tile.rows + t * tile.row_stride;
     for (int64_t c = 0; c < tile.dim; ++c) {
       const Real x = to_real(row[c]);
-      lo[c] = x < lo[c] || x != x ? x : lo[c];  // a comparison with NaN is false: a NaN, once in, stays
+      lo[c] = x < lo[c] || x != x ? x : lo[c];  // a comparison with NaN is false, so a NaN is never replaced
       hi[c] = x > hi[c] || x != x ? x : hi[c];
     }
   }
@@ -31,7 +31,7 @@ void bounds_floating(const Tile<T>& tile, T* lo, T* hi) {
     store(hi + c, set1<T>(-__builtin_inf()));
   }
   for (int64_t first = 0; first < tile.count; first += kRows) {
-    prefetch(tile.ahead, first, kRows);
+    prefetch(tile.upcoming, first, kRows);
     const T* row[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -52,14 +52,11 @@ void bounds_floating(const Tile<T>& tile, T* lo, T* hi) {
   if (nan.any()) bounds_exact(tile, lo, hi);
 }
 
-/// float16 and bfloat16 by their bits, sign and magnitude, twice as many to a vector. Three extremes of the
-/// bits tell both bounds:
-///     hi = the signed maximum where it is not negative, else (no channel value has a clear sign bit) the
-///     least
-///          bits: the smallest magnitude;
-///     lo = the unsigned maximum where its sign bit is set (the largest magnitude of the negative ones), else
-///          the least bits.
-/// A NaN lies beyond the infinity of its sign, so that the extremes tell whether a channel has one.
+/// float16 and bfloat16 compared by their bits (sign and magnitude), twice as many to a vector. Three
+/// extremes of the bits give both bounds:
+///     hi = the signed maximum if it is not negative, else (every value is negative) the unsigned minimum;
+///     lo = the unsigned maximum if its sign bit is set (the most negative value), else the unsigned minimum.
+/// A NaN lies beyond the infinity of its sign, so the extremes show a NaN, too.
 template <class T, bool kBlocked>
 void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
   constexpr int width = kWidth<int16_t>, panel = 512;
@@ -74,7 +71,7 @@ void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
       store_raw(least + c, Int16Reg{} + -1);
     }
     for (int64_t first = 0; first < tile.count; first += kBoundsRows) {
-      if (base == 0) prefetch(tile.ahead, first, kBoundsRows);
+      if (base == 0) prefetch(tile.upcoming, first, kBoundsRows);
       const T* row[kBoundsRows];
 #pragma GCC unroll 8
       for (int r = 0; r < kBoundsRows; ++r) {
@@ -96,7 +93,7 @@ void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
       };
       int64_t c = 0;
       for (; c + width <= channels; c += width) step(c, WholeBits());
-      // The last channels again together with some before them: a minimum taken twice is the same minimum.
+      // The last vector overlaps the one before it: a minimum taken twice is the same minimum.
       if (c < channels && channels >= width) step(channels - width, WholeBits());
       if (channels < width) step(0, PartBits{channels});
     }
@@ -105,7 +102,7 @@ void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
     for (int64_t c = 0; c < channels; c += width) {
       const Int16Reg high = load_raw<Int16Reg>(greatest + c), up = load_raw<Int16Reg>(most + c);
       const Int16Reg down = load_raw<Int16Reg>(least + c);
-      // Of two negative numbers the one beyond infinity is the greater one as a signed integer, too.
+      // A negative number beyond infinity is also the greater one as a signed integer.
       const Int16Reg negative_nan = (up < 0) & (up > static_cast<int16_t>(infinity | -0x8000));
       const Int16Reg all_ones = ((high > infinity) | negative_nan) & 0x7fff;
       T bits[2][width];
@@ -124,7 +121,7 @@ void bounds_16bit(const Tile<T>& tile, float* lo, float* hi) {
   }
 }
 
-/// In the order of channels, or in that of blocks.
+/// With kBlocked, bounds are in the order of blocks (read.h), else in the order of channels.
 template <class T, bool kBlocked>
 void bounds_in_order(const Tile<T>& tile, RealOf<T>* lo, RealOf<T>* hi) {
   if constexpr (kIs16Bit<T>) {

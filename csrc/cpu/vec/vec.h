@@ -1,6 +1,6 @@
-// Vector types and operations that read the same on every instruction set: GCC's vector extensions, so + - *
-// / and comparisons are written plainly. Included once by each kernels_*.cpp, after LAGKV_ISA (the namespace)
-// and LAGKV_VECTOR_BYTES are defined; what differs follows in vec_<isa>.h.
+// Vector types and operations that are the same on every instruction set, by GCC's vector extensions: + - * /
+// and comparisons are written plainly. Included once by each source in kernels/, after LAGKV_ISA (the
+// namespace) and LAGKV_VECTOR_BYTES are defined; what differs follows in the file of the instruction set.
 //
 // Code in this namespace must not instantiate functions of the standard library: the linker keeps one copy of
 // such a function, and it could be the one compiled for the wider machine.
@@ -96,10 +96,10 @@ constexpr int pair_lane(int level, bool high, int lane) {
   return (within < block / 2 ? 0 : width) + out_block * block + source;
 }
 
-/// Where row i of W must stand so that its result ends in lane i. For i a multiple of 4, slot(i + j) is
-/// slot(i) + slot(j).
+/// The place of row i among W vectors, so that fold_sum leaves its result in lane i. For i a multiple of 4,
+/// fold_order(i + j) is fold_order(i) + fold_order(j).
 template <class Real>
-constexpr int64_t slot(int64_t row) {
+constexpr int64_t fold_order(int64_t row) {
   constexpr int block = 16 / sizeof(Real), blocks = kWidth<Real> / block;
   return row / block + row % block * blocks;
 }
@@ -117,7 +117,7 @@ inline void pair(RegOf<Real> a, RegOf<Real> b, RegOf<Real>& low, RegOf<Real>& hi
   high = pair_half<Real, kLevel, true>(a, b, lanes);
 }
 
-/// Sum over each row's partial results: `rows` holds row i at slot(i); the sum of row i comes out in lane i.
+/// Sums each row's partial results: `rows` holds row i at fold_order(i), the result has its sum in lane i.
 template <class Real, int kLevel = 0>
 inline RegOf<Real> fold_sum(RegOf<Real>* rows) {
   if constexpr (kLevel == kLevels<Real>) {
@@ -174,7 +174,7 @@ inline Real sum_lanes(RegOf<Real> x) {
   return reduce<Real>(x, Add());
 }
 
-/// Whether a comparison holds in every lane.
+/// True where a comparison holds in every lane.
 template <class Real>
 inline bool all_lanes(typename LanesOf<Real>::IntReg mask) {
   struct And {
@@ -216,14 +216,15 @@ inline RegOf<Real> keep_lanes(RegOf<Real> x, typename LanesOf<Real>::IntReg mask
   return (RegOf<Real>)((typename LanesOf<Real>::IntReg)x & mask);
 }
 
-/// Brings `count` rows from `first` on into the L2 cache.
-inline void prefetch(const Ahead& ahead, int64_t first, int64_t count) {
-  if (ahead.rows == nullptr) return;
-  __asm__ volatile("");  // else GCC 12 may find that nothing comes of this function and drop its calls
+/// Prefetches `count` rows from `first` on into the L2 cache.
+inline void prefetch(const Upcoming& upcoming, int64_t first, int64_t count) {
+  if (upcoming.rows == nullptr) return;
+  __asm__ volatile("");  // else GCC 12 may find that this function has no effect and drop its calls
   for (int64_t t = first; t < first + count; ++t) {
-    const char* row =
-        ahead.list == nullptr ? ahead.rows + t * ahead.row_stride : ahead.list[t] + ahead.list_offset;
-    for (int64_t offset = 0; offset < ahead.row_bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+    const char* row = upcoming.list == nullptr ? upcoming.rows + t * upcoming.row_stride
+                                               : upcoming.list[t] + upcoming.list_offset;
+    for (int64_t offset = 0; offset < upcoming.row_bytes; offset += 64)
+      __builtin_prefetch(row + offset, 0, 2);
   }
 }
 

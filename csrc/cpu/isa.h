@@ -1,7 +1,7 @@
-// Which instruction set the CPU kernels use: the widest the machine has, or what LAGKV_CPU_ISA names.
+// Chooses the instruction set of the CPU kernels: the widest that the machine has, or LAGKV_CPU_ISA.
 #pragma once
 
-#include "tile.h"
+#include "kernel_set.h"
 
 namespace lagkv::cpu {
 

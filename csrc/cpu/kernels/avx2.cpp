@@ -4,8 +4,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "dispatch.h"
-#include "tile.h"
+#include "../isa.h"
+#include "../kernel_set.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,10 +16,10 @@
 #define LAGKV_ISA avx2
 #define LAGKV_VECTOR_BYTES 32
 // In this order: each builds on the ones before it.
-#include "vec.h"
+#include "../vec/vec.h"
 
-#include "vec_avx2.h"
+#include "../vec/avx2.h"
 
-#include "kernels.h"
+#include "all.h"
 
 #endif

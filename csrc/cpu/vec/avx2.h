@@ -1,4 +1,4 @@
-// What differs between instruction sets, for AVX2 with FMA and F16C.
+// Operations that differ between instruction sets, for AVX2 with FMA and F16C.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
@@ -35,7 +35,7 @@ inline DoubleReg max(DoubleReg a, DoubleReg b) { return _mm256_max_pd(a, b); }
 inline FloatReg sqrt(FloatReg a) { return _mm256_sqrt_ps(a); }
 inline DoubleReg sqrt(DoubleReg a) { return _mm256_sqrt_pd(a); }
 
-/// Of 16-bit integers, read as signed or as unsigned.
+/// Extremes of 16-bit integers, read as signed or as unsigned.
 inline Int16Reg max_signed(Int16Reg a, Int16Reg b) {
   return (Int16Reg)_mm256_max_epi16((__m256i)a, (__m256i)b);
 }

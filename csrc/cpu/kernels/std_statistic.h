@@ -7,13 +7,13 @@
 // computed again as the reference does it, with sums in float64.
 //
 // d = scale x - offset, offset = scale lo - 1/2 in a single operation, where the offset is too small to cost
-// digits; else d = scale (x - lo) - 1/2. Blocks of channels choose for themselves.
+// digits; else d = scale (x - lo) - 1/2. The choice is made for each block of channels.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
 constexpr int kMostLost = 3;  // sum(d)^2 / D over what is left; 1/8 for normal data
 
-/// The bounds of a partition as the statistic wants them: an array of reference_size(dim) reals.
+/// The bounds of a partition and what the statistic needs of them, in reference_size(dim) reals.
 template <class Real>
 struct StdReference {
   Real *lo, *hi, *scale, *offset;
@@ -56,8 +56,8 @@ struct StdReference {
   }
 };
 
-/// Lane-wise sums of d and d^2 of kRows rows from `row` on, row r at slot(r); with kAdvance the rows also
-/// enter the next bounds. kBlocks: dim is as many whole blocks; 0: any dim.
+/// Computes lane-wise sums of d and d^2 of kRows rows from `row` on, row r at fold_order(r); with kAdvance
+/// also the next bounds. kBlocks is the number of blocks of dim, 0 for any dim.
 template <class T, int kRows, bool kAdvance, int kBlocks>
 __attribute__((noinline)) void std_rows(const T* row, int64_t stride, int64_t dim,
                                         const StdReference<RealOf<T>>& reference,
@@ -122,7 +122,8 @@ __attribute__((noinline)) void std_rows(const T* row, int64_t stride, int64_t di
     for (int r = 0; r < kRows; ++r) sum[r] += panel_sum[r], squares[r] += panel_squares[r];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sum_out[slot<Real>(r)] = sum[r], square_out[slot<Real>(r)] = squares[r];
+  for (int r = 0; r < kRows; ++r)
+    sum_out[fold_order<Real>(r)] = sum[r], square_out[fold_order<Real>(r)] = squares[r];
 }
 
 /// The statistic of one row as the reference computes it: true quotients, sums in float64, two passes.
@@ -132,7 +133,7 @@ __attribute__((noinline)) RealOf<T> std_exact(const T* row, int64_t dim,
   using Real = RealOf<T>;
   using Reg = RegOf<Real>;
   constexpr int width = kWidth<Real>, block = kBlock<T>;
-  // Sum over channels of y - centre, or of its square.
+  // Returns the sum over channels of y - centre, or of its square.
   const auto sum_of = [&](double centre, auto squared) {
     DoubleReg lanes = {};
     const auto add = [&](DoubleReg y) {
@@ -151,7 +152,7 @@ __attribute__((noinline)) RealOf<T> std_exact(const T* row, int64_t dim,
     }
     double sum = sum_lanes<double>(lanes);
     for (; c < dim; ++c) {
-      const Real lo = reference.lo[position<T>(c)], hi = reference.hi[position<T>(c)];
+      const Real lo = reference.lo[block_order<T>(c)], hi = reference.hi[block_order<T>(c)];
       const double d = (hi == lo ? Real(0) : (to_real(row[c]) - lo) / (hi - lo)) - centre;
       sum += squared ? d * d : d;
     }
@@ -185,7 +186,8 @@ void std_tile_sized(const Tile<T>& tile, const RealOf<T>* reference_data, RealOf
     }
   }
   const Reg degrees = set1<Real>(static_cast<Real>(dim - 1)), zero = {};
-  const Reg share = set1<Real>(1) / set1<Real>(static_cast<Real>(dim)), nan = set1<Real>(__builtin_nan(""));
+  const Reg inverse_dim = set1<Real>(1) / set1<Real>(static_cast<Real>(dim)),
+            nan = set1<Real>(__builtin_nan(""));
   Reg not_finite = {}, inexact = {};
   for (int64_t first = 0; first < tile.count; first += width) {
     const int64_t rows = tile.count - first < width ? tile.count - first : width;
@@ -193,20 +195,21 @@ void std_tile_sized(const Tile<T>& tile, const RealOf<T>* reference_data, RealOf
     Reg sum[width], square[width];
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) {
-      prefetch(tile.ahead, first + r, kRows);
+      prefetch(tile.upcoming, first + r, kRows);
       std_rows<T, kRows, kAdvance, kBlocks>(group + r * tile.row_stride, tile.row_stride, dim, reference,
-                                            next, folded, sum + slot<Real>(r), square + slot<Real>(r));
+                                            next, folded, sum + fold_order<Real>(r),
+                                            square + fold_order<Real>(r));
     }
 #pragma GCC unroll 1
     for (; r < rows; ++r) {
       std_rows<T, 1, kAdvance, 0>(group + r * tile.row_stride, tile.row_stride, dim, reference, next, folded,
-                                  sum + slot<Real>(r), square + slot<Real>(r));
+                                  sum + fold_order<Real>(r), square + fold_order<Real>(r));
     }
 #pragma GCC unroll 1
-    for (; r < width; ++r) sum[slot<Real>(r)] = square[slot<Real>(r)] = zero;
+    for (; r < width; ++r) sum[fold_order<Real>(r)] = square[fold_order<Real>(r)] = zero;
 
     const Reg total = fold_sum<Real>(sum), squares = fold_sum<Real>(square);
-    const Reg lost = total * share * total;
+    const Reg lost = total * inverse_dim * total;
     // Rounding may leave a square just below 0; a NaN passes max as its second operand.
     const Reg left = max(zero, squares - lost);
     const Reg s = sqrt(left / degrees);
@@ -217,7 +220,7 @@ void std_tile_sized(const Tile<T>& tile, const RealOf<T>* reference_data, RealOf
   }
 
   if constexpr (kAdvance) {
-    // min and max have dropped any NaN of this tile, but it has made its row's statistic NaN.
+    // min and max drop a NaN of this tile, but its row's statistic is NaN.
     if (sum_lanes<Real>(not_finite) != 0) bounds_in_order<T, true>(tile, next.lo, next.hi);
     next.set_scale(dim);
   }
@@ -230,7 +233,7 @@ void std_tile_sized(const Tile<T>& tile, const RealOf<T>* reference_data, RealOf
   }
 }
 
-/// The head dims of models have their own code.
+/// Common head dims have code of their own.
 template <class T, bool kAdvance>
 void std_tile(const Tile<T>& tile, const RealOf<T>* reference, RealOf<T>* statistic, RealOf<T>* next) {
   constexpr int block = kBlock<T>;

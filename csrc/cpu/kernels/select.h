@@ -1,10 +1,10 @@
-// Selection of the highest scores, and the copy of the rows selected.
+// Selection of the highest scores of a row.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
-/// Scores become integers of the same order, in place: NaN highest and all NaN equal, -0 equal to +0. The
-/// padding becomes the least integer, which no score maps to. `least` and `most` are the extremes of the
-/// scores' integers.
+/// Replaces scores by integers of the same order: NaN highest and all NaN equal, -0 equal to +0. Padding
+/// becomes the least integer, to which no score maps. `least` and `most` are the extremes of the scores'
+/// integers.
 template <class Real>
 inline void order_keys(Real* score, int64_t count, typename LanesOf<Real>::Int& least,
                        typename LanesOf<Real>::Int& most) {
@@ -29,9 +29,10 @@ inline void order_keys(Real* score, int64_t count, typename LanesOf<Real>::Int& 
   for (int64_t i = count; i < padded(count); ++i) __builtin_memcpy(score + i, &lowest, sizeof lowest);
 }
 
-/// Ascending positions, plus `base`, of the `keep` highest scores; of equal ones the lower positions.
+/// Writes the positions, plus `base`, of the `keep` highest scores in ascending order; of equal scores the
+/// lower positions win.
 ///
-/// Bisection on the keys for a bound that `keep` of them exceed: about log2(count) + 3 counts where scores
+/// Bisects the integers for a bound that `keep` of them exceed: about log2(count) + 3 counts where scores
 /// differ.
 template <class Real>
 void select(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* index) {
@@ -84,42 +85,6 @@ void widen(const T* row, int64_t count, RealOf<T>* out) {
   int64_t i = 0;
   for (; i + kWidth<Real> <= count; i += kWidth<Real>) store(out + i, load(row + i));
   for (; i < count; ++i) out[i] = to_real(row[i]);
-}
-
-/// Copies `bytes` from one place to another, which must not overlap; `out` of a streamed copy is aligned to a
-/// vector.
-template <bool kStream>
-inline void copy_bytes(const char* from, char* out, int64_t bytes) {
-  constexpr int64_t width = LAGKV_VECTOR_BYTES;
-  int64_t i = 0;
-  for (; i + width <= bytes; i += width) {
-    const Int32Reg x = load_raw<Int32Reg>(from + i);
-    if constexpr (kStream) {
-      stream_raw(out + i, x);
-    } else {
-      store_raw(out + i, x);
-    }
-  }
-  if (i < bytes) __builtin_memcpy(out + i, from + i, static_cast<size_t>(bytes - i));
-}
-
-template <class T>
-void gather(const T* rows, int64_t row_stride, const int32_t* index, int32_t base, int64_t count, int64_t dim,
-            T* out, int64_t out_stride, bool stream) {
-  const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
-  const int64_t out_bytes = out_stride * static_cast<int64_t>(sizeof(T));
-  stream = stream &&
-           (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(out_bytes)) % LAGKV_VECTOR_BYTES == 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = rows + (static_cast<int64_t>(index[i]) - base) * row_stride;
-    T* to = out + i * out_stride;
-    if (from == to) continue;
-    if (stream) {
-      copy_bytes<true>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
-    } else {
-      copy_bytes<false>(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), bytes);
-    }
-  }
 }
 
 }  // namespace lagkv::cpu::LAGKV_ISA

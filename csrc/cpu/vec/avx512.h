@@ -1,4 +1,4 @@
-// What differs between instruction sets, for AVX-512 (F, BW, DQ, VL).
+// Operations that differ between instruction sets, for AVX-512 (F, BW, DQ, VL).
 
 namespace lagkv::cpu::LAGKV_ISA {
 
@@ -34,7 +34,7 @@ inline DoubleReg max(DoubleReg a, DoubleReg b) { return _mm512_max_pd(a, b); }
 inline FloatReg sqrt(FloatReg a) { return _mm512_sqrt_ps(a); }
 inline DoubleReg sqrt(DoubleReg a) { return _mm512_sqrt_pd(a); }
 
-/// Of 16-bit integers, read as signed or as unsigned.
+/// Extremes of 16-bit integers, read as signed or as unsigned.
 inline Int16Reg max_signed(Int16Reg a, Int16Reg b) {
   return (Int16Reg)_mm512_max_epi16((__m512i)a, (__m512i)b);
 }

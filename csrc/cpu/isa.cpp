@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "isa.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +10,7 @@ namespace lagkv::cpu {
 
 namespace {
 
-/// What this machine supports, widest first.
+/// The instruction sets of this machine, widest first.
 const std::vector<InstructionSet>& supported() {
   static const std::vector<InstructionSet> levels = [] {
     std::vector<InstructionSet> found;

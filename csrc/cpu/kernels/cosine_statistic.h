@@ -20,7 +20,7 @@ struct Anchor {
   void clear(int64_t dim) const {
     for (int64_t c = 0; c < padded(dim); ++c) partial[c] = 0, total[c] = 0;
   }
-  /// Long partitions lose nothing to rounding: the partial sum moves to the total now and then.
+  /// Adds the partial sum to the total, so that long partitions lose nothing to rounding.
   void flush(int64_t dim) const {
     for (int64_t c = 0; c < padded(dim); ++c) total[c] += partial[c], partial[c] = 0;
   }
@@ -38,7 +38,7 @@ struct Anchor {
 
 constexpr int64_t kFlushRows = 256;
 
-/// Lane-wise sums of x^2 and x a of kRows rows, row r at slot(r).
+/// Computes lane-wise sums of x^2 and x a of kRows rows, row r at fold_order(r).
 template <class T, int kRows, bool kStatistic>
 __attribute__((noinline)) void cosine_rows(const T* row, int64_t stride, int64_t dim, const RealOf<T>* anchor,
                                            RegOf<RealOf<T>>* square, RegOf<RealOf<T>>* dot) {
@@ -75,13 +75,13 @@ __attribute__((noinline)) void cosine_rows(const T* row, int64_t stride, int64_t
   if (c < dim) step(c, Part<T>(dim - c));
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    square[slot<Real>(r)] = squares[r] + panel_squares[r];
-    dot[slot<Real>(r)] = dots[r] + panel_dots[r];
+    square[fold_order<Real>(r)] = squares[r] + panel_squares[r];
+    dot[fold_order<Real>(r)] = dots[r] + panel_dots[r];
   }
 }
 
-/// partial[c] += sum over kRows rows of x[t, c] / |x[t]|. Products are rounded before they are added, so that
-/// opposite directions cancel to exactly zero.
+/// Adds the sum over kRows rows of x[t, c] / |x[t]| to partial[c]. Products are rounded before they are
+/// added, so that opposite directions cancel to exactly zero.
 template <class T, int kRows>
 __attribute__((noinline)) void add_directions(const T* row, int64_t stride, int64_t dim,
                                               const RealOf<T>* inverse_norm, RealOf<T>* partial) {
@@ -109,7 +109,7 @@ __attribute__((noinline)) void add_directions(const T* row, int64_t stride, int6
   if (c < dim) step(c, Part<T>(dim - c));
 }
 
-/// One row in float64: its statistic, and its direction added to `total` (null: not wanted).
+/// Computes the statistic of one row in float64 and, unless `total` is null, adds its direction to it.
 template <class T>
 __attribute__((noinline)) RealOf<T> cosine_exact(const T* row, int64_t dim, const RealOf<T>* anchor,
                                                  double* total) {
@@ -123,8 +123,8 @@ __attribute__((noinline)) RealOf<T> cosine_exact(const T* row, int64_t dim, cons
   const double norm = __builtin_sqrt(square);
   for (int64_t c = 0; c < dim; ++c) {
     const double direction = norm == 0 ? 0 : to_real(row[c]) / norm;  // float64 squares may vanish, too
-    if (anchor != nullptr) dot += direction * anchor[position<T>(c)];
-    if (total != nullptr) total[position<T>(c)] += direction;
+    if (anchor != nullptr) dot += direction * anchor[block_order<T>(c)];
+    if (total != nullptr) total[block_order<T>(c)] += direction;
   }
   return static_cast<RealOf<T>>(-dot);
 }
@@ -150,17 +150,17 @@ void cosine_tile(const Tile<T>& tile, const RealOf<T>* reference, RealOf<T>* sta
     Reg square[width], dot[width];
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) {
-      prefetch(tile.ahead, first + r, kRows);
-      cosine_rows<T, kRows, kStatistic>(group + r * stride, stride, dim, anchor, square + slot<Real>(r),
-                                        dot + slot<Real>(r));
+      prefetch(tile.upcoming, first + r, kRows);
+      cosine_rows<T, kRows, kStatistic>(group + r * stride, stride, dim, anchor, square + fold_order<Real>(r),
+                                        dot + fold_order<Real>(r));
     }
 #pragma GCC unroll 1
     for (; r < rows; ++r) {
-      cosine_rows<T, 1, kStatistic>(group + r * stride, stride, dim, anchor, square + slot<Real>(r),
-                                    dot + slot<Real>(r));
+      cosine_rows<T, 1, kStatistic>(group + r * stride, stride, dim, anchor, square + fold_order<Real>(r),
+                                    dot + fold_order<Real>(r));
     }
 #pragma GCC unroll 1
-    for (; r < width; ++r) square[slot<Real>(r)] = one, dot[slot<Real>(r)] = zero;
+    for (; r < width; ++r) square[fold_order<Real>(r)] = one, dot[fold_order<Real>(r)] = zero;
 
     const Reg squares = fold_sum<Real>(square);
     const IntReg safe = (squares >= least) & (squares <= most);

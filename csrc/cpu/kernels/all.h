@@ -1,13 +1,14 @@
-// The kernels of one instruction set, put together. Included last by each kernels_*.cpp.
+// The kernels of one instruction set, put together. Included last by its source (portable.cpp, ...).
 
-#include "vec_read.h"
+#include "../vec/read.h"
 
-#include "kernels_bounds.h"
+#include "bounds.h"
 
-#include "kernels_cosine.h"
-#include "kernels_score.h"
-#include "kernels_select.h"
-#include "kernels_std.h"
+#include "cosine_statistic.h"
+#include "gather.h"
+#include "score.h"
+#include "select.h"
+#include "std_statistic.h"
 
 namespace lagkv::cpu::LAGKV_ISA {
 

@@ -1,44 +1,98 @@
-// The driver of `compress`, `compress_` and the ragged operators: how the work is split over threads, and
-// where rows go.
+// Compresses a batch, dense or ragged: splits the work over threads, scores, selects and copies rows.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
+#include <vector>
 
-#include "batch.h"
-#include "dispatch.h"
+#include "copy_rows.h"
+#include "kernel_set.h"
 #include "parallel.h"
+#include "ragged.h"
 #include "walk.h"
 
 namespace lagkv::cpu {
 
+struct Sequence {
+  int64_t start, length;
+  int64_t partitions;  // compressed ones, P - 1
+  int32_t* index;      // of its first head
+  int64_t index_size;  // entries of a head that belong to this sequence; -1 past its new length
+};
+
 template <class T>
-class Compressor {
+struct Batch {
+  Rows<const T> key, value;
+  Rows<T> key_out, value_out;  // in place: key and value
+  std::vector<Sequence> sequences;
+  int64_t heads, index_head_stride;
+  int64_t lag_size, keep;
+  double value_weight;
+  Score score;
+
+  int64_t new_length(const Sequence& sequence) const {
+    return sequence.length - sequence.partitions * (lag_size - keep);
+  }
+  /// True where no row is dropped.
+  bool all_kept(const Sequence& sequence) const { return sequence.partitions == 0 || keep == lag_size; }
+};
+
+template <class T>
+Batch<T> dense_batch(const CompressParams<T>& p) {
+  const int64_t rows = output_length(p.length, p.start, p.lag_size, p.keep);
+  const Sequence one{p.start, p.length, compressed_count(p.length, p.start, p.lag_size), nullptr, rows};
+  Batch<T> batch{
+      p.key,   p.value, p.key_out,  p.value_out, std::vector<Sequence>(static_cast<size_t>(p.batch), one),
+      p.heads, rows,    p.lag_size, p.keep,      p.value_weight,
+      p.score};
+  for (int64_t b = 0; b < p.batch; ++b) batch.sequences[b].index = p.index + b * p.heads * rows;
+  return batch;
+}
+
+/// Start and length of every sequence must have been checked. compress_varlen must have written new_offsets.
+template <class T>
+Batch<T> ragged_batch(const RaggedParams<T>& p) {
+  Batch<T> batch{p.key,      p.value,    p.key_out, p.value_out,    {},     p.heads,
+                 p.capacity, p.lag_size, p.keep,    p.value_weight, p.score};
+  batch.sequences.reserve(static_cast<size_t>(p.batch));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const RaggedSequence from = p.sequence(b);
+    int64_t size = p.capacity;
+    if (p.is_packed()) size = b + 1 < p.batch ? from.new_length : p.capacity - p.new_offsets[b];
+    batch.sequences.push_back({from.start, from.length, from.compressed, p.index_of(b, 0), size});
+  }
+  return batch;
+}
+
+template <class T>
+class Driver {
  public:
   using Real = RealOf<T>;
 
-  Compressor(const Batch<T>& batch, const Kernels<T>& kernels)
-      : p_(batch), kernels_(kernels), method_(batch.score == Score::kStd ? kernels.std : kernels.cosine) {
+  Driver(const Batch<T>& batch, const Kernels<T>& kernels)
+      : p_(batch),
+        kernels_(kernels),
+        score_kernels_(batch.score == Score::kStd ? kernels.std : kernels.cosine) {
     for (const Sequence& s : p_.sequences) {
       const int64_t partitions = p_.all_kept(s) ? 0 : s.partitions;
       partitions_.push_back(partitions);
-      most_ = std::max(most_, partitions);
-      runs_ += p_.heads * partitions;
-      heads_ += partitions > 0 ? p_.heads : 0;
-      tokens_ += p_.heads * s.length;
+      longest_ = std::max(longest_, partitions);
+      all_partitions_ += p_.heads * partitions;
+      compressed_heads_ += partitions > 0 ? p_.heads : 0;
+      all_tokens_ += p_.heads * s.length;
       compressed_tokens_ += partitions > 0 ? p_.heads * (s.length - s.start) : 0;
     }
   }
 
-  /// Into outputs that are not the inputs.
+  /// Writes to outputs that are not the inputs.
   void copy() const {
-    const int64_t bytes = tokens_ * row_bytes();
+    const int64_t bytes = all_tokens_ * row_bytes();
     const int64_t chunk = std::max<int64_t>(1, kCopyBytes / std::max<int64_t>(row_bytes(), 1));
     const auto chunks = [&](int64_t rows) { return (rows + chunk - 1) / chunk; };
-    // Before and after the partitions: rows that stay as they are.
+    // Rows before and after the compressed partitions are all kept.
     const auto prefix = [&](int64_t b) { return partitions_[b] ? sequence(b).start : sequence(b).length; };
     const auto window = [&](int64_t b) { return partitions_[b] ? sequence(b).length - window_of(b) : 0; };
 
-    int64_t most_tasks = runs_;
+    int64_t most_tasks = all_partitions_;
     for (int64_t b = 0; b < batch(); ++b) most_tasks += p_.heads * (chunks(prefix(b)) + chunks(window(b)));
     int64_t workers = worker_count(most_tasks, bytes);
     const int64_t run = run_length(partitions_, p_.heads, workers);
@@ -48,15 +102,15 @@ class Compressor {
       tasks.add(b, p_.heads, runs(b) + chunks(prefix(b)) + chunks(window(b)));
     }
     workers = std::min(workers, tasks.size());
-    // In the cache it pays to write ascending, beyond it to read once.
+    // Within the caches, writing in ascending order is faster; beyond them, reading once is.
     const bool forward = tile_bytes() <= kCachedTileBytes && bytes < kStreamBytes;
-    const Memory memory(*this, runs_ == 0 ? 0 : workers);
+    const Memory memory(*this, all_partitions_ == 0 ? 0 : workers);
     run_tasks(tasks.size(), workers, [&](int64_t worker, int64_t i) {
       const TaskList::Task task = tasks[i];
       const int64_t b = task.sequence;
       int64_t part = task.part;
       if (part < runs(b)) {
-        const Ahead upcoming = first_of_task(tasks, i + workers, run, forward);
+        const Upcoming upcoming = first_of_task(tasks, i + workers, run, forward);
         return score_run(task, part * run, run, forward, memory, worker, true, upcoming);
       }
       part -= runs(b);
@@ -68,23 +122,25 @@ class Compressor {
     fill_index(false);
   }
 
-  /// Into the first rows of the inputs.
+  /// Writes to the first rows of the inputs.
   void in_place() {
     const int64_t bytes = compressed_tokens_ * row_bytes();
     stream_ = bytes >= kStreamBytes;
-    int64_t workers = worker_count(runs_, bytes);
-    const int64_t rounds = (heads_ + workers - 1) / workers;
-    // Neither the longest head nor the last round of heads may leave threads idle for more than a quarter.
-    const bool heads_fill = 4 * runs_ >= 3 * workers * most_ && 4 * heads_ >= 3 * rounds * workers;
+    int64_t workers = worker_count(all_partitions_, bytes);
+    const int64_t rounds = (compressed_heads_ + workers - 1) / workers;
+    // One task a head, unless the longest head or the last round of heads leaves threads idle for a quarter
+    // of the time.
+    const bool heads_fill =
+        4 * all_partitions_ >= 3 * workers * longest_ && 4 * compressed_heads_ >= 3 * rounds * workers;
     TaskList heads;
     for (const int64_t b : longest_first()) heads.add(b, p_.heads, partitions_[b] > 0 ? 1 : 0);
     if (heads_fill && tile_bytes() <= kCachedTileBytes) {
-      workers = std::min(workers, heads_);
+      workers = std::min(workers, compressed_heads_);
       const Memory memory(*this, workers);
-      run_tasks(heads_, workers, [&](int64_t worker, int64_t i) {
+      run_tasks(compressed_heads_, workers, [&](int64_t worker, int64_t i) {
         const TaskList::Task task = heads[i];
-        const Ahead upcoming = first_of_task(heads, i + workers, most_, true);
-        score_run(task, 0, most_, true, memory, worker, true, upcoming);
+        const Upcoming upcoming = first_of_task(heads, i + workers, longest_, true);
+        score_run(task, 0, longest_, true, memory, worker, true, upcoming);
         if (stream_) kernels_.fence();
         move_window(p_.key, p_.key_out, task);
         move_window(p_.value, p_.value_out, task);
@@ -92,8 +148,7 @@ class Compressor {
       });
       return fill_index(true);
     }
-    // Heads too few or too unequal, or partitions too large for the above: first the scores, which move
-    // nothing, then the rows.
+    // Otherwise runs of partitions are scored first, which moves nothing, then rows are moved.
     const int64_t run = run_length(partitions_, p_.heads, workers);
     TaskList runs;
     for (const int64_t b : longest_first()) runs.add(b, p_.heads, (partitions_[b] + run - 1) / run);
@@ -101,10 +156,10 @@ class Compressor {
     const Memory memory(*this, workers);
     run_tasks(runs.size(), workers, [&](int64_t worker, int64_t i) {
       const TaskList::Task task = runs[i];
-      const Ahead upcoming = first_of_task(runs, i + workers, run, false);
+      const Upcoming upcoming = first_of_task(runs, i + workers, run, false);
       score_run(task, task.part * run, run, false, memory, worker, false, upcoming);
     });
-    run_tasks(2 * heads_, std::min(workers, 2 * heads_), [&](int64_t, int64_t i) {
+    run_tasks(2 * compressed_heads_, std::min(workers, 2 * compressed_heads_), [&](int64_t, int64_t i) {
       const TaskList::Task task = heads[i / 2];
       if (i % 2 == 0) fill_ends(task);
       const Rows<const T>& x = i % 2 ? p_.value : p_.key;
@@ -120,16 +175,16 @@ class Compressor {
 
  private:
   static constexpr int64_t kCopyBytes = 256 * 1024;
-  /// Beyond what caches hold, stores that do not read their lines first are faster: in place, that is; the
-  /// pages of a new output are in the cache because the kernel has just cleared them.
+  /// Beyond the size of the caches, streaming stores are faster in place. A new output is still in the cache:
+  /// the operating system has just cleared its pages.
   static constexpr int64_t kStreamBytes = 32 * 1024 * 1024;
 
-  /// What every worker needs to score, and to put partitions together that lie in several pages.
+  /// Scratch of every worker: to score, and to assemble partitions that lie in several pages.
   struct Memory {
     Scratch<Real> scratch;
     Scratch<T> copies;
 
-    Memory(const Compressor& c, int64_t workers)
+    Memory(const Driver& c, int64_t workers)
         : scratch(workers, WalkScratch<Real>::size(c.p_.key.dim, c.p_.value.dim, c.p_.lag_size)),
           copies(workers, !c.p_.key.is_paged()
                               ? 0
@@ -148,7 +203,7 @@ class Compressor {
     return sequence(task.sequence).index + task.head * p_.index_head_stride;
   }
 
-  /// A long sequence begun last would keep one thread busy while the others have none left.
+  /// Long sequences first: one begun last would keep a single thread busy at the end.
   std::vector<int64_t> longest_first() const {
     std::vector<int64_t> order(p_.sequences.size());
     for (size_t b = 0; b < order.size(); ++b) order[b] = static_cast<int64_t>(b);
@@ -162,29 +217,28 @@ class Compressor {
     return {p_.key.head(b, task.head), p_.value.head(b, task.head), sequence(b).start, p_.lag_size, memory};
   }
 
-  /// The rows that the run of a task reads first. A worker's next task is most likely the one `workers`
-  /// further.
-  Ahead first_of_task(const TaskList& tasks, int64_t i, int64_t run, bool forward) const {
+  /// The rows that task i reads first. A worker's next task is most likely `workers` tasks further.
+  Upcoming first_of_task(const TaskList& tasks, int64_t i, int64_t run, bool forward) const {
     if (i >= tasks.size()) return {};
     const TaskList::Task task = tasks[i];
     const int64_t begin = task.part * run, partitions = partitions_[task.sequence];
     if (begin >= partitions || p_.key.is_paged()) return {};
     return tiles_of(task, nullptr)
-        .ahead(HeadTiles<T>::kKey, forward ? begin + 1 : std::min(begin + run, partitions));
+        .upcoming(HeadTiles<T>::kKey, forward ? begin + 1 : std::min(begin + run, partitions));
   }
 
   static void iota(int32_t* out, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(first + i);
   }
 
-  /// Selects in the partitions begin .. begin+run-1 of a head and, with `move`, copies the rows selected.
+  /// Scores the partitions begin .. begin+run-1 of a head, selects their rows and, with `move`, copies these.
   void score_run(const TaskList::Task& task, int64_t begin, int64_t run, bool forward, const Memory& memory,
-                 int64_t worker, bool move, Ahead upcoming) const {
+                 int64_t worker, bool move, Upcoming upcoming) const {
     HeadTiles<T> tiles = tiles_of(task, memory.copies.of(worker));
     const int64_t end = std::min(begin + run, partitions_[task.sequence]);
     const int64_t start = sequence(task.sequence).start;
     const WalkScratch<Real> scratch(memory.scratch.of(worker), p_.key.dim, p_.value.dim, p_.lag_size);
-    walk(tiles, method_, scratch, begin, end, forward, p_.value_weight, upcoming,
+    walk(tiles, score_kernels_, scratch, begin, end, forward, p_.value_weight, upcoming,
          [&](int64_t partition, Real* score) {
            const int64_t first_out = start + partition * p_.keep;
            kernels_.select(score, p_.lag_size, p_.keep, static_cast<int32_t>(start + partition * p_.lag_size),
@@ -200,7 +254,7 @@ class Compressor {
          });
   }
 
-  /// Consecutive input rows to consecutive output rows, and their positions to the index.
+  /// Copies consecutive rows and writes their positions to the index.
   void copy_chunk(const TaskList::Task& task, int64_t first, int64_t first_out, int64_t count) const {
     iota(index(task) + first_out, first, count);
     copy_between(p_.key, p_.key_out, task, first, first_out, count);
@@ -212,20 +266,20 @@ class Compressor {
     copy_rows(x.head(task.sequence, task.head), out.head(task.sequence, task.head), first, first_out, count);
   }
 
-  /// The last full partition and what follows it move down.
+  /// Moves the last full partition and the rows after it.
   void move_window(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task) const {
     const int64_t b = task.sequence, window = window_of(b);
     copy_between(x, out, task, window, window_out_of(b), sequence(b).length - window);
   }
 
-  /// The index of the rows before and after the partitions.
+  /// Writes the index of the rows before and after the compressed partitions.
   void fill_ends(const TaskList::Task& task) const {
     const int64_t b = task.sequence;
     iota(index(task), 0, sequence(b).start);
     iota(index(task) + window_out_of(b), window_of(b), sequence(b).length - window_of(b));
   }
 
-  /// The index of sequences that stay as they are (with `whole`), and what lies past the new length of any.
+  /// Writes -1 past every new length and, with `whole`, the index of sequences that are not compressed.
   void fill_index(bool whole) const {
     TaskList tasks;
     int64_t numbers = 0;
@@ -246,11 +300,12 @@ class Compressor {
 
   const Batch<T>& p_;
   const Kernels<T>& kernels_;
-  const Method<T>& method_;
-  std::vector<int64_t> partitions_;  // of every sequence that lose tokens; 0 where every row stays
-  int64_t most_ = 0;                 // of partitions_
-  int64_t runs_ = 0, heads_ = 0;     // of all sequences: partitions, and heads that have any
-  int64_t tokens_ = 0, compressed_tokens_ = 0;
+  const ScoreKernels<T>& score_kernels_;
+  std::vector<int64_t> partitions_;  // to compress, of every sequence; 0 where every row is kept
+  int64_t longest_ = 0;              // the most of partitions_
+  int64_t all_partitions_ = 0;       // of all heads of all sequences
+  int64_t compressed_heads_ = 0;     // heads with partitions to compress
+  int64_t all_tokens_ = 0, compressed_tokens_ = 0;
   bool stream_ = false;
 };
 

@@ -1,10 +1,10 @@
-// The operators that are single stages of `compress`: the same kernels, each behind its own loop over tasks.
+// Single stages of `compress` as operators: the same kernels, each in its own loop over tasks.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
-#include "dispatch.h"
+#include "kernel_set.h"
 #include "parallel.h"
 #include "walk.h"
 
@@ -37,44 +37,30 @@ void run_lag_score(const ScoreParams<T, RealOf<T>>& p, const Kernels<T>& kernels
   const int64_t run = run_length({partitions}, heads, workers), runs = (partitions + run - 1) / run;
   workers = std::min(workers, heads * runs);
   const Scratch<Real> scratch(workers, WalkScratch<Real>::size(p.key.dim, p.value.dim, p.lag_size));
-  const Method<T>& method = p.kind == Score::kStd ? kernels.std : kernels.cosine;
+  const ScoreKernels<T>& score_kernels = p.kind == Score::kStd ? kernels.std : kernels.cosine;
   run_tasks(heads * runs, workers, [&](int64_t worker, int64_t task) {
     const int64_t head = task / runs, begin = task % runs * run, b = head / p.heads, h = head % p.heads;
     HeadTiles<T> tiles(p.key.head(b, h), p.value.head(b, h), p.start, p.lag_size, nullptr);
     const WalkScratch<Real> memory(scratch.of(worker), p.key.dim, p.value.dim, p.lag_size);
-    walk(tiles, method, memory, begin, std::min(begin + run, partitions), false, p.value_weight, {},
+    walk(tiles, score_kernels, memory, begin, std::min(begin + run, partitions), false, p.value_weight, {},
          [&](int64_t partition, const Real* score) {
            std::copy_n(score, p.lag_size, p.score + (head * partitions + partition) * p.lag_size);
          });
   });
 }
 
-/// `row(i)` is the address of row i of the scores.
-template <class T, class Row>
-void run_topk_index(const Row& row, int64_t rows, int64_t lag_size, int64_t keep, int32_t* index,
-                    const Kernels<T>& kernels) {
+template <class T>
+void run_topk_index(const TopkParams<T>& p, const Kernels<T>& kernels) {
   using Real = RealOf<T>;
-  const int64_t workers = worker_count(rows, rows * lag_size * static_cast<int64_t>(sizeof(T)));
-  const int64_t chunk = std::max<int64_t>(1, std::min(rows / (4 * workers), kBytesPerWorker / lag_size));
-  const Scratch<Real> scratch(workers, padded(lag_size));
-  run_tasks((rows + chunk - 1) / chunk, workers, [&](int64_t worker, int64_t task) {
-    for (int64_t i = task * chunk; i < std::min(rows, (task + 1) * chunk); ++i) {
-      kernels.widen(row(i), lag_size, scratch.of(worker));
-      kernels.select(scratch.of(worker), lag_size, keep, 0, index + i * keep);
+  const int64_t workers = worker_count(p.rows, p.rows * p.lag_size * static_cast<int64_t>(sizeof(T)));
+  const int64_t chunk = std::max<int64_t>(1, std::min(p.rows / (4 * workers), kBytesPerWorker / p.lag_size));
+  const Scratch<Real> scratch(workers, padded(p.lag_size));
+  run_tasks((p.rows + chunk - 1) / chunk, workers, [&](int64_t worker, int64_t task) {
+    for (int64_t i = task * chunk; i < std::min(p.rows, (task + 1) * chunk); ++i) {
+      kernels.widen(p.score + p.places.offset(i), p.lag_size, scratch.of(worker));
+      kernels.select(scratch.of(worker), p.lag_size, p.keep, 0, p.index + i * p.keep);
     }
   });
-}
-
-/// The first index outside 0 .. length-1 in row-major order, or null.
-template <class T>
-const int32_t* index_out_of_range(const CompactParams<T>& p) {
-  for (int64_t head = 0; head < p.batch * p.heads; ++head) {
-    for (int64_t i = 0; i < p.count; ++i) {
-      const int32_t* position = p.index.row(head / p.heads, head % p.heads, i);
-      if (*position < 0 || *position >= p.length) return position;
-    }
-  }
-  return nullptr;
 }
 
 template <class T>

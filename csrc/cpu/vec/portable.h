@@ -1,10 +1,10 @@
-// What differs between instruction sets, for any machine: 16-byte vectors, which the compiler maps to the
-// baseline (SSE2, NEON) or to scalar code. Where SSE2 is there by definition, three operations the extensions
-// lack come from it.
+// Operations that differ between instruction sets, for any machine: 16-byte vectors, which the compiler maps
+// to the baseline (SSE2, NEON) or to scalar code. On x86-64, SSE2 provides operations that GCC's vector
+// extensions lack.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
-/// Lanes of a and b in turn, of their lower (0) or upper (1) halves.
+/// Interleaves lanes of a and b, of their lower (0) or upper (1) halves.
 template <int kUpper, size_t... kLane>
 inline Int16Reg interleave(Int16Reg a, Int16Reg b, std::index_sequence<kLane...>) {
   constexpr int width = kWidth<int16_t>;
@@ -20,9 +20,9 @@ inline FloatReg load(const BFloat16* p) {
 }
 constexpr bool kHalfPairs = true;
 
-/// Eight float16 in their order to two vectors of float32, by 16-bit halves: sign and exponent with the upper
-/// mantissa bits, and the lower mantissa bits. 2^112 moves float16's exponent range into float32's; infinity
-/// and NaN get the exponent set by hand.
+/// Converts eight float16, in order, to two vectors of float32, by 16-bit halves: sign and exponent with the
+/// upper mantissa bits, and the lower mantissa bits. 2^112 moves float16's exponent range into float32's;
+/// infinity and NaN get the exponent set by hand.
 inline void convert_halves(Int16Reg bits, FloatReg& first, FloatReg& second) {
   const Int16Reg sign = bits & -0x8000, magnitude = bits & 0x7fff;
   const Int16Reg upper = (magnitude >> 3) | sign, lower = magnitude << 13;
@@ -61,7 +61,8 @@ inline DoubleReg min(DoubleReg a, DoubleReg b) { return _mm_min_pd(a, b); }
 inline DoubleReg max(DoubleReg a, DoubleReg b) { return _mm_max_pd(a, b); }
 inline FloatReg sqrt(FloatReg a) { return _mm_sqrt_ps(a); }
 inline DoubleReg sqrt(DoubleReg a) { return _mm_sqrt_pd(a); }
-// Of 16-bit integers, read as signed or as unsigned; SSE2 has the latter as a saturating difference.
+// Extremes of 16-bit integers, read as signed or as unsigned; SSE2 has a saturating difference for the
+// latter.
 inline Int16Reg max_signed(Int16Reg a, Int16Reg b) { return (Int16Reg)_mm_max_epi16((__m128i)a, (__m128i)b); }
 inline Int16Reg max_unsigned(Int16Reg a, Int16Reg b) {
   return (Int16Reg)_mm_subs_epu16((__m128i)a, (__m128i)b) + b;

@@ -1,5 +1,5 @@
-// What one instruction set offers to the drivers: kernels on tiles of rows. Plain pointers and sizes, no
-// vectors, so that the drivers are compiled once for the baseline machine.
+// The kernels of one instruction set as function pointers on tiles of rows. No vectors: their callers are
+// compiled once, for the baseline machine.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +8,25 @@
 
 namespace lagkv::cpu {
 
-/// Rows needed next, to be brought into the L2 cache meanwhile: a row of these for a row of the tile. Null:
-/// none.
-struct Ahead {
+/// Rows to prefetch into the L2 cache, one for each row of a tile; none where `rows` is null.
+struct Upcoming {
   const char* rows = nullptr;
   int64_t row_stride = 0;  // bytes
   int64_t row_bytes = 0;
-  const char* const* list = nullptr;  // of rows in several pages, kAheadPadding longer than the tile
+  const char* const* list = nullptr;  // of rows in several pages, kUpcomingPadding longer than the tile
   int64_t list_offset = 0;            // bytes
 
-  /// The first cache lines of every row, and those after them: for two passes that share the fetching.
-  Ahead first(int64_t lines) const {
+  /// The first cache lines of every row, and the lines after them, for two passes that share the work.
+  Upcoming first(int64_t lines) const {
     return {lines > 0 ? rows : nullptr, row_stride, 64 * lines, list, list_offset};
   }
-  Ahead after(int64_t lines) const {
+  Upcoming after(int64_t lines) const {
     return {rows == nullptr ? nullptr : rows + 64 * lines, row_stride, row_bytes - 64 * lines, list,
             list_offset + 64 * lines};
   }
 };
 
-constexpr int64_t kAheadPadding = 64;  // rows: kernels fetch several at once
+constexpr int64_t kUpcomingPadding = 64;  // rows: kernels prefetch several at once
 
 /// A partition: `count` rows of `dim` contiguous elements, `row_stride` elements apart.
 template <class T>
@@ -36,20 +35,20 @@ struct Tile {
   int64_t row_stride;
   int64_t count;
   int64_t dim;
-  Ahead ahead;
+  Upcoming upcoming;
 };
 
-/// A score: what is kept of the next partition, the statistic of a token against it, and the score made of
-/// them.
+/// The kernels of a score: the reference of the next partition, the statistic of each token against it, and
+/// the score computed from statistics.
 ///
-/// `reference` is an array of `reference_size(dim)` reals that only these functions look into: the bounds for
+/// `reference` is an array of `reference_size(dim)` reals that only these functions read: the bounds for
 /// "std", the mean direction for "cosine". `statistic` has room for `padded(count)` reals.
 template <class T>
-struct Method {
+struct ScoreKernels {
   using Real = RealOf<T>;
   void (*reference)(const Tile<T>& tile, Real* reference);
   void (*statistic)(const Tile<T>& tile, const Real* reference, Real* statistic);
-  /// Both in one pass over the tile: its statistic against `reference`, and its own `next` reference.
+  /// In one pass over the tile: its statistic against `reference`, and its own reference `next`.
   void (*advance)(const Tile<T>& tile, const Real* reference, Real* statistic, Real* next);
   /// key_statistic becomes score_K + value_weight * score_V. Both arrays are overwritten.
   void (*score)(Real* key_statistic, Real* value_statistic, int64_t count, double value_weight);
@@ -58,7 +57,7 @@ struct Method {
 template <class T>
 struct Kernels {
   using Real = RealOf<T>;
-  Method<T> std, cosine;
+  ScoreKernels<T> std, cosine;
   /// Minimum and maximum of every channel, NaN where a channel holds one; room for `padded(dim)` reals in
   /// each.
   void (*bounds)(const Tile<T>& tile, Real* lo, Real* hi);
@@ -67,11 +66,11 @@ struct Kernels {
   void (*select)(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* index);
   /// A row of storage type to reals, for `select`.
   void (*widen)(const T* row, int64_t count, Real* out);
-  /// out row i = row index[i] - base of `rows`; the two may overlap as long as no out row lies past its
-  /// source. `stream`: past the caches, where the rows are aligned for it.
+  /// Copies row index[i] - base of `rows` to row i of `out`; the two may overlap where no destination lies
+  /// past its source. `stream`: by streaming stores, if the rows are aligned for them.
   void (*gather)(const T* rows, int64_t row_stride, const int32_t* index, int32_t base, int64_t count,
                  int64_t dim, T* out, int64_t out_stride, bool stream);
-  /// Makes streamed stores visible to other threads; once after the last of them.
+  /// Makes streaming stores visible to other threads; called once after the last of them.
   void (*fence)();
 };
 

@@ -4,8 +4,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "dispatch.h"
-#include "tile.h"
+#include "../isa.h"
+#include "../kernel_set.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,10 +21,10 @@
 #define LAGKV_ISA avx512
 #define LAGKV_VECTOR_BYTES 64
 // In this order: each builds on the ones before it.
-#include "vec.h"
+#include "../vec/vec.h"
 
-#include "vec_avx512.h"
+#include "../vec/avx512.h"
 
-#include "kernels.h"
+#include "all.h"
 
 #endif

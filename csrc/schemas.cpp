@@ -1,5 +1,5 @@
-// The schemas of torch.ops.lagkv, and nothing else: kernels register themselves beside their code, fake
-// kernels and autograd in lagkv_ext/ops.py.
+// The schemas of torch.ops.lagkv, and nothing else: operators.h implements them, for the backends that
+// register it (cpu/ops.cpp, cuda/ops.cu); fake kernels and derivatives are in Python.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lagkv, m) {
@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(lagkv, m) {
       "compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, "
       "Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\") -> "
       "Tensor index");
+  // What validate=True of the ragged functions asks of numbers that it has copied to the host.
+  m.def("_check_slots(Tensor start, Tensor length, int capacity) -> ()");
+  m.def("_check_packed(Tensor cu_seqlens, Tensor start, int rows) -> ()");
+  m.def(
+      "_check_pages(Tensor block_table, Tensor start, Tensor length, int lag_size, int keep, int blocks, int "
+      "block_size) -> ()");
   // Instruction set the CPU kernels use: "portable", "avx2" or "avx512" (LAGKV_CPU_ISA overrides the choice).
   m.def("_cpu_isa() -> str");
 }

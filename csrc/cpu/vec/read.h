@@ -1,4 +1,4 @@
-// How kernels read rows, on top of vec_<isa>.h: in blocks of channels that fill one or two vectors of reals.
+// Reads rows in blocks of channels that fill one or two vectors of reals.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
@@ -15,9 +15,9 @@ constexpr int kBlockRegs<Half> = kHalfPairs ? 2 : 1;
 template <class T>
 constexpr int kBlock = kBlockRegs<T> * kWidth<RealOf<T>>;
 
-/// Where a channel stands in an array of that order.
+/// The place of a channel in an array of that order.
 template <class T>
-constexpr int64_t position(int64_t channel) {
+constexpr int64_t block_order(int64_t channel) {
   if (!std::is_same_v<T, BFloat16>) return channel;
   constexpr int64_t regs = kBlockRegs<T>, width = kWidth<RealOf<T>>;
   const int64_t within = channel % kBlock<T>;
@@ -63,7 +63,7 @@ struct Whole {
   }
 };
 
-/// The same on the last `count` channels of a row: zeros beyond them, and a mask for what must stay zero.
+/// The same on the last `count` channels of a row: zeros beyond them, and a mask for lanes that must be zero.
 template <class T>
 struct Part {
   using Real = RealOf<T>;
@@ -71,7 +71,7 @@ struct Part {
   typename LanesOf<Real>::IntReg valid[kBlockRegs<T>];
   explicit Part(int64_t channels) : count(channels) {
     for (int i = 0; i < kBlockRegs<T>; ++i) {
-      // How many of these channels stand in vector i.
+      // The number of these channels in vector i.
       const int64_t left = channels - i * kWidth<Real>;
       valid[i] = first_lanes<Real>(std::is_same_v<T, BFloat16> ? (channels + 1 - i) / 2
                                    : left > 0                  ? left

@@ -1,8 +1,8 @@
-// From statistics to scores over the tokens of a partition: softmax ("std") or standardisation ("cosine").
+// Scores of the tokens of a partition from their statistics: softmax ("std") or standardisation ("cosine").
 
 namespace lagkv::cpu::LAGKV_ISA {
 
-/// 1 / 2!, 1 / 3!, ...: on |r| <= ln(2) / 2 what follows these terms is below a tenth of a rounding error.
+/// 1 / 2!, 1 / 3!, ...: on |r| <= ln(2) / 2 the terms left out are below a tenth of a rounding error.
 template <class Real>
 struct ExpSeries {
   static constexpr int kTerms = sizeof(Real) == 4 ? 6 : 12;
@@ -51,7 +51,7 @@ inline RegOf<Real> exp_negative(RegOf<Real> x) {
 template <class Real>
 constexpr int64_t kScoreBlock = 64 * kWidth<Real>;
 
-/// s becomes exp(s - max s); returns what that must be multiplied by for the softmax.
+/// Replaces s by exp(s - max s); returns the factor that makes it the softmax.
 template <class Real>
 inline double exp_shifted(Real* s, int64_t count) {
   using Reg = RegOf<Real>;
@@ -75,8 +75,8 @@ inline double exp_shifted(Real* s, int64_t count) {
   return 1 / total;
 }
 
-/// s becomes s - mean s; returns what that must be multiplied by for unit deviation (unbiased): 0 where the
-/// deviation is 0 or there is one token.
+/// Replaces s by s - mean s; returns the factor for unit deviation (unbiased), 0 where the deviation is 0 or
+/// there is one token.
 template <class Real>
 inline double centre(Real* s, int64_t count) {
   using Reg = RegOf<Real>;

@@ -4,8 +4,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "dispatch.h"
-#include "tile.h"
+#include "../isa.h"
+#include "../kernel_set.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -14,8 +14,8 @@
 #define LAGKV_ISA portable
 #define LAGKV_VECTOR_BYTES 16
 // In this order: each builds on the ones before it.
-#include "vec.h"
+#include "../vec/vec.h"
 
-#include "vec_portable.h"
+#include "../vec/portable.h"
 
-#include "kernels.h"
+#include "all.h"
