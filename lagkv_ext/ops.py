@@ -1,6 +1,7 @@
-"""The operators ``torch.ops.lagkv.*`` for Python: documented functions, fake kernels for tracing, and autograd.
+"""The operators ``torch.ops.lagkv.*`` as documented functions.
 
-Schemas are in ``csrc/ops.cpp``, kernels in ``csrc/cpu`` and ``csrc/cuda``, semantics in ``lagkv_ext/reference.py``.
+Schemas are in ``csrc/schemas.cpp``, kernels in ``csrc/cpu`` and ``csrc/cuda``, fake kernels in ``lagkv_ext/fake.py``,
+derivatives in ``lagkv_ext/gradients.py``, semantics in ``lagkv_ext/reference.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lagkv_ext import arguments, checks, formulas, gradients
+from lagkv_ext import arguments, fake, gradients
 from lagkv_ext.formulas import keep_count, next_start, output_length
 
 __all__ = [
@@ -28,7 +29,8 @@ __all__ = [
 
 DEFAULT_KEEP_RATIO = 0.25
 
-assert gradients  # importing it loads the libraries, and registers what is differentiable
+assert fake  # importing these loads the libraries, and registers what is not in C++
+assert gradients
 
 
 class Compressed(NamedTuple):
@@ -201,54 +203,3 @@ def resolve_keep(keep: int | None, keep_ratio: float | None, lag_size: int) -> i
     if keep_ratio is not None:
         raise ValueError(f"give keep or keep_ratio, not both; got keep={keep} and keep_ratio={keep_ratio}")
     return arguments.integer("keep", keep)
-
-
-# Fake kernels: shapes and dtypes for tracing. Lengths stay symbolic, so that one graph serves every length.
-
-
-@torch.library.register_fake("lagkv::compress")
-def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
-    checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
-    batch, heads, length, key_dim = key.shape
-    rows = output_length(length, start, lag_size, keep)
-    return (
-        key.new_empty((batch, heads, rows, key_dim)),
-        value.new_empty((batch, heads, rows, value.shape[3])),
-        key.new_empty((batch, heads, rows), dtype=torch.int32),
-    )
-
-
-@torch.library.register_fake("lagkv::compress_")
-def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
-    checks.check_compress_(key, value, start, lag_size, keep, value_weight, score)
-    batch, heads, length, _ = key.shape
-    rows = output_length(length, start, lag_size, keep)
-    return key.new_empty((batch, heads, rows), dtype=torch.int32)
-
-
-@torch.library.register_fake("lagkv::partition_bounds")
-def _(x, start, lag_size):
-    checks.check_partition_bounds(x, start, lag_size)
-    batch, heads, length, dim = x.shape
-    count = formulas.partition_count(length, start, lag_size)
-    return x.new_empty((batch, heads, count, 2, dim), dtype=formulas.arithmetic_dtype(x.dtype))
-
-
-@torch.library.register_fake("lagkv::lag_score")
-def _(key, value, start, lag_size, *, value_weight=1.0, score="std"):
-    checks.check_lag_score(key, value, start, lag_size, value_weight, score)
-    batch, heads, length, _ = key.shape
-    count = formulas.compressed_count(length, start, lag_size)
-    return key.new_empty((batch, heads, count, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
-
-
-@torch.library.register_fake("lagkv::topk_index")
-def _(score, keep):
-    checks.check_topk_index(score, keep)
-    return score.new_empty((*score.shape[:-1], keep), dtype=torch.int32)
-
-
-@torch.library.register_fake("lagkv::compact")
-def _(x, index):
-    checks.check_compact(x, index)
-    return x.new_empty((*index.shape, x.shape[3]))

@@ -7,12 +7,12 @@ may change under a compiled function or a captured CUDA graph.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lagkv_ext import arguments, checks_ragged
+from lagkv_ext import arguments
 from lagkv_ext.ops import method_arguments
 
 __all__ = ["PackedCompressed", "compress_paged_", "compress_ragged_", "compress_varlen"]
@@ -68,9 +68,8 @@ def compress_ragged_(
             index all -1.
     """
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    if arguments.boolean("validate", validate) and not key.is_cpu:  # on the CPU the operator does
-        checks_ragged.check_compress_ragged_(key, value, start, length, **method)
-        checks_ragged.check_slot_values(start, length, key.shape[2])
+    if arguments.boolean("validate", validate):
+        _validate(torch.ops.lagkv._check_slots, key, (start, length), key.shape[2])
     return torch.ops.lagkv.compress_ragged_(key, value, start, length, **method)
 
 
@@ -112,9 +111,8 @@ def compress_varlen(
             a device answers invalid cu_seqlens with no rows at all (cu_seqlens 0, index -1).
     """
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    if arguments.boolean("validate", validate) and not key.is_cpu:  # on the CPU the operator does
-        checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, **method)
-        checks_ragged.check_packed_values(cu_seqlens, start, key.shape[0])
+    if arguments.boolean("validate", validate):
+        _validate(torch.ops.lagkv._check_packed, key, (cu_seqlens, start), key.shape[0])
     return PackedCompressed(*torch.ops.lagkv.compress_varlen(key, value, cu_seqlens, start, **method))
 
 
@@ -166,48 +164,16 @@ def compress_paged_(
             not notice pages that are written and used twice.
     """
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    if arguments.boolean("validate", validate) and not key_cache.is_cpu:  # on the CPU the operator does
-        checks_ragged.check_compress_paged_(key_cache, value_cache, block_table, start, length, **method)
-        checks_ragged.check_page_values(
-            block_table, start, length, method["lag_size"], method["keep"], *key_cache.shape[:2]
-        )
+    if arguments.boolean("validate", validate):
+        sizes = (method["lag_size"], method["keep"], *key_cache.shape[:2])
+        _validate(torch.ops.lagkv._check_pages, key_cache, (block_table, start, length), *sizes)
     return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
 
 
-@torch.library.register_fake("lagkv::compress_ragged_")
-def _(key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std"):
-    checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
-    return key.new_empty(key.shape[:3], dtype=torch.int32)
-
-
-@torch.library.register_fake("lagkv::compress_varlen")
-def _(key, value, cu_seqlens, start, lag_size, keep, *, value_weight=1.0, score="std"):
-    checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score)
-    return (
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        key.new_empty((key.shape[1], key.shape[0]), dtype=torch.int32),
-        cu_seqlens.new_empty(cu_seqlens.shape),
-        start.new_empty(start.shape),
-    )
-
-
-@torch.library.register_fake("lagkv::compress_paged_")
-def _(
-    key_cache,
-    value_cache,
-    block_table,
-    start,
-    length,
-    lag_size,
-    keep,
-    *,
-    value_weight=1.0,
-    score="std",
-):
-    checks_ragged.check_compress_paged_(
-        key_cache, value_cache, block_table, start, length, lag_size, keep, value_weight, score
-    )
-    _, block_size, heads, _ = key_cache.shape
-    batch, width = block_table.shape
-    return key_cache.new_empty((batch, heads, width * block_size), dtype=torch.int32)
+def _validate(check: Any, key: Tensor, numbers: tuple[Tensor, ...], *sizes: int) -> None:
+    """The CPU operator's checks of values, on copies of a device's numbers: one copy, so one wait. On the CPU the
+    operator itself checks them; what has another device or dtype it refuses on any device."""
+    if key.is_cpu or any(x.device != key.device or x.dtype != torch.int32 for x in numbers):
+        return
+    host = torch.cat([x.reshape(-1) for x in numbers]).cpu().split([x.numel() for x in numbers])
+    check(*(one.view(x.shape) for one, x in zip(host, numbers, strict=True)), *sizes)

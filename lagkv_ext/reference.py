@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks, checks_ragged, formulas
+from lagkv_ext import formulas
 
 
 def partition_bounds(x: Tensor, start: int, lag_size: int) -> Tensor:
     """Per-channel minimum and maximum of every full partition: ``[B, H, P, 2, D]``."""
-    checks.check_partition_bounds(x, start, lag_size)
     tiles = _partitions(x, start, lag_size)  # [B, H, P, L, D]
     return torch.stack([tiles.amin(dim=3), tiles.amax(dim=3)], dim=3)
 
@@ -47,7 +46,6 @@ def lag_score(
     smooth: int = 1,
 ) -> Tensor:
     """Score of every token of the partitions ``0 .. P-2``: ``[B, H, P-1, L]`` (empty where ``P < 2``)."""
-    checks.check_lag_score(key, value, start, lag_size, value_weight, _checked(score))
     if formulas.compressed_count(key.shape[2], start, lag_size) == 0:
         return key.new_empty((*key.shape[:2], 0, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
     one = {"std": _std_score, "cosine": _cosine_score, "blend": _blend_score}[score]
@@ -71,7 +69,6 @@ def smoothed(score: Tensor, smooth: int) -> Tensor:
 
 def topk_index(score: Tensor, keep: int) -> Tensor:
     """Positions of the ``keep`` highest scores, ascending, int32. Ties: lower position first; NaN is highest."""
-    checks.check_topk_index(score, keep)
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values.to(torch.int32)
 
@@ -96,8 +93,6 @@ def head_index(score: Tensor, carried: Tensor, start: int, keep: int, length: in
 
 def compact(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x [B, H, N, D]`` at the positions ``index [B, H, K]``: ``[B, H, K, D]``."""
-    checks.check_compact(x, index)
-    checks.check_index_range(index, x.shape[2])
     # Not torch.gather: on the CPU that rewrites the bits of a bfloat16 NaN.
     batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
     head = torch.arange(x.shape[1], device=x.device)[:, None]
@@ -124,7 +119,6 @@ def compress(
     if budget == "head":
         none = key.new_empty((*key.shape[:2], 0), dtype=formulas.arithmetic_dtype(key.dtype))
         return compress_carried(key, value, none, start, lag_size, keep, **scoring)[:3]
-    checks.check_compress(key, value, start, lag_size, keep, value_weight, _checked(score))
     scores = lag_score(key.detach(), value.detach(), start, lag_size, **scoring)
     index = _kept_index(topk_index(scores, keep), key.shape[2], start, lag_size)
     return compact(key, index), compact(value, index), index
@@ -146,7 +140,6 @@ def compress_carried(
 
     ``carried [B, H, C]`` is float32, or float64 for float64 rows. The fourth result is the next ``carried``.
     """
-    checks.check_compress(key, value, start, lag_size, keep, value_weight, _checked(score))
     scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
     scores = lag_score(key.detach(), value.detach(), start, lag_size, **scoring)
     index, carried = head_index(scores, carried, start, keep, key.shape[2])
@@ -164,7 +157,6 @@ def compress_(
     score: str = "std",
 ) -> Tensor:
     """`compress` into the first ``N'`` rows of ``key`` and ``value``; returns the index."""
-    checks.check_compress_(key, value, start, lag_size, keep, value_weight, score)
     new_key, new_value, index = compress(
         key, value, start, lag_size, keep, value_weight=value_weight, score=score
     )
@@ -185,8 +177,6 @@ def compress_ragged_(
     score: str = "std",
 ) -> Tensor:
     """`compress` of every slot: sequence ``b`` is the first ``length[b]`` rows of ``key[b]`` and ``value[b]``."""
-    checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
-    checks_ragged.check_slot_values(start, length, key.shape[2])
     index = key.new_full(key.shape[:3], -1, dtype=torch.int32)
     for b, tokens in enumerate(length.tolist()):
         sequence = key[b : b + 1, :, :tokens], value[b : b + 1, :, :tokens]
@@ -215,8 +205,6 @@ def compress_varlen(
     ``(key [T, H, Dk], value [T, H, Dv], index [H, T], cu_seqlens [B + 1], start [B])``; rows from the new
     ``cu_seqlens[-1]`` on are zero here and unspecified elsewhere.
     """
-    checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score)
-    checks_ragged.check_packed_values(cu_seqlens, start, key.shape[0])
     keys: list[Tensor] = []
     values: list[Tensor] = []
     kept: list[Tensor] = []
@@ -253,11 +241,7 @@ def compress_paged_(
     """`compress` of pages: token ``i`` of sequence ``b`` is row ``i % block_size`` of block
     ``block_table[b, i // block_size]`` of the pools ``[blocks, block_size, H, D]``.
     """
-    checks_ragged.check_compress_paged_(
-        key_cache, value_cache, block_table, start, length, lag_size, keep, value_weight, score
-    )
-    blocks, block_size, heads = key_cache.shape[:3]
-    checks_ragged.check_page_values(block_table, start, length, lag_size, keep, blocks, block_size)
+    block_size, heads = key_cache.shape[1:3]
     capacity = block_table.shape[1] * block_size
     index = key_cache.new_full((block_table.shape[0], heads, capacity), -1, dtype=torch.int32)
     for b, tokens in enumerate(length.tolist()):
@@ -323,11 +307,6 @@ def _cosine_score(tiles: Tensor) -> Tensor:
 def _blend_score(tiles: Tensor) -> Tensor:
     """`_minus_cosine`, plus the paper's score in units of its mean ``1 / L``."""
     return _minus_cosine(tiles) + tiles.shape[3] * _std_score(tiles)
-
-
-def _checked(score: str) -> str:
-    """The name that `checks` is shown: the operators, whose checks these are, have no blend yet."""
-    return "std" if score == "blend" else score
 
 
 def _divide_or_zero(x: Tensor, divisor: Tensor) -> Tensor:

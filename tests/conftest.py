@@ -120,3 +120,12 @@ def kernel_backend(request: pytest.FixtureRequest) -> backends.Backend:
 def registered_backend(request: pytest.FixtureRequest) -> backends.Backend:
     """Every backend that torch's dispatcher reaches."""
     return _make(request)
+
+
+@pytest.fixture(scope="session")
+def executor() -> backends.Backend:
+    """The CUDA kernels in the executor, for what no other backend has."""
+    try:
+        return backends.make_simt()
+    except backends.Unavailable as reason:
+        pytest.skip(f"backend simt: {reason}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lagkv_ext import ops
-from lagkv_ext.checks import SCORES
+from lagkv_ext.arguments import SCORES
 from lagkv_ext.settings_file import read_settings
 from lagkv_ext.vllm.plan import Plan
 

@@ -1,4 +1,4 @@
-"""Every wrong argument and value of the ragged operators: one text from every backend, and nothing written."""
+"""Every wrong argument and value of the ragged operators is refused with one text, and nothing is written."""
 
 # ruff: noqa: E501  (tables: one wrong argument a line)
 
@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lagkv_ext
 from tests.ops.cases import bits
-from tests.ops.test_errors import FLOATS, TOO_LONG, Wrong, assert_refused, call, name_of
+from tests.ops.test_errors import FLOATS, TOO_LONG, Wrong, assert_refused, call, name_of, traced
 
 ARGUMENTS = {
     "compress_ragged_": ("key", "value", "start", "length", "lag_size", "keep"),
@@ -219,13 +218,13 @@ def test_right_arguments_are_right(backend, op):
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=name_of)
-def test_refused(backend, wrong):
-    assert_refused(getattr(backend, wrong.op), wrong, wrong.arguments(backend.device))
+def test_refused(registered_backend, wrong):
+    assert_refused(getattr(registered_backend, wrong.op), wrong, wrong.arguments(registered_backend.device))
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_refused_on_another_device(backend, op):
-    if backend.device.type != "cpu":
+def test_refused_on_another_device(registered_backend, op):
+    if registered_backend.device.type != "cpu":
         pytest.skip("the meta device takes precedence over the device that is expected here")
     for name in ARGUMENTS[op][1:-2]:
         wrong = RaggedWrong(
@@ -234,17 +233,16 @@ def test_refused_on_another_device(backend, op):
             lambda a, name=name: a[name].to("meta"),
             f"{name} must be on the device of {ROWS[op][0]} (cpu), got meta",
         )
-        assert_refused(getattr(backend, op), wrong, wrong.arguments())
+        assert_refused(getattr(registered_backend, op), wrong, wrong.arguments())
 
 
-@pytest.mark.parametrize("wrong", [wrong for wrong in WRONG if wrong.traced], ids=name_of)
-def test_refused_while_tracing(wrong):
-    arguments = wrong.arguments()
-    with FakeTensorMode() as mode:
-        fakes = {id(x): mode.from_tensor(x) for x in arguments.values() if isinstance(x, Tensor)}
-        fake = {name: fakes.get(id(x), x) for name, x in arguments.items()}
-        with pytest.raises(RuntimeError) as caught:
-            call(getattr(torch.ops.lagkv, wrong.op), fake)
+@pytest.mark.parametrize("wrong", WRONG, ids=name_of)
+def test_a_fake_kernel_refuses_what_decides_its_result(wrong):
+    if not wrong.fake_refuses:
+        traced(wrong)
+        return
+    with pytest.raises(RuntimeError) as caught:
+        traced(wrong)
     assert str(caught.value).split("\n")[0] == wrong.message
 
 
@@ -263,7 +261,8 @@ def races_allowed() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("wrong", [*VALUES, *OVERLAPS], ids=name_of)
-def test_wrong_values(backend, wrong):
+def test_wrong_values(kernel_backend, wrong):
+    backend = kernel_backend
     arguments = _on(wrong.arguments(), backend.device)
     if not backend.runs_on_device:
         return assert_refused(getattr(backend, wrong.op), wrong, arguments)
@@ -298,6 +297,54 @@ def test_wrong_values(backend, wrong):
     elif bad == 0:
         for name in ROWS[wrong.op]:
             assert torch.equal(arguments[name], before[name])
+
+
+CHECKS = {  # the operator behind validate=True, and what it is given beside the numbers
+    "compress_ragged_": ("_check_slots", ("start", "length"), lambda a: (a["key"].shape[2],)),
+    "compress_varlen": ("_check_packed", ("cu_seqlens", "start"), lambda a: (a["key"].shape[0],)),
+    "compress_paged_": (
+        "_check_pages",
+        ("block_table", "start", "length"),
+        lambda a: (a["lag_size"], a["keep"], *a["key_cache"].shape[:2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", [*VALUES, *OVERLAPS], ids=name_of)
+def test_copied_numbers_are_refused(wrong):
+    """What validate=True does on a device, from the copy to the host on."""
+    check, names, sizes = CHECKS[wrong.op]
+    arguments = wrong.arguments()
+    with pytest.raises(RuntimeError) as caught:
+        getattr(torch.ops.lagkv, check)(*(arguments[name] for name in names), *sizes(arguments))
+    assert str(caught.value).split("\n")[0] == wrong.message
+    arguments = right(wrong.op)
+    getattr(torch.ops.lagkv, check)(*(arguments[name] for name in names), *sizes(arguments))
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_copied_numbers_of_a_wrong_shape_are_refused(op):
+    """Nothing is read past the end of a tensor that is too short."""
+    check, names, sizes = CHECKS[op]
+    arguments = right(op)
+    for name in names:
+        for wrong in (arguments[name][:1], arguments[name][None], arguments[name].long()):
+            changed = [wrong if other == name else arguments[other] for other in names]
+            if name == "block_table" and wrong.shape == (1, 5):
+                changed[1:] = (x[:2] for x in changed[1:])
+            with pytest.raises(RuntimeError, match=rf"lagkv::{op}: .* must "):
+                getattr(torch.ops.lagkv, check)(*changed, *sizes(arguments))
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_validate_changes_nothing_on_the_cpu(op):
+    tensors = {name: x for name, x in right(op).items() if isinstance(x, Tensor)}
+    again = {name: x.clone() for name, x in tensors.items()}
+    expected = getattr(lagkv_ext, op)(**tensors, lag_size=4, keep=2)
+    found = getattr(lagkv_ext, op)(**again, lag_size=4, keep=2, validate=True)
+    for mine, its in zip(found, expected, strict=True):
+        assert torch.equal(mine, its) or op == "compress_varlen"
+    assert all(torch.equal(again[name], x) for name, x in tensors.items())
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """The operators on CPU tensors, computed by the CUDA kernels in the executor.
 
-Signatures as in ``lagkv_ext.reference``.
+Signatures as in ``lagkv_ext.reference``; arguments are not checked, which is the operators' part (csrc/checks.h).
 
 ``settings(...)`` changes, for a ``with`` block, what the planner believes of the device and how the executor runs;
 ``last()`` is the session of the latest operator call, with its counters.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lagkv_ext import checks, checks_ragged, formulas
+from lagkv_ext import formulas
 from tests import simt
 
 RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_")
@@ -45,7 +45,6 @@ def last() -> Any:
 def compress(
     key, value, start, lag_size, keep, *, value_weight=1.0, score="std"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_compress(key, value, start, lag_size, keep, value_weight, score)
     rows = formulas.output_length(key.shape[2], start, lag_size, keep)
     outputs = (
         key.new_empty((*key.shape[:2], rows, key.shape[3])),
@@ -60,7 +59,6 @@ def compress(
 
 
 def compress_(key, value, start, lag_size, keep, *, value_weight=1.0, score="std") -> Tensor:
-    checks.check_compress_(key, value, start, lag_size, keep, value_weight, score)
     rows = formulas.output_length(key.shape[2], start, lag_size, keep)
     index = key.new_empty((*key.shape[:2], rows), dtype=torch.int32)
     if index.numel():
@@ -69,7 +67,6 @@ def compress_(key, value, start, lag_size, keep, *, value_weight=1.0, score="std
 
 
 def lag_score(key, value, start, lag_size, *, value_weight=1.0, score="std") -> Tensor:
-    checks.check_lag_score(key, value, start, lag_size, value_weight, score)
     count = formulas.compressed_count(key.shape[2], start, lag_size)
     result = key.new_empty((*key.shape[:2], count, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
     if result.numel():
@@ -83,7 +80,6 @@ def lag_score(key, value, start, lag_size, *, value_weight=1.0, score="std") -> 
 
 
 def partition_bounds(x, start, lag_size) -> Tensor:
-    checks.check_partition_bounds(x, start, lag_size)
     count = formulas.partition_count(x.shape[2], start, lag_size)
     bounds = x.new_empty((*x.shape[:2], count, 2, x.shape[3]), dtype=formulas.arithmetic_dtype(x.dtype))
     if bounds.numel():
@@ -92,7 +88,6 @@ def partition_bounds(x, start, lag_size) -> Tensor:
 
 
 def topk_index(score, keep) -> Tensor:
-    checks.check_topk_index(score, keep)
     index = score.new_empty((*score.shape[:-1], keep), dtype=torch.int32)
     if index.numel() and not _run("topk_index", score.dtype, (score, index), keep):
         _run("topk_index", score.dtype, (score.clone(memory_format=torch.contiguous_format), index), keep)
@@ -100,7 +95,6 @@ def topk_index(score, keep) -> Tensor:
 
 
 def compact(x, index) -> Tensor:
-    checks.check_compact(x, index)
     out = x.new_empty((*index.shape, x.shape[3]))
     if out.numel():
         _run("compact", x.dtype, (x, index, out))
@@ -108,7 +102,6 @@ def compact(x, index) -> Tensor:
 
 
 def compress_ragged_(key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std") -> Tensor:
-    checks_ragged.check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, score)
     index = key.new_empty(key.shape[:3], dtype=torch.int32)
     tensors = (key, value, start, length, index)
     _run("compress_ragged_", key.dtype, tensors, _sizes(0, lag_size, keep, value_weight, score))
@@ -118,7 +111,6 @@ def compress_ragged_(key, value, start, length, lag_size, keep, *, value_weight=
 def compress_varlen(
     key, value, cu_seqlens, start, lag_size, keep, *, value_weight=1.0, score="std"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks_ragged.check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, score)
     outputs = (
         key.new_empty(key.shape),
         value.new_empty(value.shape),
@@ -146,9 +138,6 @@ def compress_varlen(
 def compress_paged_(
     key_cache, value_cache, block_table, start, length, lag_size, keep, *, value_weight=1.0, score="std"
 ) -> Tensor:
-    checks_ragged.check_compress_paged_(
-        key_cache, value_cache, block_table, start, length, lag_size, keep, value_weight, score
-    )
     batch, capacity = block_table.shape[0], block_table.shape[1] * key_cache.shape[1]
     index = key_cache.new_empty((batch, key_cache.shape[2], capacity), dtype=torch.int32)
     tensors = (key_cache, value_cache, block_table, start, length, index)
