@@ -49,7 +49,9 @@ class Deployment:
             answer = json.load(response)
         try:
             listed = answer["choices"][0]["prompt_logprobs"]
-            found: list[TokenLogprobs] = [{int(k): float(v["logprob"]) for k, v in x.items()} for x in listed[1:]]
+            found: list[TokenLogprobs] = [
+                {int(k): float(v["logprob"]) for k, v in x.items()} for x in listed[1:]
+            ]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.url} gave no prompt_logprobs: {str(answer)[:200]}") from error
         if len(found) != len(ids) - 1 or not all(found):
