@@ -62,10 +62,10 @@ def fit(points: dict[int, float]) -> Line:
 class Layers:
     """The caches of some layers, and calls that treat every layer once (``repeat`` times)."""
 
-    def __init__(self, problem: Problem, layers: int, repeat: int = 1) -> None:
+    def __init__(self, problem: Problem, layers: int, repeat: int = 1, device: str = "cpu") -> None:
         self.problem = problem
         self.repeat = repeat
-        self.pristine = problem.make()
+        self.pristine = problem.make(device)
         self.caches = [tuple(x.clone() for x in self.pristine) for _ in range(layers)] * repeat
         self.copies = [tuple(torch.empty_like(x) for x in self.pristine) for _ in range(layers)] * repeat
 

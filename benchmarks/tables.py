@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ class TablesError(ValueError):
 
 def markdown(folder: Path) -> str:
     """Everything that was recorded in this folder."""
-    record = _load(folder / "record.json")
+    record = load(folder / "record.json")
     if record is None:
         raise TablesError(f"{folder}/record.json is missing: python -m benchmarks.record writes it")
     steps: dict[str, dict[str, Any]] = {}
     for name in record["steps"]:
-        if (content := _load(folder / f"{name}.json")) is not None:
+        if (content := load(folder / f"{name}.json")) is not None:
             steps[name] = content
     parts = [
         _head(record, folder),
@@ -57,16 +57,31 @@ def markdown(folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Put the text between the markers of a file."""
+    begin, end = markers
     content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise TablesError(f"{path} must have one line '{BEGIN}' and after it one line '{END}'")
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise TablesError(f"{path} must have one line '{begin}' and after it one line '{end}'")
+    before, after = content.split(begin)[0], content.split(end)[1]
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def _load(path: Path) -> dict[str, Any] | None:
+def show(make: Callable[[], str], path: Path | None, markers: tuple[str, str] = (BEGIN, END)) -> int:
+    """Print the tables, or put them between the markers of a file; 0, or 2 with a message."""
+    try:
+        text = make()
+        if path is not None:
+            write(path, text, markers)
+        else:
+            print(text)
+    except (TablesError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -85,22 +100,22 @@ def _head(record: dict[str, Any], folder: Path) -> str:
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
-def _spread(x: dict[str, float]) -> str:
+def spread(x: dict[str, float]) -> str:
     return f"{report.number(x['median'])} ({report.number(x['q1'])} .. {report.number(x['q3'])})"
 
 
-def _ratio(case: dict[str, Any], pair: tuple[str, str]) -> str:
+def ratio(case: dict[str, Any], pair: tuple[str, str]) -> str:
     x = case["ratios"].get(report.ratio_name(pair))
     if x is None:
         red = any(name in case["checks"] and not case["checks"][name]["green"] for name in pair)
         return "red" if red else ""
     goal = report.TARGETS.get(pair)
-    return _spread(x) if goal is None or goal[0](x["median"]) else f"**{_spread(x)}**"
+    return spread(x) if goal is None or goal[0](x["median"]) else f"**{spread(x)}**"
 
 
 def _operators(results: Sequence[dict[str, Any]]) -> str:
@@ -117,14 +132,14 @@ def _operators(results: Sequence[dict[str, Any]]) -> str:
                     report.number(1e3 * times[x]["seconds"]["median"]) if x in times else ""
                     for x in ("compress_", "copy")
                 ),
-                *(_ratio(case, pair) for pair in _RATIOS),
+                *(ratio(case, pair) for pair in _RATIOS),
             )
         )
     if not rows:
         return ""
     targets = [report.TARGETS[pair][1] if pair in report.TARGETS else "" for pair in _RATIOS]
     head = ("layer, H x N x D", "dtype", "score", "threads", "`compress_`, ms", "copy, ms")
-    return _table(
+    return table(
         (*head, *(report.ratio_name(pair) for pair in _RATIOS)),
         [("target", *[""] * 5, *targets), *rows],
         left=4,
@@ -135,7 +150,7 @@ def _portable(content: dict[str, Any] | None) -> str:
     if content is None:
         return ""
     pair = ("compress_-portable", "compress_-avx2")
-    told = [f"{case['problem']['dtype']} {_ratio(case, pair)}" for case in content["cases"]]
+    told = [f"{case['problem']['dtype']} {ratio(case, pair)}" for case in content["cases"]]
     tokens = tokens_text(content["cases"][0]["problem"]["tokens"])
     return f"Portable over AVX2 ({tokens} tokens; target {report.TARGETS[pair][1]}): {'; '.join(told)}."
 
@@ -145,9 +160,7 @@ def _huge_pages(content: dict[str, Any] | None) -> str:
         return ""
     case = content["cases"][-1]
     pairs = (("compress", "clone"), ("compiled", "compress"), ("eager", "compress"))
-    told = ", ".join(
-        f"{report.ratio_name(pair)} {_ratio(case, pair)}" for pair in pairs if _ratio(case, pair)
-    )
+    told = ", ".join(f"{report.ratio_name(pair)} {ratio(case, pair)}" for pair in pairs if ratio(case, pair))
     p = case["problem"]
     return (
         "New outputs cost page faults, of which `clone` has its own. With huge pages (`THP_MEM_ALLOC_ENABLE=1`, which "
@@ -168,7 +181,7 @@ def _linear(content: dict[str, Any] | None) -> str:
     case = content["cases"][0]
     what = f"{case['shape']}, {case['problem']['dtype']}, threads {case['threads']}"
     title = f"Linear in `N`? Nanoseconds per token, {what}:"
-    return title + "\n\n" + _table(("tokens", *(f"`{x}`" for x in names)), rows, left=1)
+    return title + "\n\n" + table(("tokens", *(f"`{x}`" for x in names)), rows, left=1)
 
 
 def _fixed(content: dict[str, Any] | None) -> str:
@@ -182,7 +195,7 @@ def _fixed(content: dict[str, Any] | None) -> str:
     d = content["decode"]
     return (
         f"Fixed cost of a call in microseconds (target at most {TARGET_US:.0f}): {', '.join(told)}. Decode: "
-        f"{d['layers']} layers with {d['partitions']} partitions each take {_spread(d['over_copy'])} times a copy of "
+        f"{d['layers']} layers with {d['partitions']} partitions each take {spread(d['over_copy'])} times a copy of "
         "the same bytes."
     )
 
@@ -211,14 +224,14 @@ def _decode(results: Sequence[dict[str, Any]]) -> str:
                         cache,
                         str(x["rows"]),
                         f"{1e3 / x['ms_per_token']['median']:.1f}",
-                        _spread(x["faster"]),
+                        spread(x["faster"]),
                         "" if read is None else f"{read:.1f}",
                     )
                 )
     if not rows:
         return ""
     head = ("decode: model", "tokens", "cache", "rows", "tokens/s", "faster than DynamicCache", "prefill, s")
-    return _table(head, rows, left=3)
+    return table(head, rows, left=3)
 
 
 def _prefill(content: dict[str, Any] | None) -> str:
@@ -236,7 +249,7 @@ def _prefill(content: dict[str, Any] | None) -> str:
     result = content["results"][0]
     model = f"random model with {result['layers']} layers, {result['dtype']}"
     title = f"Chunked prefill, {model}, chunks of {result['chunk']}:"
-    return title + "\n\n" + _table(("cache", "tokens", "peak MB added", "MB held"), rows, left=2)
+    return title + "\n\n" + table(("cache", "tokens", "peak MB added", "MB held"), rows, left=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,16 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="benchmarks/results/NAME")
     parser.add_argument("--write", type=Path, metavar="FILE", help="between the markers of this file")
     options = parser.parse_args(arguments)
-    try:
-        text = markdown(options.folder)
-        if options.write:
-            write(options.write, text)
-        else:
-            print(text)
-    except (TablesError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return show(lambda: markdown(options.folder), options.write)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def _nothing() -> None:
 class Call:
     """One stage: ``run`` it after ``restore``, which undoes what an earlier run changed.
 
-    ``operator``: whose `Problem.least_bytes` the stage moves.
+    ``operator``: whose `Problem.least_bytes` the stage moves. ``compressed``, of the stages that compress: turns a
+    result of ``run`` into key, value and index as `compress` returns them.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Call:
     operator: str
     run: Callable[[], Any]
     restore: Callable[[], None] = _nothing
+    compressed: Callable[[Any], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def make_calls(p: Problem, device: torch.device, seed: int, *, ragged: bool = False) -> list[Call]:
@@ -73,14 +75,22 @@ def _dense(p: Problem, *pristine: Tensor) -> list[Call]:
     def compress_() -> Any:
         return lagkv.compress_(key, value, *run, **p.scoring)
 
+    def in_place(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return key[:, :, : p.rows], value[:, :, : p.rows], index
+
     return [
         Call("bounds", "partition_bounds of key and value", "partition_bounds", bounds),
         Call("score", "lag_score (bounds included)", "lag_score", score),
         Call("select", "topk_index", "topk_index", lambda: lagkv.topk_index(scores, p.keep)),
         Call("compact", "compact of key and value", "compact", compact),
-        Call("compress", "everything, fused", "compress", compress),
+        Call("compress", "everything, fused", "compress", compress, compressed=tuple),
         Call(
-            "compress_", "everything, fused, in place", "compress_", compress_, lambda: _copy(both, pristine)
+            "compress_",
+            "everything, fused, in place",
+            "compress_",
+            compress_,
+            lambda: _copy(both, pristine),
+            in_place,
         ),
     ]
 
@@ -97,7 +107,12 @@ def _slots(p: Problem, *pristine: Tensor) -> Call:
         start.fill_(p.start)
         length.fill_(p.tokens)
 
-    return Call("compress_ragged_", "the same in slots, in place", "compress_ragged_", run, restore)
+    def compressed(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return both[0][:, :, : p.rows], both[1][:, :, : p.rows], index[:, :, : p.rows]
+
+    return Call(
+        "compress_ragged_", "the same in slots, in place", "compress_ragged_", run, restore, compressed
+    )
 
 
 def _packed(p: Problem, *pristine: Tensor) -> Call:
@@ -109,7 +124,14 @@ def _packed(p: Problem, *pristine: Tensor) -> Call:
     def run() -> Any:
         return torch.ops.lagkv.compress_varlen(*both, ends, start, p.lag_size, p.keep, **p.scoring)
 
-    return Call("compress_varlen", "the same, packed", "compress_varlen", run)
+    def compressed(result: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = (
+            x[: p.batch * p.rows].unflatten(0, (p.batch, p.rows)).transpose(1, 2) for x in result[:2]
+        )
+        index = result[2][:, : p.batch * p.rows].unflatten(1, (p.batch, p.rows)).transpose(0, 1)
+        return key, value, index
+
+    return Call("compress_varlen", "the same, packed", "compress_varlen", run, compressed=compressed)
 
 
 def _paged(p: Problem, *pristine: Tensor) -> Call:
@@ -136,8 +158,12 @@ def _paged(p: Problem, *pristine: Tensor) -> Call:
         start.fill_(p.start)
         length.fill_(p.tokens)
 
+    def compressed(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = (pool[table.long()].flatten(1, 2)[:, : p.rows].transpose(1, 2) for pool in both)
+        return key, value, index[:, :, : p.rows]
+
     what = f"the same in scattered pages of {BLOCK_SIZE}, in place"
-    return Call("compress_paged_", what, "compress_paged_", run, restore)
+    return Call("compress_paged_", what, "compress_paged_", run, restore, compressed)
 
 
 def _starts_and_lengths(p: Problem, device: torch.device) -> tuple[Tensor, Tensor]:

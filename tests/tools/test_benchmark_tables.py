@@ -64,11 +64,11 @@ def test_the_tables_hold_the_numbers_of_the_files(folder):
 def test_a_missed_target_is_bold_and_a_met_one_is_not():
     spread = {"q1": 0.9, "q3": 1.2, "best": 0.9, "count": 3}
     case = {"checks": {}, "ratios": {"compress_/copy": {"median": 1.05, **spread}}}
-    assert tables._ratio(case, ("compress_", "copy")) == "**1.05 (0.900 .. 1.20)**"
+    assert tables.ratio(case, ("compress_", "copy")) == "**1.05 (0.900 .. 1.20)**"
     case["ratios"]["compress_/copy"]["median"] = 0.95
-    assert tables._ratio(case, ("compress_", "copy")) == "0.950 (0.900 .. 1.20)"
+    assert tables.ratio(case, ("compress_", "copy")) == "0.950 (0.900 .. 1.20)"
     case = {"checks": {"compress_": {"green": False}}, "ratios": {}}
-    assert tables._ratio(case, ("compress_", "copy")) == "red"
+    assert tables.ratio(case, ("compress_", "copy")) == "red"
 
 
 def test_writing_replaces_what_is_between_the_markers(folder, tmp_path, capsys):
