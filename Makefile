@@ -90,9 +90,11 @@ kernel-report: build
 check-headers: env
 	$(BIN)/python tools/check_headers.py
 
-# With the torch of $(PYTHON), not of .venv: a machine with a card may have no network.
+# With the torch of $(PYTHON), not of .venv: a machine with a card may have no network. MINUTES: for everything.
+MINUTES ?= 60
+RESULTS ?= benchmarks/results
 gpu-check:
-	$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
+	$(PYTHON) -m tools.gpu_check --minutes $(MINUTES) --results $(RESULTS) $(GPU_CHECK)
 
 clean:
 	rm -rf build dist *.egg-info lagkv_ext/*.so lagkv_ext/_build_info.json

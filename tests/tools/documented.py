@@ -197,7 +197,10 @@ def _run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, mo
     elif name not in RUN:
         source = importlib.util.find_spec(name)
         assert source is not None, f"there is no module {name}"
-        text = Path(str(source.origin)).read_text(encoding="utf-8")
+        program = Path(str(source.origin))
+        if source.submodule_search_locations is not None:  # a package runs its __main__
+            program = program.with_name("__main__.py")
+        text = program.read_text(encoding="utf-8")
         if "argparse" not in text:  # it would run: a program without options, of the developers
             assert not arguments
             assert 'if __name__ == "__main__":' in text

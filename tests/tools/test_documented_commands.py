@@ -136,7 +136,7 @@ def test_what_is_found() -> None:
         "python -m benchmarks.run --no-such-option 1",
         "python -m benchmarks.none",
         "python tools/none.py",
-        "python tools/gpu_check.py --no-such-option",
+        "python -m tools.gpu_check --no-such-option",
         "python -m pytest tests/none.py",
     ],
 )
