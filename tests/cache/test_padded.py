@@ -11,7 +11,6 @@ pytest.importorskip("transformers", reason="the cache needs transformers")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.cache_utils import Cache
 
 from lagkv_ext import LagKVCache
 from lagkv_ext.commands import models
@@ -28,9 +27,6 @@ from tests.cache.padded_batches import (
 )
 
 MIXED = [{}, {"layer_keep_ratio": {-1: 0.5}}, {"skip_layers": [1]}]
-# Early versions lose the positions of padded sequences in a prompt given in chunks, with any cache.
-PADS_CHUNKS = hasattr(Cache, "get_query_offset")
-needs_offset = pytest.mark.skipif(not PADS_CHUNKS, reason="this transformers has one mask for all layers")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,7 +88,7 @@ def test_generate_gives_every_sequence_what_it_gets_alone(kind, changes):
     sink_size=st.integers(0, 9),
     score=st.sampled_from(["std", "cosine"]),
     room=st.one_of(st.none(), st.integers(0, 20)),
-    chunk=st.one_of(st.none(), st.integers(1, 30)) if PADS_CHUNKS else st.none(),
+    chunk=st.one_of(st.none(), st.integers(1, 30)),
     new=st.integers(2, 14),
 )
 def test_any_lengths(kind, lengths, extra, lag_size, keep, sink_size, score, room, chunk, new):
@@ -130,9 +126,7 @@ def test_any_lengths(kind, lengths, extra, lag_size, keep, sink_size, score, roo
 # -- steps of any kind
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param(x, marks=needs_offset if x else []) for x in MIXED], ids=str
-)
+@pytest.mark.parametrize("settings", MIXED, ids=str)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_padding_in_any_step_on_any_side(kind, settings):
     """Prompt, single tokens, several at once; layers that hide different columns."""
@@ -149,9 +143,7 @@ def test_padding_in_any_step_on_any_side(kind, settings):
     assert_steps_alone(model, kind, arguments, prompt(mask.shape[1], batch=3), mask, chunks, EXACT, 8)
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param(x, marks=needs_offset if x else []) for x in MIXED], ids=str
-)
+@pytest.mark.parametrize("settings", MIXED, ids=str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_keep_different_numbers_hide_different_columns(kind, attention, settings):
@@ -167,7 +159,6 @@ def test_layers_that_keep_different_numbers_hide_different_columns(kind, attenti
     assert_steps_alone(model, kind, arguments, prompt(mask.shape[1], batch=3), mask, chunks, tolerance, 5)
 
 
-@needs_offset
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_layer_that_hides_nothing_leaves_the_mask_to_the_others(attention):
     """In layer 0, 20 tokens leave 16 rows, as do 16 tokens: no padding there, but 2 columns in the other layers."""

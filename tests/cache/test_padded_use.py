@@ -8,7 +8,6 @@ pytest.importorskip("transformers", reason="the cache needs transformers")
 
 import torch
 import transformers
-from transformers.cache_utils import Cache
 
 from lagkv_ext import LagKVCache
 from lagkv_ext.cache.growing.layer import LagKVLayer
@@ -86,9 +85,6 @@ def test_several_continuations_and_a_part_of_a_padded_batch():
         assert_kept_alone(cache, at, alone, range(3))
 
 
-@pytest.mark.skipif(
-    not hasattr(Cache, "activate_past_recording"), reason="this transformers does not record the past"
-)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_cropped_tokens_leave_no_trace_in_a_padded_batch(kind):
     """As assisted decoding does, with recording: every step takes in tokens of which some are rejected."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import LinearAttentionLayer
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.cache import OLDEST
 from tests.cache.models import SMALL, forward, prompt, tiny_config, tiny_model
 
 
@@ -275,6 +277,7 @@ def test_to_moves_the_whole_cache():
 def test_the_package_needs_transformers_only_for_the_cache():
     code = """
 import sys
+from pathlib import Path
 import lagkv_ext
 assert "transformers" not in sys.modules
 assert "LagKVCache" in dir(lagkv_ext)
@@ -289,19 +292,25 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_old_transformers_is_refused():
-    code = """
+@pytest.mark.parametrize("version", ["4.57.1", "5.9.0"])
+def test_an_old_transformers_is_refused(version):
+    code = f"""
 import sys, types
-sys.modules["transformers"] = types.SimpleNamespace(__version__="4.57.1")
+sys.modules["transformers"] = types.SimpleNamespace(__version__="{version}")
 import lagkv_ext
 try:
     lagkv_ext.LagKVCache
 except ImportError as error:
-    assert "transformers >= 5" in str(error) and "4.57.1" in str(error), error
+    assert "transformers >= 5.18" in str(error) and "got {version}" in str(error), error
 else:
     raise AssertionError("no ImportError")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_oldest_transformers_is_that_of_the_package():
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    assert f'"transformers>={OLDEST}"' in pyproject.read_text(encoding="utf-8")
 
 
 def test_gemma_without_sliding_layers_is_like_any_other():
