@@ -25,6 +25,7 @@ from benchmarks import cases
 from benchmarks.report import table
 from benchmarks.run import ROOT, Refused, commit, header, machine
 from lagkv_ext import LagKVCache, keep_count, next_start, output_length
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.commands import models, timing
 
 LAG_SIZE, SINK_SIZE = 128, 16
@@ -169,7 +170,7 @@ def decode(
         begin = time.perf_counter()
         if prefill:
             for part in ids.split(CHUNK, dim=1):
-                model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+                model(input_ids=part, **cache_argument(cache), logits_to_keep=1)
             prefill_s[ratio] = time.perf_counter() - begin
         else:
             fill(cache, config, tokens, model.dtype)
@@ -182,7 +183,7 @@ def decode(
     def run(cache: Any) -> Callable[[], None]:
         def step() -> None:
             for i in range(steps):
-                model(input_ids=ids[:, i : i + 1], past_key_values=cache, logits_to_keep=1)
+                model(input_ids=ids[:, i : i + 1], **cache_argument(cache), logits_to_keep=1)
 
         return step
 
@@ -210,7 +211,7 @@ def check_against_full(model: Any, tokens: int = 400) -> None:
         cache = make_cache(config, ratio)
         parts = ids.split([tokens - 8, *[1] * 8], dim=1)
         logits.append(
-            torch.cat([model(input_ids=x, past_key_values=cache).logits[:, -1] for x in parts]).float()
+            torch.cat([model(input_ids=x, **cache_argument(cache)).logits[:, -1] for x in parts]).float()
         )
     difference = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
     limit = 1e-4 if model.dtype == torch.float32 else 2e-2
@@ -253,13 +254,13 @@ def prefill_process(tokens: int, dtype: str, ratio: float | None, layers: int, c
     """What the process of one cache does and tells; Linux resets its high-water mark of memory on request."""
     model = llama(cases.DTYPES[dtype], layers)
     ids = torch.randint(1, 1024, (1, tokens), generator=torch.Generator().manual_seed(4))
-    model(input_ids=ids[:, :chunk], past_key_values=make_cache(model.config, ratio), logits_to_keep=1)
+    model(input_ids=ids[:, :chunk], **cache_argument(make_cache(model.config, ratio)), logits_to_keep=1)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status("VmRSS")
     cache = make_cache(model.config, ratio)
     begin = time.perf_counter()
     for part in ids.split(chunk, dim=1):
-        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=part, **cache_argument(cache), logits_to_keep=1)
     seconds = time.perf_counter() - begin
     if held_rows(cache, 0) != rows_after(split(tokens, chunk), ratio):
         raise AssertionError(

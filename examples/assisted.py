@@ -12,6 +12,6 @@ model, draft = (
 prompt = torch.randint(3, 64, (1, 300))
 for options in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 4}):
     cache = LagKVCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4)
-    tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=60, do_sample=False, **options)
+    tokens = model.generate(prompt, cache=cache, max_new_tokens=60, do_sample=False, **options)
     report = cache.report()
     print(f"{tokens.shape[1]} tokens, {report.tokens_kept:.0f} rows, {report.compressions} compressions")

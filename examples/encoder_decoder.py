@@ -10,6 +10,6 @@ model = BartForConditionalGeneration(
 )
 cache = LagKVEncoderDecoderCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4)
 options = {"max_new_tokens": 300, "min_new_tokens": 300, "num_beams": 1, "do_sample": False}
-model.eval().generate(torch.randint(3, 64, (1, 100)), past_key_values=cache, **options)
+model.eval().generate(torch.randint(3, 64, (1, 100)), cache=cache, **options)
 print(cache.report())
 print("rows of the encoder:", cache.cross_attention_cache.layers[0].keys.shape[2])

@@ -15,5 +15,5 @@ for name, kinds in (
     model = getattr(transformers, f"{name}ForCausalLM")
     model = model(model.config_class(**sizes, **kinds)).eval()
     cache = LagKVCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4)
-    model.generate(torch.randint(3, 64, (1, 300)), past_key_values=cache, max_new_tokens=20)
+    model.generate(torch.randint(3, 64, (1, 300)), cache=cache, max_new_tokens=20)
     print(name, cache.report(), sep="\n")

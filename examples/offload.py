@@ -13,5 +13,5 @@ try:
 except ValueError as reason:
     print(reason)
     cache = LagKVCache(model.config, lag_size=16, keep_ratio=0.25)
-model.generate(torch.randint(3, 64, (1, 300), device=device), past_key_values=cache, max_new_tokens=40)
+model.generate(torch.randint(3, 64, (1, 300), device=device), cache=cache, max_new_tokens=40)
 print([layer.storages()[0].device.type for layer in cache.layers], cache.report(), sep="\n")

@@ -11,6 +11,6 @@ prompt = torch.randint(3, 64, (1, 2000))
 for form in (None, "int8", "fp8", "int4"):
     cache = LagKVCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4, quantization=form)
     with torch.no_grad():
-        model(prompt, past_key_values=cache)
+        model(prompt, cache=cache)
     report = cache.report()
     print(f"{form}: {report.tokens_kept:.0f} of {report.tokens_seen} rows, {report.bytes_held:,} bytes")

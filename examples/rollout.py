@@ -16,5 +16,5 @@ rollout, model = Rollout(store.path, config), LlamaForCausalLM(config).eval()
 for i in range(12):
     prompt = torch.randint(3, 64, (1, 200))
     decision = rollout.cache(request_id=f"user-{i}", prompt_tokens=200)
-    output = model.generate(prompt, past_key_values=decision.cache, max_new_tokens=20)
+    output = model.generate(prompt, cache=decision.cache, max_new_tokens=20)
     print(decision.reason, rollout.check(model, prompt, output[:, 200:]) if decision.wants_check else "")

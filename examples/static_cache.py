@@ -12,7 +12,7 @@ model = LlamaForCausalLM(config).eval()
 cache = LagKVStaticCache(model.config, capacity=64, lag_size=16, keep_ratio=0.25, sink_size=4)
 step = torch.compile(model, fullgraph=True, backend="eager")  # the default runs faster
 with torch.no_grad():
-    logits = model(torch.randint(0, 64, (1, 100)), past_key_values=cache).logits  # the prompt, as it comes
+    logits = model(torch.randint(0, 64, (1, 100)), cache=cache).logits  # the prompt, as it comes
     for _ in range(500):
-        logits = step(logits[:, -1:].argmax(dim=-1), past_key_values=cache).logits
+        logits = step(logits[:, -1:].argmax(dim=-1), cache=cache).logits
 print(cache.report())

@@ -12,7 +12,7 @@ model = LlamaForCausalLM(config).eval()
 cache = LagKVCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4, max_tokens=64)
 tokens = torch.randint(0, 64, (1, 500))
 for _ in range(3):
-    tokens = model.generate(tokens, past_key_values=cache, max_new_tokens=200, eos_token_id=None)
+    tokens = model.generate(tokens, cache=cache, max_new_tokens=200, eos_token_id=None)
     report = cache.report()
     print(
         f"{report.tokens_seen} tokens seen, {report.tokens_kept:.0f} rows, {report.bytes_held:,} bytes held"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lagkv_ext.cache.keyword import cache_argument
+
 
 def forward(model: Any, ids: Tensor, cache: Any, *, position: int, logits_to_keep: Any) -> Tensor:
     """Logits ``[B, kept, vocabulary]`` of new tokens ``ids [B, n]`` at ``position``: their place in the text,
@@ -19,7 +21,7 @@ def forward(model: Any, ids: Tensor, cache: Any, *, position: int, logits_to_kee
     return model(
         input_ids=ids,
         position_ids=positions,
-        past_key_values=cache,
+        **cache_argument(cache, model),
         use_cache=True,
         logits_to_keep=logits_to_keep,
     ).logits

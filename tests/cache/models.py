@@ -11,7 +11,9 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -28,10 +30,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lagkv_ext import reference
+from lagkv_ext.cache.keyword import cache_argument
 
 VOCABULARY = 64
 KINDS = ("llama", "qwen3", "gemma3")
 SMALL = {"lag_size": 8, "sink_size": 4}  # compresses every 8 tokens
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+
+
+def since(*version: int, reason: str) -> pytest.MarkDecorator:
+    """Skip with an older transformers, which cannot do it with any cache."""
+    text = ".".join(map(str, version))
+    return pytest.mark.skipif(version > VERSION, reason=f"transformers before {text}: {reason}")
+
+
+several_tokens_compiled = since(
+    5, 20, reason="masks of several tokens branch on the offset, which is a tensor"
+)
 
 _SHARED = {
     "vocab_size": VOCABULARY,
@@ -80,14 +95,14 @@ def prompt(length: int, batch: int = 1, seed: int = 0) -> Tensor:
 
 
 def generate(model: Any, ids: Tensor, cache: Any, new: int = 30, **options: Any) -> Tensor:
-    return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **options)
+    return model.generate(ids, **cache_argument(cache), max_new_tokens=new, do_sample=False, **options)
 
 
 @torch.no_grad()
 def forward(model: Any, cache: Any, ids: Tensor, chunks: list[int]) -> Tensor:
     """Logits of all tokens, given to the model in chunks."""
     parts = ids.split(chunks, dim=1)
-    return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in parts], dim=1)
+    return torch.cat([model(input_ids=part, **cache_argument(cache)).logits for part in parts], dim=1)
 
 
 class OracleLayer:

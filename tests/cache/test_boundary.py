@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lagkv_ext import LagKVCache, LagKVEncoderDecoderCache, reference
 from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.cache.padded.padding import Padding
 from lagkv_ext.cache.settings import layer_settings
 from tests.cache.families import encoder_decoder
@@ -171,7 +172,7 @@ def test_a_refused_step_leaves_every_layer_alone():
     model, ids = tiny_model("gemma3"), prompt(75)
     cache = LagKVCache(model.config, **RULE)
     with pytest.raises(ValueError, match="boundary=16"), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     assert [layer.get_seq_length() for layer in cache.layers] == [0] * 4
 
 
@@ -202,7 +203,7 @@ def test_sequences_of_a_padded_batch_have_boundaries_of_their_own():
 def test_an_encoder_decoder():
     model, ids = encoder_decoder("BART"), prompt(20)
     cache = LagKVEncoderDecoderCache(model.config, **RULE)
-    model.generate(ids, past_key_values=cache, max_new_tokens=60, min_new_tokens=60, do_sample=False)
+    model.generate(ids, **cache_argument(cache), max_new_tokens=60, min_new_tokens=60, do_sample=False)
     assert {layer.tokens_kept for layer in cache.report().layers} == {60 - 4 * 6}
 
 

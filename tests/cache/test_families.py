@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from lagkv_ext import LagKVCache, LagKVEncoderDecoderCache
+from lagkv_ext.cache.keyword import cache_argument
 from tests.cache.families import DECODERS, ENCODER_DECODERS, decoder, encoder_decoder
 from tests.cache.models import SMALL, forward, generate, prompt
 
@@ -177,7 +178,7 @@ def test_layers_with_both_kinds_of_attention_repeat_select_and_count_both():
 
 def translate(model, ids, cache, new=60):
     return model.generate(
-        ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1
+        ids, **cache_argument(cache), max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1
     )
 
 
@@ -216,13 +217,13 @@ def test_a_padded_text_for_the_encoder_is_none_for_the_decoder():
     mask[1, 12:] = 0
     options = {"attention_mask": mask, "max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
     full = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-    expected = model.generate(ids, past_key_values=full, **options)
+    expected = model.generate(ids, **cache_argument(full), **options)
     cache = LagKVEncoderDecoderCache(model.config, keep_ratio=1, **SMALL)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, **cache_argument(cache), **options), expected)
     texts = []
     for x, x_mask in ((ids, mask), (ids[1:, :12], mask[1:, :12])):
         cache = LagKVEncoderDecoderCache(model.config, keep=2, **SMALL)
-        texts.append(model.generate(x, past_key_values=cache, **{**options, "attention_mask": x_mask}))
+        texts.append(model.generate(x, **cache_argument(cache), **{**options, "attention_mask": x_mask}))
         assert {layer.compressions for layer in cache.report().layers} == {6}
     assert torch.equal(texts[0][1:], texts[1])
 
@@ -235,7 +236,7 @@ def test_encoder_decoder_beams():
         LagKVEncoderDecoderCache(model.config, keep=2, **SMALL),
     )
     full, same, compressed = (
-        model.generate(ids, past_key_values=x, max_new_tokens=40, num_beams=3, do_sample=False)
+        model.generate(ids, **cache_argument(x), max_new_tokens=40, num_beams=3, do_sample=False)
         for x in caches
     )
     assert torch.equal(same, full)
@@ -274,7 +275,7 @@ def test_whisper():
     for cache in caches:
         with torch.no_grad():
             parts = [
-                model(input_features=sound, decoder_input_ids=x, past_key_values=cache).logits
+                model(input_features=sound, decoder_input_ids=x, **cache_argument(cache)).logits
                 for x in tokens.split([40, *[1] * 20], dim=1)
             ]
         logits.append(torch.cat(parts, dim=1))

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.models.llama import modeling_llama
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.cache.masks.hook import AskedLength
 from tests.cache.models import SMALL, VOCABULARY, forward, generate, prompt, tiny_model
 from tests.cache.padded_batches import EXACT, padded, run, texts
@@ -108,7 +109,7 @@ def test_padding_is_seen_through_whatever_stands_in_between(way, cls, monkeypatc
 def assert_refused_before_anything_is_written(model, cache, match, **inputs):
     before = cache.report()
     with pytest.raises(ValueError, match=match), torch.no_grad():
-        model(past_key_values=cache, **inputs)
+        model(**cache_argument(cache), **inputs)
     assert cache.report() == before
 
 
@@ -158,7 +159,7 @@ def test_where_nothing_is_dropped_masks_are_those_of_a_full_cache():
     forward(model, cache, ids, [30])
     assert not isinstance(cache.get_mask_sizes(1, 0)[0], AskedLength)
     with torch.no_grad():
-        model(input_ids=ids[:, :1], attention_mask=torch.ones(1, 1, 1, 31).bool(), past_key_values=cache)
+        model(input_ids=ids[:, :1], attention_mask=torch.ones(1, 1, 1, 31).bool(), **cache_argument(cache))
 
 
 # -- 4-D masks
@@ -177,7 +178,7 @@ def test_a_four_dimensional_mask_is_told():
         mask = causal(new, cache.get_mask_sizes(new, 0)[0])
         cache.set_attention_mask(mask)
         with torch.no_grad():
-            logits.append(model(input_ids=part, attention_mask=mask, past_key_values=cache).logits)
+            logits.append(model(input_ids=part, attention_mask=mask, **cache_argument(cache)).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **EXACT)
     assert cache.layers[0].rows < 60
     assert_refused_before_anything_is_written(  # it was told of one step alone
@@ -300,7 +301,7 @@ def test_a_static_cache_refuses_a_first_step_whose_mask_it_has_not_seen(new):
     assert_refused_before_anything_is_written(model, cache, r"set_attention_mask\(mask\)", **inputs)
     cache.set_attention_mask(None)
     with torch.no_grad():
-        model(past_key_values=cache, **inputs)
+        model(**cache_argument(cache), **inputs)
     assert cache.get_seq_length() == new
 
 
@@ -313,7 +314,7 @@ def test_a_static_cache_is_told_of_padding():
     cache.set_attention_mask(mask)
     with torch.no_grad():
         logits = [
-            model(ids, attention_mask=x, position_ids=positions, past_key_values=y).logits[:, -1]
+            model(ids, attention_mask=x, position_ids=positions, **cache_argument(y)).logits[:, -1]
             for x, y in ((mask, expected), (shown, cache))
         ]
     torch.testing.assert_close(*logits, **EXACT)
@@ -344,10 +345,10 @@ def test_another_default_device(cls, settings, kind):
     def steps(cache):
         one, seen, at = torch.ones(2, 1, dtype=torch.long, device="cpu"), mask, positions[:, -1:]
         with torch.no_grad():
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            model(ids, attention_mask=mask, position_ids=positions, **cache_argument(cache))
             for _ in range(9):
                 seen, at = torch.cat([seen, one], dim=1), at + 1
-                model(ids[:, :1], attention_mask=seen, position_ids=at, past_key_values=cache)
+                model(ids[:, :1], attention_mask=seen, position_ids=at, **cache_argument(cache))
         return cache.kept_hash(), cache.report()
 
     caches = [compressed(model, cls, **settings) for _ in range(2)]

@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
-from tests.cache.models import SMALL, generate, prompt, tiny_model
+from lagkv_ext.cache.keyword import cache_argument
+from tests.cache.models import SMALL, generate, prompt, several_tokens_compiled, tiny_model
 from tests.cache.padded_batches import padded, texts
 
 
@@ -72,13 +73,14 @@ def test_other_caches_get_the_masks_of_transformers(fullgraph):
     assert torch.equal(generate(model, ids, static, attention_mask=mask), expected)
 
 
+@several_tokens_compiled
 def test_a_compiled_step_refuses_a_mask_that_it_cannot_read():
     """All ones or not: it would be the same graph."""
     torch._dynamo.reset()
     model, ids = tiny_model("llama"), prompt(5, batch=2)
     cache = LagKVStaticCache(model.config, capacity=32, keep=2, max_batch_size=2, step_tokens=5, **SMALL)
     step = torch.compile(
-        lambda ids, mask: model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits,
+        lambda ids, mask: model(input_ids=ids, attention_mask=mask, **cache_argument(cache)).logits,
         fullgraph=True,
         backend="eager",
     )

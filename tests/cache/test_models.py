@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.cache.keyword import cache_argument
 from tests.cache.models import (
     KINDS,
     SMALL,
@@ -333,7 +334,7 @@ def test_no_grad_and_inference_mode_mix(modes):
     cache, logits = LagKVCache(model.config, keep=2, **SMALL), []
     for part, mode in zip(ids.split([40, *[1] * 20, 30], dim=1), [*modes] * 11, strict=True):
         with getattr(torch, mode)():
-            logits.append(model(input_ids=part, past_key_values=cache).logits.clone())
+            logits.append(model(input_ids=part, **cache_argument(cache)).logits.clone())
         cache.kept_hash()
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=0)
     assert copy.deepcopy(cache).kept_hash() == cache.kept_hash()
@@ -342,7 +343,7 @@ def test_no_grad_and_inference_mode_mix(modes):
 def test_gradients_are_refused():
     model = tiny_model("llama")
     with pytest.raises(RuntimeError, match=r"no gradient history.*torch\.no_grad"):
-        model(input_ids=prompt(5), past_key_values=LagKVCache(model.config))
+        model(input_ids=prompt(5), **cache_argument(LagKVCache(model.config)))
 
 
 # -- masks
@@ -350,7 +351,7 @@ def test_gradients_are_refused():
 
 @torch.no_grad()
 def forward_with_mask(model, cache, ids, mask):
-    return model(input_ids=ids, past_key_values=cache, attention_mask=mask).logits
+    return model(input_ids=ids, **cache_argument(cache), attention_mask=mask).logits
 
 
 @pytest.mark.parametrize("settings", [{}, {"skip_layers": [1]}], ids=str)

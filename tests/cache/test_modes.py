@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.cache.keyword import cache_argument
 from tests.cache.families import decoder
 from tests.cache.models import (
     KINDS,
@@ -114,7 +115,7 @@ def test_beams_and_samples(options):
     full = LagKVCache(model.config, keep_ratio=1, **SMALL)
     for cache in (DynamicCache(config=model.config), full, compressed):
         torch.manual_seed(0)
-        texts.append(model.generate(ids, past_key_values=cache, max_new_tokens=20, **options))
+        texts.append(model.generate(ids, **cache_argument(cache), max_new_tokens=20, **options))
     assert torch.equal(texts[0], texts[1])
     assert texts[2].shape == texts[0].shape
     assert {compressed.report().layers[i].compressions for i in full_layers("gemma3")} == {3}
@@ -172,7 +173,7 @@ def test_continuous_batching_never_sees_a_cache():
             ),
             continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
             warmup=False,
-            past_key_values=cache,
+            **cache_argument(cache),
         )
     finally:
         model.set_attn_implementation("sdpa")

@@ -9,6 +9,7 @@ pytest.importorskip("transformers", reason="the cache needs transformers")
 import torch
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.cache.keyword import cache_argument
 from tests.cache.models import SMALL, generate, prompt, tiny_model
 from tests.cache.padded_batches import (
     padded,
@@ -57,12 +58,12 @@ def test_a_mask_that_does_not_fit_is_refused_before_anything_is_written(name, at
     run(model, cache, ids[:, :10], mask[:, :10], [10])
     before = cache.report(), cache.kept_hash(), [x.keys.clone() for x in cache.layers]
     with pytest.raises(ValueError, match=message), torch.no_grad():
-        model(input_ids=ids[:, 10:], attention_mask=torch.tensor(rows), past_key_values=cache)
+        model(input_ids=ids[:, 10:], attention_mask=torch.tensor(rows), **cache_argument(cache))
     with (
         pytest.raises(ValueError, match=r"attention_mask \[2, 13\] with every step, got none"),
         torch.no_grad(),
     ):
-        model(input_ids=ids[:, 10:], past_key_values=cache)
+        model(input_ids=ids[:, 10:], **cache_argument(cache))
     assert (cache.report(), cache.kept_hash()) == before[:2]
     assert all(torch.equal(x.keys, y) for x, y in zip(cache.layers, before[2], strict=True))
     alone = LagKVCache(model.config, keep=2, **SMALL)

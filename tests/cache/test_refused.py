@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 
 pytest.importorskip("transformers", reason="the cache needs transformers")
@@ -14,6 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
 from lagkv_ext.cache import models
+from lagkv_ext.cache.keyword import cache_argument
 from tests.cache.models import SMALL, forward, prompt
 
 TINY = {
@@ -160,10 +159,9 @@ def test_cross_attention_layers_of_mllama_keep_their_image():
         model.model.layers[layer].cross_attn_attn_gate.data.fill_(1.0)
     cache, full = LagKVCache(config, keep=2, **SMALL), DynamicCache(config=config)
     assert cache.compressed_layers == (0, 2)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
         logits = [
-            model(input_ids=ids[:, :40], cross_attention_states=image, **{name: x}).logits
+            model(input_ids=ids[:, :40], cross_attention_states=image, **cache_argument(x, model)).logits
             for x in (cache, full)
         ]
     torch.testing.assert_close(*logits)

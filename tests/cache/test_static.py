@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lagkv_ext import LagKVCache, LagKVStaticCache
 from lagkv_ext.cache.compression.plan import plan
 from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.cache.settings import layer_settings, with_capacity
 from lagkv_ext.cache.static.layer import LagKVStaticLayer
 from lagkv_ext.cache.static.window import StaticWindowLayer
@@ -260,7 +261,7 @@ def test_a_mask_of_ones_is_no_mask():
             seen += part.shape[1]
             mask = torch.ones(2, seen, dtype=torch.long)
             with torch.no_grad():
-                logits.append(model(input_ids=part, past_key_values=static, attention_mask=mask).logits)
+                logits.append(model(input_ids=part, **cache_argument(static), attention_mask=mask).logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
 
 
@@ -309,7 +310,7 @@ def test_no_grad_and_inference_mode_mix(modes):
     logits = []
     for part, mode in zip(ids.split(chunks, dim=1), [*modes] * 17, strict=True):
         with getattr(torch, mode)():
-            logits.append(model(input_ids=part, past_key_values=static).logits.clone())
+            logits.append(model(input_ids=part, **cache_argument(static)).logits.clone())
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=0)
 
 

@@ -18,9 +18,10 @@ from transformers import CompileConfig
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
 from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.cache.settings import layer_settings, with_capacity
 from lagkv_ext.cache.static.layer import LagKVStaticLayer
-from tests.cache.models import SMALL, forward, generate, prompt, tiny_model
+from tests.cache.models import SMALL, forward, generate, prompt, several_tokens_compiled, tiny_model
 
 BUDGET = 22
 
@@ -75,7 +76,7 @@ def test_one_graph_for_all_steps(kind, attention, compiler):
     )
     before = addresses(cache)
     step = torch.compile(
-        lambda token: model(input_ids=token, past_key_values=cache).logits, fullgraph=True, backend=compiler
+        lambda token: model(input_ids=token, **cache_argument(cache)).logits, fullgraph=True, backend=compiler
     )
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         logits = torch.cat([step(token) for token in ids.split(1, dim=1)], dim=1)
@@ -88,6 +89,7 @@ def test_one_graph_for_all_steps(kind, attention, compiler):
     assert addresses(cache) == before
 
 
+@several_tokens_compiled
 def test_steps_of_several_tokens_compile_once():
     """A prompt, too, may go through the compiled step, ``step_tokens`` at a time."""
     model, ids = shallow("gemma3"), prompt(90, batch=2)
@@ -96,7 +98,9 @@ def test_steps_of_several_tokens_compile_once():
         model.config, capacity=BUDGET + 4, step_tokens=5, max_batch_size=2, dtype=torch.float64, **settings
     )
     step = torch.compile(
-        lambda tokens: model(input_ids=tokens, past_key_values=cache).logits, fullgraph=True, backend="eager"
+        lambda tokens: model(input_ids=tokens, **cache_argument(cache)).logits,
+        fullgraph=True,
+        backend="eager",
     )
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         logits = torch.cat([step(tokens) for tokens in ids.split(5, dim=1)], dim=1)
@@ -190,10 +194,10 @@ def test_a_captured_step_is_replayed_as_the_cache_fills_and_starts_again(kind):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                model(input_ids=token, past_key_values=cache)
+                model(input_ids=token, **cache_argument(cache))
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
-            logits = model(input_ids=token, past_key_values=cache).logits
+            logits = model(input_ids=token, **cache_argument(cache)).logits
     cache.reset()
     before, results = addresses(cache), []
     for i in range(90):

@@ -10,7 +10,16 @@ import torch
 from transformers import BloomConfig, DeepseekV3Config, FalconH1Config, MistralConfig, T5Config
 
 from lagkv_ext import LagKVStaticCache
-from tests.cache.models import SMALL, forward, generate, prompt, tiny_config, tiny_model
+from lagkv_ext.cache.keyword import cache_argument
+from tests.cache.models import (
+    SMALL,
+    forward,
+    generate,
+    prompt,
+    several_tokens_compiled,
+    tiny_config,
+    tiny_model,
+)
 
 ROOM = {"capacity": 28, "keep": 2, **SMALL}
 
@@ -84,7 +93,7 @@ def padded(ids):
 
 @torch.no_grad()
 def step(model, cache, ids, mask):
-    return model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    return model(input_ids=ids, attention_mask=mask, **cache_argument(cache))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +181,7 @@ def test_states_unlike_those_held(change, message):
 def test_gradients():
     model = tiny_model("llama")
     with pytest.raises(RuntimeError, match=r"no gradient history.*torch\.no_grad"):
-        model(input_ids=prompt(5), past_key_values=make(model))
+        model(input_ids=prompt(5), **cache_argument(make(model)))
 
 
 def test_changes_that_fixed_memory_does_not_allow():
@@ -214,10 +223,11 @@ def test_positions_of_nothing():
 def compiled(model, cache):
     torch._dynamo.reset()
     return torch.compile(
-        lambda ids: model(input_ids=ids, past_key_values=cache).logits, fullgraph=True, backend="eager"
+        lambda ids: model(input_ids=ids, **cache_argument(cache)).logits, fullgraph=True, backend="eager"
     )
 
 
+@several_tokens_compiled
 def test_prompts_in_a_compiled_region():
     model = tiny_model("llama")
     with (

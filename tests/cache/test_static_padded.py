@@ -14,6 +14,7 @@ from transformers import CompileConfig
 
 from lagkv_ext import LagKVCache, LagKVStaticCache
 from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.cache.padded.padding import Padding
 from lagkv_ext.cache.settings import layer_settings, with_capacity
 from lagkv_ext.cache.static.layer import LagKVStaticLayer
@@ -144,7 +145,7 @@ def test_a_compiled_step_that_makes_its_own_mask():
 
     def step(token, position):
         shown = static.visible_columns(0)[:, None, None]
-        return model(token, attention_mask=shown, position_ids=position, past_key_values=static).logits
+        return model(token, attention_mask=shown, position_ids=position, **cache_argument(static)).logits
 
     step = torch.compile(step, fullgraph=True, backend="eager")
     position = mask.cumsum(dim=1) - 1
@@ -154,7 +155,7 @@ def test_a_compiled_step_that_makes_its_own_mask():
                 ids[:, :30],
                 attention_mask=mask[:, :30],
                 position_ids=position[:, :30].clamp(min=0),
-                past_key_values=cache,
+                **cache_argument(cache),
             )
         for i in range(30, 90):
             logits = step(ids[:, i : i + 1], position[:, i : i + 1])
@@ -162,7 +163,7 @@ def test_a_compiled_step_that_makes_its_own_mask():
                 ids[:, i : i + 1],
                 attention_mask=mask[:, : i + 1],
                 position_ids=position[:, i : i + 1],
-                past_key_values=growing,
+                **cache_argument(growing),
             ).logits
             torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     assert counters["stats"]["unique_graphs"] == 1

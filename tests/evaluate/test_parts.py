@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lagkv_ext import LagKVCache, keep_count, output_length, read_settings, reference
 from lagkv_ext.cache.fidelity import forward
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.commands.evaluate import cost, methods, metrics, recommend
 from lagkv_ext.commands.evaluate.prefill import OBSERVED, read
 from lagkv_ext.commands.evaluate.statistics import Difference, Interval, difference, mean_interval
@@ -340,8 +341,8 @@ class TestFork:
         # 12 tokens do not fill the next partition, so the cache does not compress again meanwhile.
         cache = LagKVCache(model.config, keep=4, lag_size=16, sink_size=4)
         with torch.inference_mode():
-            model(prefill.ids, past_key_values=cache)
-            expected = model(ids, past_key_values=cache).logits
+            model(prefill.ids, **cache_argument(cache))
+            expected = model(ids, **cache_argument(cache)).logits
             together = forward(model, ids, prefill.fork(index), position=150, logits_to_keep=0)
             fork = prefill.fork(index)
             single = [

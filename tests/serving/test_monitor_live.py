@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lagkv_ext import LagKVCache, LagKVStaticCache
 from lagkv_ext.cache.compression.timer import CompressionTimer
 from lagkv_ext.cache.growing.layer import LagKVLayer
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.serving.monitor import CacheMonitor
 from tests.cache.models import SMALL, generate, prompt, tiny_config, tiny_model
 from tests.cache.padded_batches import padded, texts
@@ -50,9 +51,9 @@ def run(model, make, monitor=None):
     held, options = make(model)
     arguments = {"max_new_tokens": 40, "do_sample": False, **options}
     if monitor is None:
-        return model.generate(past_key_values=held, **arguments), held.report()
+        return model.generate(**cache_argument(held), **arguments), held.report()
     with monitor.request(held):
-        return model.generate(past_key_values=held, **arguments), held.report()
+        return model.generate(**cache_argument(held), **arguments), held.report()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ pytest.importorskip("numpy", reason="the evaluation needs numpy")
 import torch
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.serving.rollout import Store
 from tests.evaluate import tiny_models as characters
 from tests.serving.operations_page import blocks, save_model
@@ -49,7 +50,7 @@ def folder(tmp_path, monkeypatch):
     ids = characters.tokenizer()(Path("prefix.txt").read_text()[:1000], return_tensors="pt")["input_ids"]
     cache = LagKVCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     cache.save("prefix.safetensors")
     Path("prefix.txt").write_text(Path("prefix.txt").read_text()[:1000])
     for page in ("quality.md", "performance.md"):

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 import lagkv_ext
 from lagkv_ext import LagKVCache, reference
 from lagkv_ext.cache.fidelity import forward
+from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.commands import cli, models
 from lagkv_ext.commands.explain import (
     ExplainError,
@@ -117,7 +118,7 @@ class TestRecords:
         found = explain(tiny_models.loaded(), TEXT, {**SMALL, "score": score})
         model, full = tiny_models.model(), DynamicCache(config=tiny_models.model().config)
         with torch.inference_mode():
-            model(torch.tensor([found.tokens.ids]), past_key_values=full)
+            model(torch.tensor([found.tokens.ids]), **cache_argument(full))
         for layer in found.layers:
             key, value = full.layers[layer.index].keys, full.layers[layer.index].values
             scores = reference.lag_score(key, value, 4, 16, score=score)[0].flatten(1)

@@ -26,7 +26,9 @@ from lagkv_ext.cache.storage import StoredInFiles, describe_model
 class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
     """Key-value cache for transformers models, compressed by LagKV as it grows (arXiv 2504.04704).
 
-    Use it where a `DynamicCache` would be used: ``model.generate(..., past_key_values=LagKVCache(model.config))``.
+    Use it where a `DynamicCache` would be used: ``model.generate(..., cache=LagKVCache(model.config))``; the keyword is
+    ``past_key_values`` before transformers 5.24.
+
     Full-attention layers are compressed recursively, in the prompt (in one piece or in chunks) and in decoding:
     whenever two full partitions have come together, every partition but the last loses all but its ``keep`` best
     tokens. Attention of a step sees the cache as it was before the compression that the step sets off (the paper's

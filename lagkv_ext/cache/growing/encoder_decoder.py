@@ -25,7 +25,7 @@ class _SelfAttentionCache(LagKVCache):
 
 
 class LagKVEncoderDecoderCache(EncoderDecoderCache):
-    """`LagKVCache` for encoder-decoder models: ``generate(..., past_key_values=LagKVEncoderDecoderCache(config))``.
+    """`LagKVCache` for encoder-decoder models: ``generate(..., cache=LagKVEncoderDecoderCache(config))``.
 
     The tokens that the decoder writes are compressed as they come; the encoder's keys and values, which
     cross-attention reads in every step, are as they are without it. ``self_attention_cache`` is the `LagKVCache`.

@@ -30,7 +30,7 @@ _OTHER_LAYERS = ("StaticSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer
 class LagKVStaticCache(ReportsLayers, Cache):
     """Key-value cache of a fixed capacity, compressed by LagKV in place, for ``torch.compile`` and CUDA graphs.
 
-    Use it where a `StaticCache` would be used: ``model.generate(..., past_key_values=LagKVStaticCache(model.config,
+    Use it where a `StaticCache` would be used: ``model.generate(..., cache=LagKVStaticCache(model.config,
     capacity=4096))``, or with a decode step that is compiled or captured once and run as often as wanted. It holds
     and generates what ``LagKVCache(model.config, max_tokens=capacity, ...)`` does: a layer that is full starts again
     from the sink, so any number of tokens fits. Lengths live on the device; a step neither reads them nor

@@ -342,10 +342,12 @@ class _Bench:
 
     def _likeliest(self, ids: Tensor | list[list[int]], cache: Any, last: int = 1) -> Tensor:
         """The most likely next token after each of the ``last`` last tokens of ``ids [1, n]``: ``[1, last]``."""
+        from lagkv_ext.cache.keyword import cache_argument
+
         ids = torch.as_tensor(ids, device=self.model.device)
         with torch.inference_mode():
             logits = self.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last
+                input_ids=ids, **cache_argument(cache, self.model), use_cache=True, logits_to_keep=last
             ).logits
             return logits[:, -last:].argmax(dim=-1)
 

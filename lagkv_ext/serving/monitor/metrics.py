@@ -87,7 +87,7 @@ class CacheMonitor:
 
         monitor = CacheMonitor(labels={"model": "llama-3.1-8b"})  # once, when the server starts
         with monitor.request(cache):  # around each request
-            model.generate(**inputs, past_key_values=cache)
+            model.generate(**inputs, cache=cache)
 
     While a request is in flight, every scrape reads its cache where it stands, from the thread of the scrape: that
     takes nothing from the generating thread but its turn of the interpreter, never raises, and never keeps a cache

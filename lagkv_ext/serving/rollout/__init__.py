@@ -2,7 +2,7 @@
 
     rollout = Rollout("lagkv-rollout.json", model.config)
     decision = rollout.cache(request_id=id, prompt_tokens=inputs.input_ids.shape[1])
-    output = model.generate(**inputs, past_key_values=decision.cache)
+    output = model.generate(**inputs, cache=decision.cache)
 
 ``lagkv rollout`` on the command line writes the file; ``docs/operations.md`` is the runbook.
 """

@@ -163,6 +163,7 @@ def generate_both(
     from transformers import DynamicCache
 
     from lagkv_ext import LagKVCache
+    from lagkv_ext.cache.keyword import cache_argument
 
     prompt = input_ids.to(model.device)
     answers = []
@@ -170,7 +171,7 @@ def generate_both(
         output = model.generate(
             prompt,
             attention_mask=prompt.new_ones(prompt.shape),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )

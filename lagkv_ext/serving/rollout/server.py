@@ -35,7 +35,8 @@ _LADDER_S = 60.0
 class Decision:
     """The cache of one request, and why."""
 
-    cache: Any  #: an empty `LagKVCache`, or an empty `DynamicCache`: give it to the model. None from `Rollout.route`
+    #: An empty `LagKVCache`, or an empty `DynamicCache`: give it to the model as ``cache``. None from `Rollout.route`.
+    cache: Any
     compressed: bool
     reason: str  #: one of `REASONS`
     version: int  #: of the rollout file
