@@ -253,6 +253,25 @@ def test_padding_in_models_that_use_the_mask_in_another_way(name, settings):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_makes_a_mask_more_than_its_layers_use(attention):
+    """Cohere 2 makes one for windows even where no layer slides, after that of full attention."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.Cohere2Config(
+        **sizes, num_key_value_heads=2, num_hidden_layers=3, layer_types=["full_attention"] * 3
+    )
+    model, ids = (
+        transformers.Cohere2ForCausalLM._from_config(config, attn_implementation=attention),
+        prompt(59),
+    )
+    logits = [
+        forward(model.eval(), compressed(model, skip_layers=[1]), ids, [52, *steps])
+        for steps in ([6, 1], [1] * 7)  # no compression among them
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_mask_changed_before_it_reaches_the_layers_fails(attention, monkeypatch):
     """A copy cannot follow the layers: it fits none of them, instead of one with the rows of another."""
     model, ids = tiny_model("llama", attention), prompt(60)

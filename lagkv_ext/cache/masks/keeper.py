@@ -43,17 +43,18 @@ class MaskKeeper:
         self._caller_makes_masks = False
         self._positions: Tensor | None = None  # told with the mask of the next step
         self._positions_checked = 0  # columns
-        self._shared: SharedMask | None = None
+        self._shared: list[SharedMask] = []  # of one step
 
     # -- seen by the mask function
 
     def make(self, layer: int, new: int, function: MaskFunction, arguments: dict[str, Any]) -> Any:
         """See the mask in ``arguments`` and make the one that ``layer`` needs, as the layers that share it."""
         attention = str(getattr(arguments.get("config"), "_attn_implementation", None))
+        if self._known != self.seen + new:
+            self._shared.clear()
         self._see(arguments.get("attention_mask"), new, attention)
         if layer not in self.sharing:
             return function(**arguments)
-        self._shared = None
         if self.padding is not None:
             arguments = with_padding(arguments, self.visible(self._longest(new), new))
         if self._alike(new):
@@ -65,8 +66,9 @@ class MaskKeeper:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             raise ValueError(_one_mask(attention))
-        self._shared = SharedMask(mask)
-        return self._shared.handed_out
+        # A model makes one for each kind of layer that it knows, of which it may have none: then this one is not used.
+        self._shared.append(SharedMask(mask))
+        return self._shared[-1].handed_out
 
     def sizes(self, new: int) -> tuple[int, int]:
         """``(columns, position of the first)`` of the mask that full-attention layers share."""
@@ -112,7 +114,7 @@ class MaskKeeper:
 
     def tell(self, mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Take in what `LagKVCache.set_attention_mask` is told; errors as there."""
-        self._shared = None
+        self._shared.clear()
         if mask is None:
             if self.padding is not None:
                 raise ValueError("this cache holds a padded batch, so its attention_mask cannot be None")
@@ -199,17 +201,18 @@ class MaskKeeper:
 
     def hidden_by(self, layer: int, new: int) -> Tensor | None:
         """`visible` where `fit` will need it; ask before the step."""
-        if self._shared is None or self.padding is None or layer not in self.sharing:
+        if not self._shared or self.padding is None or layer not in self.sharing:
             return None
         return self.visible(layer, new)
 
     def fit(self, layer: int, key: Tensor, visible: Tensor | None) -> None:
-        """Cut the shared mask, if there is one, to the keys ``[B, H, columns, D]`` that attention of ``layer`` gets."""
-        if self._shared is None or layer not in self.sharing:
+        """Cut the shared masks, if any, to the keys ``[B, H, columns, D]`` that attention of ``layer`` gets."""
+        if layer not in self.sharing:
             return
-        self._shared.fit(key, visible)
+        for mask in self._shared:
+            mask.fit(key, visible)
         if layer == self.sharing[-1]:
-            self._shared = None  # attention of this layer has it, and nobody needs it after that
+            self._shared.clear()  # attention of this layer has them, and nobody needs them after that
 
     @property
     def seen(self) -> int:
