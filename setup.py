@@ -87,7 +87,7 @@ def extensions(no_cuda: str) -> list:
         built.append(
             CUDAExtension(
                 "lagkv_ext._cuda",
-                sources("csrc/cuda", "*.cu"),
+                sources("csrc/cuda", "**/*.cu"),
                 include_dirs=[str(ROOT / "csrc")],
                 depends=sources("csrc", "**/*.h") + sources("csrc", "**/*.cuh"),
                 extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},

@@ -100,10 +100,10 @@ struct Rows {
   }
 };
 
-/// Rows of one head with nothing between them.
+/// Rows of one head that lie `row_stride` apart.
 template <class T>
-Rows<T> contiguous_rows(T* data, int64_t dim) {
-  return {data, 0, 0, dim, dim, nullptr, nullptr, 0, 0};
+LAGKV_HOST_DEVICE Rows<T> strided_rows(T* data, int64_t row_stride, int64_t dim) {
+  return {data, 0, 0, row_stride, dim, nullptr, nullptr, 0, 0};
 }
 
 // From tensors to rows. A `Tensor` has sizes(), strides() and data_ptr(): torch's, and that of the executor

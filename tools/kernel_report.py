@@ -225,7 +225,7 @@ def main() -> int:
     folder = ROOT / "build" / "kernel-report"
     folder.mkdir(parents=True, exist_ok=True)
 
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     jobs = [(source, arch) for arch in options.arch for source in sources]
     kernels: list[Kernel] = []
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

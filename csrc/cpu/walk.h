@@ -79,7 +79,7 @@ class HeadTiles {
 
   const T* copy_of(SideTiles& side, int64_t partition) {
     const int64_t place = partition % 2, dim = side.rows.dim;
-    const Rows<T> copy = contiguous_rows(side.memory + place * lag_size_ * dim, dim);
+    const Rows<T> copy = strided_rows(side.memory + place * lag_size_ * dim, dim, dim);
     if (side.held[place] != partition) {
       copy_rows(side.rows, copy, first(partition), 0, lag_size_);
       side.held[place] = partition;

@@ -1,5 +1,5 @@
-// What the threads of a warp and of a block do together: sums, maxima, ascending compaction. Fixed orders
-// throughout, so that results do not depend on timing.
+// Joint work of the threads of a warp and of a block: positions, sums, maxima, prefix sums, arrays in shared
+// memory or scratch. Fixed orders throughout, so that results do not depend on timing.
 #pragma once
 
 #include "numeric.cuh"
@@ -23,7 +23,32 @@ __device__ __forceinline__ int thread_of_block() {
 #endif
 }
 
-/// Where a thread is: made once at the start of each phase.
+/// blockIdx.x, likewise.
+__device__ __forceinline__ int64_t block_of_grid() {
+#if defined(LAGKV_SIMT)
+  return blockIdx.x;
+#else
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+#endif
+}
+
+/// x, of which the compiler knows nothing: what follows from it is computed where it is used, not before a
+/// loop, and costs no register there.
+template <class T>
+__device__ __forceinline__ T opaque(T x) {
+#if !defined(LAGKV_SIMT)
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+#endif
+  return x;
+}
+
+/// The position of a thread: made once at the start of each phase.
 struct Place {
   int thread, lane, warp;
   __device__ __forceinline__ Place() : thread(thread_of_block()), lane(thread % 32), warp(thread / 32) {}
@@ -95,71 +120,68 @@ __device__ __forceinline__ void set_row(const Store<Real>& to, int64_t i, const 
   }
 }
 
+/// A number of the key and the same of the value.
 template <class Real>
-struct Two {
+struct KeyValue {
   Real key, value;
 };
 
-/// Sums (or maxima) of two numbers over the block; every thread gets them. `slots` [2 * kWarps] shared; the
-/// caller uses other slots, or a barrier, before the next call.
+/// Sums (or maxima) of key and value over the block; every thread gets them. `reduction` [2 * kWarps] shared;
+/// the caller uses another one, or a barrier, before the next call.
 template <bool kMaximum, class Real>
-__device__ __forceinline__ Two<Real> block_two(Two<Real> x, Real* slots) {
+__device__ __forceinline__ KeyValue<Real> block_reduce(KeyValue<Real> x, Real* reduction) {
   x.key = kMaximum ? warp_larger(x.key) : lanes_sum<32>(x.key);
   x.value = kMaximum ? warp_larger(x.value) : lanes_sum<32>(x.value);
   const Place place;
   if (place.lane == 0) {
-    st_shared(slots + place.warp, x.key);
-    st_shared(slots + kWarps + place.warp, x.value);
+    st_shared(reduction + place.warp, x.key);
+    st_shared(reduction + kWarps + place.warp, x.value);
   }
   __syncthreads();
-  x = {ld_shared(slots), ld_shared(slots + kWarps)};
+  x = {ld_shared(reduction), ld_shared(reduction + kWarps)};
   for (int warp = 1; warp < kWarps; ++warp) {
-    const Two<Real> other = {ld_shared(slots + warp), ld_shared(slots + kWarps + warp)};
+    const KeyValue<Real> other = {ld_shared(reduction + warp), ld_shared(reduction + kWarps + warp)};
     x.key = kMaximum ? larger(x.key, other.key) : x.key + other.key;
     x.value = kMaximum ? larger(x.value, other.value) : x.value + other.value;
   }
   return x;
 }
 
-/// What the selection says of a position.
-enum class Choice : int { kDrop, kTie, kKeep };
-
-/// Calls emit(slot, i) for every kept position 0 <= i < count, slots 0, 1, ... in ascending position. Of the
-/// ties the first `ties` are kept: the lower position wins. `slots` [2, 2, kWarps] shared: two sets, so that
-/// one barrier a round is enough.
-template <class Choose, class Emit>
-__device__ __forceinline__ void compact_positions(int count, int ties, int* slots, const Choose& choose,
-                                                  const Emit& emit) {
+/// Sum of `x` over the threads before this one, and over all of them. `sums` [kWarps] shared. Ends with a
+/// barrier.
+struct Scan {
+  int64_t before, total;
+};
+__device__ __forceinline__ Scan block_scan(int64_t x, int64_t* sums) {
   const Place place;
-  const unsigned lower_lanes = (1u << place.lane) - 1u;
-  int keeps_before = 0, ties_before = 0;
-#pragma unroll 1
-  for (unsigned base = 0, round = 0; base < static_cast<unsigned>(count); base += kThreads, ++round) {
-    const unsigned i = base + place.thread;
-    const Choice choice = i < static_cast<unsigned>(count) ? choose(static_cast<int>(i)) : Choice::kDrop;
-    const unsigned keep_lanes = __ballot_sync(kFullWarp, choice == Choice::kKeep);
-    const unsigned tie_lanes = __ballot_sync(kFullWarp, choice == Choice::kTie);
-    int* counts = slots + (round & 1u) * 2 * kWarps;
-    if (place.lane == 0) {
-      st_shared(counts + place.warp, __popc(keep_lanes));
-      st_shared(counts + kWarps + place.warp, __popc(tie_lanes));
-    }
-    __syncthreads();
-    int keeps = keeps_before + __popc(keep_lanes & lower_lanes),
-        tied = ties_before + __popc(tie_lanes & lower_lanes);
-    for (int other = 0; other < kWarps; ++other) {
-      const int keeps_there = ld_shared(counts + other), ties_there = ld_shared(counts + kWarps + other);
-      keeps_before += keeps_there;
-      ties_before += ties_there;
-      if (other < place.warp) {
-        keeps += keeps_there;
-        tied += ties_there;
-      }
-    }
-    if (choice == Choice::kKeep || (choice == Choice::kTie && tied < ties)) {
-      emit(keeps + (tied < ties ? tied : ties), static_cast<int>(i));
-    }
+  int64_t sum = x;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int64_t other = __shfl_up_sync(kFullWarp, sum, offset);
+    if (place.lane >= offset) sum += other;
   }
+  if (place.lane == 31) st_shared(sums + place.warp, sum);
+  __syncthreads();
+  Scan scan{sum - x, 0};
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const int64_t there = ld_shared(sums + warp);
+    if (warp < place.warp) scan.before += there;
+    scan.total += there;
+  }
+  __syncthreads();
+  return scan;
 }
+
+/// The part of a copied head that a thread takes, where neighbouring threads take neighbouring columns.
+struct ColumnSeat {
+  int row, rows_per_pass, column;
+  bool works;  // threads behind the last whole row rest
+
+  __device__ __forceinline__ explicit ColumnSeat(int columns)
+      : row(static_cast<int>(threadIdx.x) / columns),
+        rows_per_pass(static_cast<int>(blockDim.x) / columns),
+        column(static_cast<int>(threadIdx.x) % columns),
+        works(row < rows_per_pass) {}
+};
 
 }  // namespace lagkv::cuda

@@ -1,18 +1,21 @@
 // The fused kernel behind compress, compress_ and lag_score.
 //
-//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N)     (docs/method.md
-//   1)
+//   out = [rows 0 .. start) ++ kept(0) ++ .. ++ kept(P-2) ++ [rows start + (P-1) L .. N) (docs/method.md 1)
 //
-// A scoring block takes a run of R partitions of one head (score_run.cuh). Copying blocks take the rows
-// before and after.
+// A scoring block takes a run of R partitions of one head and walks them from last to first. For each
+// partition it streams the key rows and then the value rows, combines their statistics to scores (score.cuh),
+// selects (select.cuh), writes the kept positions, and copies the kept rows while they are still in cache.
+// Copying blocks take the rows before and after.
 //
 // Traffic: reads every element of K and V of the compressed partitions once, one more partition per run, and
 // the kept rows again (from L2); writes the kept rows and the index. Limits: blocks of kThreads; L and D are
-// bounded by memory alone (what does not fit in shared memory goes to scratch); D > 256 elements that are
-// not 16-byte vectors takes WideRow.
+// bounded by memory alone (what does not fit in shared memory goes to scratch); D > 256 elements that are not
+// 16-byte vectors takes WideRow.
 #pragma once
 
-#include "score_run.cuh"
+#include "../params.h"
+#include "score.cuh"
+#include "select.cuh"
 
 namespace lagkv::cuda {
 
@@ -23,87 +26,269 @@ struct CompressLaunch {
   bool copies;             // whether rows go to key_out and value_out
   unsigned char* scratch;  // [scoring blocks, storage.scratch_bytes]
   CompressPlan plan;
-  int64_t first_job;  // of this grid: more jobs than a grid can have blocks take several
 };
 
-/// By one thread.
+/// Key (side 0) or value (side 1), field by field: a reference chosen at run time would copy the parameters.
+/// Both have the same address map.
 template <class T>
-__device__ __forceinline__ void fill_slots(const CompressLaunch<T>& launch, const RunSlots& slots,
-                                           int64_t job) {
-  using Slots = RunSlots;
-  const CompressParams<T>& args = launch.args;
-  const CompressPlan& plan = launch.plan;
-  const int64_t head = job / plan.runs, batch = head / args.heads, part = head % args.heads;
-  const int64_t first = job % plan.runs * plan.run;
-  for (int side = 0; side < 2; ++side) {
-    const Rows<const T> x = side_of(side, args.key, args.value);
-    const Rows<T> out = side_of(side, args.key_out, args.value_out);
-    slots.set_side(side, x.slot(batch, part).row(args.start), x.row_stride, x.dim,
-                   out.slot(batch, part).row(args.start), out.row_stride, plan.storage);
+__device__ __forceinline__ Rows<T> side_of(int side, const Rows<T>& key, const Rows<T>& value) {
+  return {side == 0 ? key.data : value.data,
+          side == 0 ? key.block_stride : value.block_stride,
+          side == 0 ? key.head_stride : value.head_stride,
+          side == 0 ? key.row_stride : value.row_stride,
+          side == 0 ? key.dim : value.dim,
+          key.offsets,
+          key.block_table,
+          key.table_stride,
+          key.block_size};
+}
+
+/// What a scoring block knows of its run: one head of one sequence. It lives in shared memory and is read
+/// again in every phase: in registers it would be there for the whole run, where the streaming loop needs
+/// them.
+template <class T>
+struct RunState {
+  struct Side {
+    const T* rows;  // row 0 of the head
+    int64_t row_stride, dim;
+    double inverse_dim;
+    T* out;  // row 0 of the output's head
+    int64_t out_stride;
+    int64_t reference;  // where its reference lies (Storage)
+  };
+  Side side[2];  // key, value
+  int64_t start;
+  int32_t first, last;  // partitions of the run
+  int32_t* index;       // of row 0 of the output; null where nothing is selected
+  RealOf<T>* score;     // of partition 0, or null
+
+  /// The rows' strides and where they go, by one thread.
+  __device__ __forceinline__ void set_side(int side_, const Rows<const T>& x, const Rows<T>& out,
+                                           int64_t reference) {
+    Side& own = side[side_];
+    st_shared(&own.rows, x.data);
+    st_shared(&own.row_stride, x.row_stride);
+    st_shared(&own.dim, x.dim);
+    st_shared(&own.inverse_dim, 1.0 / static_cast<double>(x.dim));
+    st_shared(&own.out, out.data);
+    st_shared(&own.out_stride, out.row_stride);
+    st_shared(&own.reference, reference);
   }
-  slots.set(Slots::kFirst, first);
-  slots.set(Slots::kLast, (first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1);
-  slots.set(Slots::kStart, args.start);
-  slots.set(
-      Slots::kIndex,
-      args.index + head * output_length(args.length, args.start, args.lag_size, args.keep) + args.start);
-  slots.set(Slots::kScores, launch.score + head * plan.partitions * args.lag_size);
+};
+
+/// The memory of a scoring block, and its run.
+template <class Layout, class Launch_, class State_>
+struct RunBlock {
+  using T = typename Layout::T;
+  using Real = typename Layout::Real;
+  using Launch = Launch_;
+  using State = State_;
+
+  const Launch& launch;
+  State* state;           // shared
+  unsigned char* shared;  // dynamic
+  Real* reduction;        // [6 * kWarps] shared
+
+  /// Shared memory at an offset of the plan, or this block's part of the launch's scratch.
+  template <class Value>
+  __device__ __forceinline__ Store<Value> store(int64_t offset, bool in_scratch) const {
+    unsigned char* memory =
+        in_scratch ? launch.scratch + block_of_grid() * launch.plan.storage.scratch_bytes : shared;
+    return {reinterpret_cast<Value*>(memory + offset), in_scratch};
+  }
+
+  /// Statistics of the key (0) and the value (1); norms of wide rows (2).
+  __device__ __forceinline__ Store<Real> statistics(int64_t which) const {
+    const Storage& storage = launch.plan.storage;
+    return store<Real>(storage.statistics, storage.statistics_in_scratch) + which * storage.padded_lag;
+  }
+
+  __device__ __forceinline__ PassStores<Real> stores(int side) const {
+    const Storage& storage = launch.plan.storage;
+    // Only wide rows can have a reference that does not fit into shared memory.
+    return {
+        store<Real>(ld_shared(&state->side[side].reference), Layout::kWide && storage.reference_in_scratch),
+        statistics(side), statistics(2), shared + storage.partial, reduction + 4 * kWarps};
+  }
+
+  /// Whether a partition is scored, and whether its rows make the reference of the one before: all of a run
+  /// but its ends.
+  __device__ __forceinline__ bool scores(int partition) const { return partition <= ld_shared(&state->last); }
+  __device__ __forceinline__ bool makes_reference(int partition) const {
+    return partition > ld_shared(&state->first);
+  }
+
+  __device__ __forceinline__ int count() const { return static_cast<int>(launch.args.lag_size); }
+  __device__ __forceinline__ int64_t dim(int side) const { return ld_shared(&state->side[side].dim); }
+  __device__ __forceinline__ Real inverse_dim(int side) const {
+    return static_cast<Real>(ld_shared(&state->side[side].inverse_dim));
+  }
+};
+
+/// Kept rows: the n-th comes from the n-th position of an index that ascends.
+struct KeptRows {
+  const int32_t* index;  // of the first kept row
+  int32_t first;         // output row of the first
+
+  __device__ __forceinline__ int32_t from(int j) const { return ld_global(index + j); }
+  __device__ __forceinline__ int32_t to(int j) const { return first + j; }
+};
+
+/// All of a scoring block's run. A `Run` is a RunBlock with stage(side, partition), after which tile(side,
+/// partition) gives the rows of a partition. All threads have passed a barrier since the state was filled.
+template <class Layout, Score kScore, class Run>
+__device__ __forceinline__ void score_run(const Run& run) {
+  using T = typename Layout::T;
+  using Real = typename Layout::Real;
+  using Bits = BitsOf<T>;
+  LAGKV_SHARED(int, counts, 4 * kWarps);
+  LAGKV_SHARED(unsigned, histogram, kBins + 2);
+  const auto& args = run.launch.args;
+
+  // From the partition behind the run, which is only looked at, down to the run's first; of each the key,
+  // then the value. One counter: two would cost a register while rows stream.
+#pragma unroll 1
+  for (int pass = 2 * ld_shared(&run.state->last) + 3; pass >= 2 * ld_shared(&run.state->first); --pass) {
+    const int partition = pass >> 1, side = ~pass & 1;
+    run.stage(side, partition);
+    visit_partition<Layout, kScore>(run, side, partition);
+    if (side == 0 || !run.scores(partition)) continue;
+
+    const int count = run.count();
+    combine_scores<kScore>(run.statistics(0), run.statistics(1), count, run.dim(0), run.dim(1),
+                           static_cast<Real>(args.value_weight), run.reduction);
+    const Store<Real> scores = run.statistics(0);
+    const Store<Bits> keys = scores.template as<Bits>();
+    Real* wanted = ld_shared(&run.state->score);
+    for (unsigned t = thread_of_block(); t < static_cast<unsigned>(run.launch.plan.storage.padded_lag);
+         t += kThreads) {
+      const bool exists = t < static_cast<unsigned>(count);
+      if (exists && wanted != nullptr) st_global(wanted + partition * args.lag_size + t, scores.get(t));
+      keys.set(t, exists ? ordered(scores.get(t)) : Bits(0));
+    }
+    __syncthreads();
+    if (args.index == nullptr) continue;
+
+    const int keep = static_cast<int>(args.keep);
+    const int64_t start = ld_shared(&run.state->start), first_out = start + partition * args.keep;
+    int32_t* index = ld_shared(&run.state->index) + first_out;
+    select<Bits>(keys, count, keep, {counts, histogram}, {index, start + partition * args.lag_size});
+    __syncthreads();
+    if (!run.launch.copies) continue;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const auto& own = run.state->side[side];
+      const int64_t dim = ld_shared(&own.dim);
+      copy_rows<Layout>(strided_rows(ld_shared(&own.out), ld_shared(&own.out_stride), dim),
+                        strided_rows(ld_shared(&own.rows), ld_shared(&own.row_stride), dim), keep,
+                        KeptRows{index, static_cast<int32_t>(first_out)});
+    }
+  }
 }
 
-template <class T>
-__device__ __forceinline__ void stage_tile(const CompressLaunch<T>&, const RunSlots&, int, int,
-                                           unsigned char*) {}
-
-template <class T>
-__device__ __forceinline__ Tile<T> tile_of(const CompressLaunch<T>& launch, const RunSlots& slots, int side,
-                                           int partition, unsigned char*) {
-  const int64_t row_stride = slots.get(side, RunSlots::kRowStride);
-  return {slots.get<const T*>(side, RunSlots::kRows) + partition * launch.args.lag_size * row_stride,
-          row_stride, slots.get(side, RunSlots::kDim),
-          static_cast<RealOf<T>>(slots.get<double>(side, RunSlots::kShareOfOne)),
-          static_cast<int>(launch.args.lag_size)};
-}
-
-/// Rows before and after the compressed partitions: kCopyRows of them per block, and their index.
+/// A run of a dense head.
 template <class Layout>
-__device__ __forceinline__ void copy_run(const CompressLaunch<typename Layout::T>& launch, int64_t job) {
+struct DenseRun : RunBlock<Layout, CompressLaunch<typename Layout::T>, RunState<typename Layout::T>> {
+  using T = typename Layout::T;
+  using Tile = StridedTile<T>;
+
+  /// By one thread.
+  __device__ __forceinline__ void begin(int64_t job) const {
+    const CompressParams<T>& args = this->launch.args;
+    const CompressPlan& plan = this->launch.plan;
+    const int64_t head = job / plan.runs, b = head / args.heads, h = head % args.heads;
+    const int64_t first = job % plan.runs * plan.run;
+    for (int side = 0; side < 2; ++side) {
+      this->state->set_side(side, side_of(side, args.key, args.value).slot(b, h),
+                            side_of(side, args.key_out, args.value_out).slot(b, h),
+                            side == 0 ? plan.storage.key_reference : plan.storage.value_reference);
+    }
+    st_shared(&this->state->start, args.start);
+    st_shared(&this->state->first, static_cast<int32_t>(first));
+    st_shared(
+        &this->state->last,
+        static_cast<int32_t>((first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1));
+    const int64_t rows = output_length(args.length, args.start, args.lag_size, args.keep);
+    st_shared(&this->state->index, args.index + head * rows);
+    st_shared(&this->state->score, this->launch.score == nullptr
+                                       ? nullptr
+                                       : this->launch.score + head * plan.partitions * args.lag_size);
+  }
+
+  __device__ __forceinline__ void stage(int /*side*/, int /*partition*/) const {}
+
+  __device__ __forceinline__ Tile tile(int side, int partition) const {
+    const auto& own = this->state->side[side];
+    const int64_t row_stride = ld_shared(&own.row_stride);
+    const int64_t first = ld_shared(&this->state->start) + partition * this->launch.args.lag_size;
+    return {ld_shared(&own.rows) + first * row_stride, row_stride, this->dim(side), this->inverse_dim(side),
+            this->count()};
+  }
+};
+
+/// The rows of a head before and after its compressed partitions: where the i-th of them comes from and where
+/// it goes.
+struct OutsideRows {
+  int32_t first;   // i of the first row of a tile
+  int32_t start;   // rows before this position stay
+  int32_t window;  // first position after the compressed partitions
+  int32_t kept;    // rows of the compressed partitions that stay
+
+  /// For the tile that begins with row `first` of those of a head whose first `compressed` partitions lose
+  /// tokens.
+  __device__ __forceinline__ OutsideRows(int64_t first, int64_t start, int64_t length, int64_t compressed,
+                                         int64_t lag_size, int64_t keep)
+      : first(static_cast<int32_t>(first)),
+        start(static_cast<int32_t>(start < length ? start : length)),
+        window(static_cast<int32_t>(this->start + compressed * lag_size)),
+        kept(static_cast<int32_t>(compressed * keep)) {}
+
+  __device__ __forceinline__ int32_t from(int j) const {
+    const int32_t i = first + j;
+    return i < start ? i : i - start + window;
+  }
+  __device__ __forceinline__ int32_t to(int j) const {
+    const int32_t i = first + j;
+    return i < start ? i : i + kept;
+  }
+};
+
+/// kCopyRows of the rows before and after the compressed partitions, and their index.
+template <class Layout>
+__device__ __forceinline__ void copy_outside(const CompressLaunch<typename Layout::T>& launch, int64_t job) {
   const auto& args = launch.args;
   const auto& plan = launch.plan;
-  const int64_t head = job / plan.copy_tiles, batch = head / args.heads, part = head % args.heads;
+  const int64_t head = job / plan.copy_tiles, b = head / args.heads, h = head % args.heads;
   const int64_t first = job % plan.copy_tiles * kCopyRows;
   const int64_t total = args.length - plan.partitions * args.lag_size;
   const int64_t length = total + plan.partitions * args.keep;
   const int count = static_cast<int>(total - first < kCopyRows ? total - first : kCopyRows);
-  const Outside outside{args.start, args.start + plan.partitions * args.lag_size,
-                        plan.partitions * args.keep};
-  const auto from = [&](int j) { return outside.from(first + j); };
-  const auto to = [&](int j) { return outside.to(first + j); };
+  const OutsideRows rows(first, args.start, args.length, plan.partitions, args.lag_size, args.keep);
   for (int j = thread_of_block(); j < count; j += kThreads) {
-    st_global(args.index + head * length + to(j), static_cast<int32_t>(from(j)));
+    st_global(args.index + head * length + rows.to(j), rows.from(j));
   }
   if (!launch.copies) return;
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
-    const auto x = side_of(side, args.key, args.value);
-    const auto out = side_of(side, args.key_out, args.value_out);
-    copy_rows<Layout>(out.slot(batch, part).data, out.row_stride, x.slot(batch, part).data, x.row_stride,
-                      x.dim, count, to, from);
+    copy_rows<Layout>(side_of(side, args.key_out, args.value_out).slot(b, h),
+                      side_of(side, args.key, args.value).slot(b, h), count, rows);
   }
 }
 
 template <class Layout, Score kScore>
 __global__ void __launch_bounds__(kThreads, Layout::kBlocks)
     compress_kernel(const CompressLaunch<typename Layout::T> launch) {
-  const int64_t job = launch.first_job + blockIdx.x;
   // Scoring blocks first: they take longer.
-  if (job < launch.plan.run_blocks) {
-    LAGKV_SHARED(int64_t, fields, RunSlots::kFields);
-    const RunSlots slots{fields};
-    if (thread_of_block() == 0) fill_slots(launch, slots, job);
+  if (blockIdx.x < launch.plan.run_blocks) {
+    LAGKV_DYNAMIC_SHARED(shared);
+    LAGKV_SHARED(RunState<typename Layout::T>, state, 1);
+    LAGKV_SHARED(typename Layout::Real, reduction, 6 * kWarps);
+    const DenseRun<Layout> run{{launch, state, shared, reduction}};
+    if (thread_of_block() == 0) run.begin(blockIdx.x);
     __syncthreads();
-    score_run<Layout, kScore>(launch, slots);
+    score_run<Layout, kScore>(run);
   } else {
-    copy_run<Layout>(launch, job - launch.plan.run_blocks);
+    copy_outside<Layout>(launch, blockIdx.x - launch.plan.run_blocks);
   }
 }
 

@@ -1,5 +1,4 @@
-// Numbers: storage types to arithmetic types, NaN-propagating minimum and maximum, and the order of scores
-// as integers.
+// Scalars: storage types and the arithmetic's types, NaN-propagating minimum and maximum, values as bits.
 #pragma once
 
 #include <cmath>
@@ -9,8 +8,7 @@
 
 namespace lagkv::cuda {
 
-/// Arithmetic is float32 whatever the storage type; float64 inputs compute in float64. `Bits` holds an
-/// ordered Real.
+/// Arithmetic is float32 whatever the storage type; float64 inputs compute in float64.
 template <class T>
 struct Arithmetic {
   using Real = float;
@@ -21,17 +19,6 @@ struct Arithmetic<double> {
 };
 template <class T>
 using RealOf = typename Arithmetic<T>::Real;
-
-template <class Real>
-struct Order {
-  using Bits = uint32_t;
-};
-template <>
-struct Order<double> {
-  using Bits = uint64_t;
-};
-template <class T>
-using BitsOf = typename Order<RealOf<T>>::Bits;
 
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
@@ -81,12 +68,15 @@ __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+/// a b + c, rounded once.
+__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 /// The larger one; a NaN loses against a number.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// Minimum and maximum in which a NaN wins: bounds of a channel with a NaN are NaN. fminf and fmaxf would
-// drop it.
+// Minimum and maximum in which a NaN wins: bounds of a channel with a NaN are NaN. fminf and fmaxf would drop
+// it.
 __device__ __forceinline__ __half min_nan(__half a, __half b) { return __hmin_nan(a, b); }
 __device__ __forceinline__ __half max_nan(__half a, __half b) { return __hmax_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat16 min_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
@@ -112,20 +102,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return most;
 }
 #endif
-
-// 16-bit types go in pairs: one instruction for two channels.
-template <class T>
-struct Pair {
-  using Type = void;
-};
-template <>
-struct Pair<__half> {
-  using Type = __half2;
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-};
+// Two channels of a 16-bit type in one instruction.
 __device__ __forceinline__ __half2 min_nan(__half2 a, __half2 b) { return __hmin2_nan(a, b); }
 __device__ __forceinline__ __half2 max_nan(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
 __device__ __forceinline__ __nv_bfloat162 min_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
@@ -133,57 +110,6 @@ __device__ __forceinline__ __nv_bfloat162 min_nan(__nv_bfloat162 a, __nv_bfloat1
 }
 __device__ __forceinline__ __nv_bfloat162 max_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __hmax2_nan(a, b);
-}
-
-/// N neighbouring elements as one access and as machine words. Not as elements: the compiler would give
-/// every 16-bit element a register of its own.
-template <class T, int N>
-using Packed = std::conditional_t<N * sizeof(T) % 4 == 0, Vec<uint32_t, (N * sizeof(T) + 3) / 4>, Vec<T, N>>;
-
-template <class T, int N>
-__device__ __forceinline__ Packed<T, N> filled(T x) {
-  Vec<T, N> all;
-#pragma unroll
-  for (int i = 0; i < N; ++i) all[i] = x;
-  return bits_as<Packed<T, N>>(all);
-}
-
-template <class T, int N>
-__device__ __forceinline__ void unpack(const Packed<T, N>& packed, RealOf<T>* to) {
-  const Vec<T, N> all = bits_as<Vec<T, N>>(packed);
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = to_real(all[i]);
-}
-
-/// Element by element: the lower ones of a and b (kHighest = false) or the higher ones.
-template <bool kHighest, class T, int N>
-__device__ __forceinline__ Packed<T, N> extreme(const Packed<T, N>& a, const Packed<T, N>& b) {
-  constexpr bool kPairs = N % 2 == 0 && !std::is_void_v<typename Pair<T>::Type>;
-  using Item = std::conditional_t<kPairs, typename Pair<T>::Type, T>;
-  constexpr int kItems = kPairs ? N / 2 : N;
-  struct Items {
-    Item item[kItems];
-  };
-  Items x = bits_as<Items>(a);
-  const Items y = bits_as<Items>(b);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i)
-    x.item[i] = kHighest ? max_nan(x.item[i], y.item[i]) : min_nan(x.item[i], y.item[i]);
-  return bits_as<Packed<T, N>>(x);
-}
-
-/// Scores as unsigned integers in the order of the selection: NaN is highest, -0 equals +0. 0 is no score's
-/// value.
-__device__ __forceinline__ uint32_t ordered(float x) {
-  if (x != x) return 0xFFFFFFFFu;
-  const uint32_t bits = bits_as<uint32_t>(x + 0.0f);  // -0 + 0 = +0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ uint64_t ordered(double x) {
-  if (x != x) return ~uint64_t{0};
-  const uint64_t bits = bits_as<uint64_t>(x + 0.0);
-  constexpr uint64_t kSign = uint64_t{1} << 63;
-  return bits & kSign ? ~bits : bits | kSign;
 }
 
 }  // namespace lagkv::cuda

@@ -1,14 +1,13 @@
 // CUDA's launchers for operators.h, and the registration of the operators on CUDA tensors. Starts, lengths
-// and block tables are read on the device alone (ragged_schedule.cuh defines the result of invalid ones), so
+// and block tables are read on the device alone (schedule.cuh defines the result of invalid ones), so
 // nothing waits for it and a captured graph follows them.
-#include "launches.h"
+#include "launch.h"
 #include "operators.h"
-#include "ragged_launches.h"
 #include "torch_launch.h"
 
 namespace lagkv::cuda {
 
-// In the sources of one storage type each: these kernels take long to compile.
+// In instances/: these kernels take long to compile.
 template <class T>
 void run_ragged(Launcher& launcher, const RaggedParams<T>& args, const SequenceTable& table);
 
@@ -45,7 +44,7 @@ class Backend {
   template <class T>
   void partition_bounds(const BoundsParams<T, RealOf<T>>& p) {
     if (p.batch * p.heads * p.x.dim == 0) return;
-    launch_bounds<T>(p, launcher_.device(), launcher_);
+    launch_bounds<T>(p, launcher_);
   }
 
   template <class T>
@@ -67,7 +66,7 @@ class Backend {
   template <class T>
   void compact(const CompactParams<T>& p) {
     if (p.batch * p.heads * p.count * p.x.dim == 0) return;
-    launch_compact(p, launcher_.device(), launcher_);
+    launch_compact(p, launcher_);
   }
 
   template <class T>

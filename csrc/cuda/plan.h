@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "../params.h"
 
@@ -15,20 +17,28 @@ namespace lagkv::cuda {
 
 constexpr int kThreads = 256;  // of every kernel but move_rows
 constexpr int kMoveThreads = 512;
-constexpr int kMoveVectors = 8;        // accesses in flight per thread of move_rows
-constexpr int kRaggedMoveVectors = 4;  // fewer where every access has a look-up of its own: registers
-constexpr int64_t kScalarDim = 256;    // widest row of the element-wise layout
-constexpr int64_t kCopyRows = 64;      // rows of key and value that one copying block takes
-constexpr int64_t kIndexTile = 1024;   // entries of the index that one block of the ragged kernels fills
-constexpr int64_t kMaxGrid = 2147483647;
+constexpr int kMoveVectors = 8;           // accesses in flight per thread of move_rows
+constexpr int kRaggedMoveVectors = 4;     // fewer where every access has a look-up of its own: registers
+constexpr int64_t kScalarDim = 256;       // widest row of the element-wise layout
+constexpr int64_t kCopyRows = 64;         // rows of key and value that one copying block takes
+constexpr int64_t kIndexTile = 1024;      // entries of the index that one block of the ragged kernels fills
+constexpr int64_t kMaxGrid = 2147483647;  // blocks of one launch
 
 /// What a launch may use. The defaults are those that every architecture since sm_80 has.
 struct Device {
   int64_t multiprocessors = 108;
   int64_t shared_per_block = 48 * 1024;
   int64_t shared_per_multiprocessor = 164 * 1024;
-  int64_t max_grid = kMaxGrid;  // blocks of one launch
 };
+
+/// The grid of a kernel of so many blocks. No cache of a real model needs more than CUDA launches at once.
+inline int64_t grid_of(int64_t blocks) {
+  if (blocks > kMaxGrid) {
+    throw std::runtime_error("lagkv: tensors of these shapes take " + std::to_string(blocks) +
+                             " thread blocks, CUDA launches at most " + std::to_string(kMaxGrid));
+  }
+  return blocks;
+}
 
 /// How a row of D elements lies over the lanes of a warp: `chunks` accesses of `elements` elements for each
 /// of `lanes` lanes. elements = 0 is the wide layout: rows of any length, read several times.
@@ -84,8 +94,9 @@ struct Storage {
       key_reference;  // [3, Dk] Real: lo, hi, scale of the next partition (cosine: anchor in the first Dk)
   int64_t value_reference;  // [3, Dv] Real
   int64_t partial;     // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
-  int64_t statistics;  // [2, padded L] Real: s of key and value; the first becomes the ordered scores (wide
-                       // rows: [3, ..])
+  int64_t statistics;  // [2, padded_lag] Real: of key and value; the first becomes the ordered scores (wide:
+                       // [3, ..])
+  int64_t padded_lag;  // L padded so that scores can be read 16 bytes at a time
   int64_t rows;        // [L] pointers: where the rows of a partition lie (ragged forms)
   int64_t shared_bytes;
   int64_t scratch_bytes;  // of one block
@@ -105,6 +116,7 @@ inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, i
   // Static shared memory (reductions, scans, the histogram of the selection) takes less than 2 KiB.
   const int64_t room = device.shared_per_block - 2048;
   Storage plan{};
+  plan.padded_lag = padded_lag(lag_size);
   plan.reference_in_scratch = shape.wide() && references > room / 2;
   plan.statistics_in_scratch = statistics + partial + (plan.reference_in_scratch ? 0 : references) > room;
   int64_t& first = plan.reference_in_scratch ? plan.scratch_bytes : plan.shared_bytes;
@@ -139,14 +151,15 @@ inline int planned_blocks(RowShape shape, int element_size, int64_t shared_bytes
 
 /// How long runs of partitions should be: every run reads one partition more than it scores, so long runs
 /// move fewer bytes, while short ones fill the machine. Cost = rounds of blocks x rows that one block moves.
-inline int64_t run_length(int64_t heads, int64_t partitions, int64_t lag_size, int64_t keep, int64_t slots) {
+inline int64_t run_length(int64_t heads, int64_t partitions, int64_t lag_size, int64_t keep,
+                          int64_t concurrent) {
   int64_t best = 1, best_cost = -1;
   for (int64_t rounds = 1; rounds <= 64; ++rounds) {
     const int64_t runs =
-        std::max<int64_t>(1, std::min(partitions, rounds * slots / std::max<int64_t>(1, heads)));
+        std::max<int64_t>(1, std::min(partitions, rounds * concurrent / std::max<int64_t>(1, heads)));
     const int64_t run = ceil_div(partitions, runs);
     const int64_t cost =
-        ceil_div(heads * ceil_div(partitions, run), slots) * (run * (lag_size + keep) + lag_size);
+        ceil_div(heads * ceil_div(partitions, run), concurrent) * (run * (lag_size + keep) + lag_size);
     if (best_cost < 0 || cost < best_cost) {
       best = run;
       best_cost = cost;
@@ -177,9 +190,9 @@ inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_
   plan.partitions = keep < lag_size || scores_wanted ? compressed_count(length, start, lag_size) : 0;
   if (heads > 0 && plan.partitions > 0) {
     plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, false, device);
-    const int64_t slots = device.multiprocessors *
-                          planned_blocks(shape, element_size, plan.storage.shared_bytes, false, device);
-    plan.run = run_length(heads, plan.partitions, lag_size, keep, slots);
+    const int64_t concurrent = device.multiprocessors *
+                               planned_blocks(shape, element_size, plan.storage.shared_bytes, false, device);
+    plan.run = run_length(heads, plan.partitions, lag_size, keep, concurrent);
     plan.runs = ceil_div(plan.partitions, plan.run);
     plan.run_blocks = heads * plan.runs;
   }
@@ -188,7 +201,7 @@ inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_
     plan.copy_blocks = heads * plan.copy_tiles;
   }
   plan.blocks = plan.run_blocks + plan.copy_blocks;
-  plan.scratch_bytes = std::min(plan.run_blocks, device.max_grid) * plan.storage.scratch_bytes;
+  plan.scratch_bytes = plan.run_blocks * plan.storage.scratch_bytes;
   return plan;
 }
 
@@ -204,7 +217,7 @@ inline BoundsPlan plan_bounds(RowShape shape, int element_size, int64_t dim, int
   plan.shape = shape;
   plan.partitions = partition_count(length, start, lag_size);
   plan.blocks = dim > 0 ? heads * plan.partitions : 0;
-  plan.shared_bytes = shape.wide() ? 0 : kThreads / 32 * 2 * dim * element_size;
+  plan.shared_bytes = shape.wide() ? 16 : kThreads / 32 * 2 * dim * element_size;  // the kernel names it
   return plan;
 }
 
@@ -269,9 +282,9 @@ inline MovePlan plan_move(int access_bytes, int64_t key_columns, int64_t value_c
 struct RaggedPlan {
   RowShape shape;
   Storage storage;
-  int64_t slots;   // scoring blocks that the device holds at a time: what the schedule aims at
-  int64_t blocks;  // of the scoring kernel: they go through however many jobs there are
-  int64_t tile;    // entries of the index that a job fills
+  int64_t concurrent;  // scoring blocks that the device holds at a time: what the schedule aims at
+  int64_t blocks;      // of the scoring kernel: they go through however many jobs there are
+  int64_t tile;        // entries of the index that a job fills
   int64_t scratch_bytes;
 };
 
@@ -282,13 +295,13 @@ inline RaggedPlan plan_ragged(RowShape shape, int element_size, int64_t key_dim,
   RaggedPlan plan{};
   plan.shape = shape;
   plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device);
-  plan.slots =
+  plan.concurrent =
       device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device);
   plan.tile = packed ? kCopyRows : kIndexTile;
   // Packed rows have one tile more: what follows the last sequence.
   const int64_t partitions = keep < lag_size ? rows / lag_size : 0;
   const int64_t jobs = heads * (partitions + rows / plan.tile + batch + (packed ? 1 : 0));
-  plan.blocks = std::min({plan.slots, std::max<int64_t>(jobs, 1), device.max_grid});
+  plan.blocks = std::min(plan.concurrent, std::max<int64_t>(jobs, 1));
   plan.scratch_bytes = plan.blocks * plan.storage.scratch_bytes;
   return plan;
 }

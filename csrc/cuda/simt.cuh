@@ -6,7 +6,7 @@
 //   * threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_and|_or|_count], __syncwarp, warp shuffles and
 //     votes, __match_*_sync, __reduce_*_sync, atomics, __popc, __ffs, __clz, bit casts, math and the half and
 //     bfloat16 conversions: plain CUDA.
-//   * memory: ld_*, st_* and cp_async below. A plain dereference of a global or shared pointer works on the
+//   * memory: ld_* and st_* below. A plain dereference of a global or shared pointer works on the
 //     device but faults in the executor (on purpose: what it cannot see it cannot check).
 //   * shared memory: LAGKV_DYNAMIC_SHARED and LAGKV_SHARED below, nowhere else.
 // A kernel takes one params struct by value:
@@ -138,13 +138,6 @@ __device__ __forceinline__ T ld_global(const T* p) {
   return detail::bit_cast<T>(bits);
 }
 
-/// Coherent load of data that is read once (ld.global.cs: first to be evicted), for tensors that this kernel
-/// writes too.
-template <class T>
-__device__ __forceinline__ T ld_global_stream(const T* p) {
-  return detail::bit_cast<T>(__ldcs(detail::word(p)));
-}
-
 /// Load through the read-only path. The bytes must not be written by anyone during the kernel.
 template <class T>
 __device__ __forceinline__ T ld_global_nc(const T* p) {
@@ -162,12 +155,6 @@ __device__ __forceinline__ void st_global(T* p, const typename detail::Identity<
   *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(v);
 }
 
-/// Store that nobody reads back soon (st.global.cs).
-template <class T>
-__device__ __forceinline__ void st_global_stream(T* p, const typename detail::Identity<T>::type& v) {
-  __stcs(detail::word(p), detail::bit_cast<detail::WordOf<T>, T>(v));
-}
-
 template <class T>
 __device__ __forceinline__ T ld_shared(const T* p) {
   const detail::WordOf<T> bits = *detail::word(p);
@@ -177,26 +164,6 @@ __device__ __forceinline__ T ld_shared(const T* p) {
 template <class T>
 __device__ __forceinline__ void st_shared(T* p, const typename detail::Identity<T>::type& v) {
   *detail::word(p) = detail::bit_cast<detail::WordOf<T>, T>(v);
-}
-
-// Asynchronous copies, global to shared: cp_async(to, from) for T of 4, 8 or 16 bytes, cp_async_commit()
-// closes a group, cp_async_wait<n>() waits until at most n groups of this thread are in flight. A barrier
-// must follow before other threads read what was copied.
-template <class T>
-__device__ __forceinline__ void cp_async(T* to_shared, const T* from_global) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async moves 4, 8 or 16 bytes");
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-  const size_t from = __cvta_generic_to_global(from_global);
-  if constexpr (sizeof(T) == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(sizeof(T)) : "memory");
-  }
-}
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int groups>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
 #endif

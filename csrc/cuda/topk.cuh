@@ -3,6 +3,7 @@
 // more); writes the index.
 #pragma once
 
+#include "../params.h"
 #include "select.cuh"
 
 namespace lagkv::cuda {
@@ -11,7 +12,6 @@ template <class T>
 struct TopkLaunch {
   TopkParams<T> args;
   TopkPlan plan;
-  int64_t first_job;
 };
 
 /// Ordered scores computed from the scores themselves at every read; zeros behind the last one.
@@ -28,21 +28,20 @@ struct ScoreKeys {
 template <class T>
 __global__ void __launch_bounds__(kThreads) topk_kernel(const TopkLaunch<T> launch) {
   using Bits = BitsOf<T>;
-  LAGKV_SHARED(int, count_slots, 4 * kWarps);
+  LAGKV_SHARED(int, counts, 4 * kWarps);
   LAGKV_SHARED(unsigned, histogram, kBins + 2);
   const int count = static_cast<int>(launch.args.lag_size), keep = static_cast<int>(launch.args.keep);
-  const int64_t row = launch.first_job + blockIdx.x;
+  const int64_t row = blockIdx.x;
   const ScoreKeys<T> scores{launch.args.score + launch.args.places.offset(row), count};
-  int32_t* index = launch.args.index + row * launch.args.keep;
-  const auto emit = [&](int slot, int i) { st_global(index + slot, static_cast<int32_t>(i)); };
+  const KeptIndex kept{launch.args.index + row * launch.args.keep, 0};
   if (launch.plan.shared_bytes > 0) {
     LAGKV_DYNAMIC_SHARED(shared);
     const Store<Bits> keys{reinterpret_cast<Bits*>(shared), false};
     for (int i = thread_of_block(); i < padded_lag(count); i += kThreads) keys.set(i, scores.get(i));
     __syncthreads();
-    select<Bits>(keys, count, keep, {count_slots, histogram}, emit);
+    select<Bits>(keys, count, keep, {counts, histogram}, kept);
   } else {
-    select_by_radix<Bits>(scores, count, keep, {count_slots, histogram}, emit);
+    select_by_radix<Bits>(scores, count, keep, {counts, histogram}, kept);
   }
 }
 

@@ -58,7 +58,7 @@ class Launcher {
   std::vector<Tensor> scratch_;
 };
 
-/// Scores, selects and copies as `args` and `score` say (launches.h). One source file per T: they are what
+/// Scores, selects and copies as `args` and `score` say (launch.h). One source file per T: they are what
 /// takes long to compile.
 template <class T, class Real>
 void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score);

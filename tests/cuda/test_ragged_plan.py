@@ -39,7 +39,7 @@ def planner(executor):
     capacity=st.integers(0, 1 << 20),
     lag_size=st.one_of(st.integers(1, 5000), st.just(65536)),
     packed=st.booleans(),
-    limits=st.sampled_from([H100, A100, {"multiprocessors": 1}, {"max_grid": 1}, {"max_grid": 7}]),
+    limits=st.sampled_from([H100, A100, {"multiprocessors": 1}]),
     limit=st.sampled_from([48 << 10, 100 << 10]),
 )
 def test_plans_keep_to_the_limits(
@@ -51,10 +51,10 @@ def test_plans_keep_to_the_limits(
     made = planner.plan_ragged(size, *dims, batch, heads, rows, lag_size, 1, packed=packed, device=device)
     assert made["shared_bytes"] + 2048 <= limit
     assert made["shared_bytes"] % 16 == made["rows"] % 16 == 0
-    assert 1 <= made["blocks"] <= min(made["slots"], limits.get("max_grid", 1 << 31))
-    # Fewer blocks than the device holds only where there cannot be as many jobs, or launches must be smaller.
+    assert 1 <= made["blocks"] <= made["concurrent"]
+    # Fewer blocks than the device holds only where there cannot be as many jobs.
     jobs = heads * (rows // lag_size + rows // made["tile"] + batch)
-    assert made["blocks"] >= min(jobs, made["slots"], limits.get("max_grid", 1 << 31))
+    assert made["blocks"] >= min(jobs, made["concurrent"])
     # Scratch: statistics of a partition (wide rows: and norms), bounds of its channels, where its rows lie.
     real = 8 if size == 8 else 4
     assert made["scratch_bytes"] <= made["blocks"] * (

@@ -196,9 +196,6 @@ void Executor::report_shared(size_t offset, size_t size, Access access, const Si
       text(access_name(access), " of ", size, " bytes of shared memory, ", shared_text(offset));
   const uint8_t* const state = &shared_state_[offset];
   if (std::find(state, state + size, kAbsent) != state + size) fail("out-of-bounds", site, what);
-  if (std::find(state, state + size, kInFlight) != state + size) {
-    fail("uninitialised", site, what + ", where a cp.async copy has not been waited for");
-  }
   fail("uninitialised", site, what + ", which nobody has written in this block");
 }
 
@@ -240,40 +237,6 @@ void* Executor::shared_access(uintptr_t address, size_t size, Access access, con
   }
   if (config_.count) me.warp->log.add(site_id, me.lane, offset);
   return &shared_data_[offset];
-}
-
-// ---- cp.async ----
-// A copy is checked and counted where it is issued and done where it is waited for: until then its
-// destination reads as uninitialised, so that a missing wait shows.
-
-void Executor::async_copy(void* to_shared, const void* from_global, size_t size, const Site& site) {
-  Thread& me = *static_cast<Thread*>(self);
-  const auto* const from = static_cast<const unsigned char*>(
-      global_access(reinterpret_cast<uintptr_t>(from_global), size, Access::kRead, site));
-  shared_access(reinterpret_cast<uintptr_t>(to_shared), size, Access::kWrite, site);
-  const size_t offset = reinterpret_cast<uintptr_t>(to_shared) - AddressSpace::slot_origin(0);
-  if (config_.detect) std::memset(&shared_state_[offset], kInFlight, size);
-  const uint32_t site_id = sites_->id(site, Space::kShared, Kind::kWrite, static_cast<uint32_t>(size));
-  me.copies.push_back({offset, from, size, me.open_group, site_id});
-  ++counts_->async_copies;
-}
-
-void Executor::async_commit() { ++static_cast<Thread*>(self)->open_group; }
-
-void Executor::async_wait(size_t groups_in_flight, const Site& site) {
-  Thread& me = *static_cast<Thread*>(self);
-  me.site = site;
-  size_t done = 0;
-  for (const Thread::AsyncCopy& copy : me.copies) {  // in the order of issue, so groups ascend
-    if (copy.group + groups_in_flight >= me.open_group) break;
-    std::memcpy(&shared_data_[copy.to], copy.from, copy.size);
-    if (config_.detect) {
-      record_shared(copy.to, copy.size, Use::kWrite, copy.site_id, site);
-      std::memset(&shared_state_[copy.to], kInitialised, copy.size);
-    }
-    ++done;
-  }
-  me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<ptrdiff_t>(done));
 }
 
 }  // namespace simt

@@ -14,14 +14,12 @@ SIMT_BINDINGS(lagkv_plan, module) {
           py::arg("score") = "std");
 
   py::class_<Device>(module, "Device", "Limits the planner keeps to.")
-      .def(py::init([](int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
-                       int64_t max_grid) {
-             return Device{multiprocessors, shared_per_block, shared_per_multiprocessor, max_grid};
+      .def(py::init([](int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor) {
+             return Device{multiprocessors, shared_per_block, shared_per_multiprocessor};
            }),
            py::kw_only(), py::arg("multiprocessors") = Device().multiprocessors,
            py::arg("shared_per_block") = Device().shared_per_block,
-           py::arg("shared_per_multiprocessor") = Device().shared_per_multiprocessor,
-           py::arg("max_grid") = Device().max_grid);
+           py::arg("shared_per_multiprocessor") = Device().shared_per_multiprocessor);
 
   module.def(
       "row_shape",
@@ -79,7 +77,7 @@ SIMT_BINDINGS(lagkv_plan, module) {
         const RaggedPlan plan = plan_ragged(shape, element_size, key_dim, value_dim, batch, heads, rows,
                                             lag_size, keep, packed, device);
         py::dict all;
-        all["slots"] = plan.slots;
+        all["concurrent"] = plan.concurrent;
         all["blocks"] = plan.blocks;
         all["tile"] = plan.tile;
         all["scratch_bytes"] = plan.scratch_bytes;
@@ -93,6 +91,7 @@ SIMT_BINDINGS(lagkv_plan, module) {
       py::arg("rows"), py::arg("lag_size"), py::arg("keep"), py::kw_only(), py::arg("packed") = false,
       py::arg("aligned") = true, py::arg("device") = Device());
 
+  module.def("grid_of", &grid_of, py::arg("blocks"));
   module.attr("threads") = kThreads;
   module.attr("copy_rows") = kCopyRows;
   module.attr("rank_limit") = kRankLimit;

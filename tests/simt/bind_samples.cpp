@@ -53,7 +53,6 @@ SIMT_BINDINGS(samples, parent) {
   define(module, "gather_strided", samples::gather_strided<float>);
   define(module, "uneven_loops", samples::uneven_loops<float>);
   define(module, "warp_reverse", samples::warp_reverse<float>);
-  define(module, "copy_async", samples::copy_async<float>);
   define(module, "collectives", samples::collectives<float>);
   define(module, "meet_in_parts", samples::meet_in_parts<float>);
   define(module, "tickets", samples::tickets<int>);
@@ -105,9 +104,6 @@ SIMT_BINDINGS(faulty, parent) {
   DEFINE(full_mask_in_partial_warp);
   DEFINE(source_not_in_mask);
   DEFINE(odd_width);
-  DEFINE(missing_wait);
-  DEFINE(wait_for_too_few);
-  DEFINE(wait_without_barrier);
   DEFINE(plain_global_read);
   DEFINE(plain_shared_write);
   DEFINE(null_pointer);

@@ -45,7 +45,6 @@ struct LaunchCounts {
   uint64_t warp_barriers = 0;                                // __syncwarp, per warp
   uint64_t shuffles = 0;                                     // per warp and 4 bytes
   uint64_t votes = 0;                                        // ballot, any, all, match, reduce; per warp
-  uint64_t async_copies = 0;                                 // cp.async, per thread
   uint64_t switches = 0;                                     // of fibres: the executor's own work
   std::vector<SiteCounts> sites;
 

@@ -63,10 +63,6 @@ T ld_global(const T* p, SIMT_HERE) {
   return detail::load<T>(::simt::global_access(p, sizeof(T), ::simt::Access::kRead, site));
 }
 template <class T>
-T ld_global_stream(const T* p, SIMT_HERE) {
-  return ld_global(p, site);
-}
-template <class T>
 T ld_global_nc(const T* p, SIMT_HERE) {
   detail::check_access<T>();
   return detail::load<T>(::simt::global_access(p, sizeof(T), ::simt::Access::kReadNc, site));
@@ -81,10 +77,6 @@ void st_global(T* p, const std::type_identity_t<T>& v, SIMT_HERE) {
   std::memcpy(::simt::global_access(p, sizeof(T), ::simt::Access::kWrite, site), &v, sizeof(T));
 }
 template <class T>
-void st_global_stream(T* p, const std::type_identity_t<T>& v, SIMT_HERE) {
-  st_global(p, v, site);
-}
-template <class T>
 T ld_shared(const T* p, SIMT_HERE) {
   detail::check_access<T>();
   return detail::load<T>(::simt::shared_access(p, sizeof(T), ::simt::Access::kRead, site));
@@ -94,17 +86,6 @@ void st_shared(T* p, const std::type_identity_t<T>& v, SIMT_HERE) {
   detail::check_access<T>();
   std::memcpy(::simt::shared_access(p, sizeof(T), ::simt::Access::kWrite, site), &v, sizeof(T));
 }
-template <class T>
-void cp_async(T* to_shared, const T* from_global, SIMT_HERE) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async moves 4, 8 or 16 bytes");
-  ::simt::async_copy(to_shared, from_global, sizeof(T), site);
-}
-inline void cp_async_commit() { ::simt::async_commit(); }
-template <int groups>
-void cp_async_wait(SIMT_HERE) {
-  ::simt::async_wait(groups, site);
-}
-
 }  // namespace lagkv
 
 // ---- Threads that wait for each other ----

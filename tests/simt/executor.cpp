@@ -180,8 +180,6 @@ void Executor::run_block() {
     thread.clock = 1;
     thread.barrier_clock = 0;
     thread.site = Site();
-    thread.copies.clear();
-    thread.open_group = 0;
     stacks_.prepare(id, &enter_fibre, thread.context);
   }
   turn_warp_ = choose(ready_warps_);
@@ -371,15 +369,6 @@ void* atomic_access(const void* p, size_t size, const Site& site) noexcept {
   const auto address = reinterpret_cast<uintptr_t>(p);
   return AddressSpace::is_shared(address) ? shared_access(p, size, Access::kAtomic, site)
                                           : global_access(p, size, Access::kAtomic, site);
-}
-void async_copy(void* to_shared, const void* from_global, size_t size, const Site& site) noexcept {
-  guarded([&](Executor& e) { e.async_copy(to_shared, from_global, size, site); });
-}
-void async_commit() noexcept {
-  guarded([](Executor& e) { e.async_commit(); });
-}
-void async_wait(size_t groups_in_flight, const Site& site) noexcept {
-  guarded([&](Executor& e) { e.async_wait(groups_in_flight, site); });
 }
 void* dynamic_shared(const Site& site) noexcept {
   return guarded([&](Executor& e) { return e.dynamic_shared(site); });

@@ -49,16 +49,6 @@ struct Thread : Place {
   uint64_t result = 0;         // of the last collective
   Site site;                   // where it waits, or of its last access
   Context context;
-
-  struct AsyncCopy {
-    size_t to;  // offset in shared memory
-    const unsigned char* from;
-    size_t size;
-    uint64_t group;
-    uint32_t site_id;
-  };
-  std::vector<AsyncCopy> copies;
-  uint64_t open_group = 0;
 };
 
 /// Lanes that wait for each other at one collective.
@@ -93,9 +83,6 @@ class Executor {
   // The functions of runtime.h, for the running thread.
   void* global_access(uintptr_t address, size_t size, Access access, const Site& site);
   void* shared_access(uintptr_t address, size_t size, Access access, const Site& site);
-  void async_copy(void* to_shared, const void* from_global, size_t size, const Site& site);
-  void async_commit();
-  void async_wait(size_t groups_in_flight, const Site& site);
   void* dynamic_shared(const Site& site);
   void* static_shared(const void* variable, const char* name, size_t bytes, size_t alignment,
                       const Site& site);
@@ -117,7 +104,7 @@ class Executor {
   static constexpr size_t kStaticOrigin = 512 << 10;
   static constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block on sm_90; 163 KiB on sm_80
   static constexpr size_t kMaxStaticBytes = 48 << 10;
-  enum SharedState : uint8_t { kAbsent, kUninitialised, kInFlight, kInitialised };
+  enum SharedState : uint8_t { kAbsent, kUninitialised, kInitialised };
   struct StaticVariable {
     std::string name;
     size_t offset, bytes;

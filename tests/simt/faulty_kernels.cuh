@@ -314,36 +314,6 @@ __global__ void odd_width(Params p) {
   st_global(p.y + thread(), __shfl_sync(~0u, thread(), 0, p.option ? 4 : 3));  // FAULT
 }
 
-// ---- cp.async ----
-
-__global__ void missing_wait(Params p) {
-  LAGKV_SHARED(int, a, 32);
-  cp_async(&a[thread()], p.x + thread());
-  cp_async_commit();
-  if (p.option) cp_async_wait<0>();
-  st_global(p.y + thread(), ld_shared(&a[thread()]));  // FAULT
-}
-
-__global__ void wait_for_too_few(Params p) {
-  LAGKV_SHARED(int, a, 64);
-  cp_async(&a[thread()], p.x + thread());
-  cp_async_commit();
-  cp_async(&a[32 + thread()], p.x + thread());
-  cp_async_commit();
-  cp_async_wait<1>();
-  st_global(p.y + thread(), ld_shared(&a[p.option ? thread() : 32 + thread()]));  // FAULT
-}
-
-__global__ void wait_without_barrier(Params p) {
-  LAGKV_SHARED(int, a, 64);
-  clear(a);
-  cp_async(&a[thread()], p.x + thread());  // FAULT
-  cp_async_commit();
-  cp_async_wait<0>();  // FAULT
-  if (p.option) __syncthreads();
-  st_global(p.y + thread(), ld_shared(&a[thread() ^ 32]));  // FAULT
-}
-
 // ---- Accesses that go round the wrappers, and crashes ----
 
 __global__ void plain_global_read(Params p) { st_global(p.y + thread(), p.option ? ld_global(p.x) : *p.x); }

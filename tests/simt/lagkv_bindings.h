@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launches.h"
+#include "cuda/launch.h"
 #include "session.h"
 
 namespace lagkv_simt {
@@ -151,7 +151,7 @@ void bind(py::module_& parent, const char* dtype) {
                                                  x.shape[2],
                                                  start,
                                                  lag_size};
-    lagkv::cuda::launch_bounds<T>(args, device, Run{session, "bounds_kernel", device});
+    lagkv::cuda::launch_bounds<T>(args, Run{session, "bounds_kernel", device});
   });
   // False where the leading dimensions do not merge to kScoreDims: then the caller merges them by a copy.
   module.def("topk_index", [](Session& session, const TensorArg& score, const TensorArg& index, int64_t keep,
@@ -175,7 +175,7 @@ void bind(py::module_& parent, const char* dtype) {
         x.shape[1],
         x.shape[2],
         index.shape[2]};
-    lagkv::cuda::launch_compact(args, device, Run{session, "compact_kernel", device});
+    lagkv::cuda::launch_compact(args, Run{session, "compact_kernel", device});
   });
 }
 

@@ -54,7 +54,6 @@ py::dict totals_dict(const std::vector<LaunchCounts>& launches) {
     sum.warp_barriers += launch.warp_barriers;
     sum.shuffles += launch.shuffles;
     sum.votes += launch.votes;
-    sum.async_copies += launch.async_copies;
     sum.switches += launch.switches;
   }
   all["global_read"]["unique_bytes"] = sum.unique_bytes_read;
@@ -63,7 +62,6 @@ py::dict totals_dict(const std::vector<LaunchCounts>& launches) {
   all["warp_barriers"] = sum.warp_barriers;
   all["shuffles"] = sum.shuffles;
   all["votes"] = sum.votes;
-  all["async_copies"] = sum.async_copies;
   all["switches"] = sum.switches;
   return all;
 }

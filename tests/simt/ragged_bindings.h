@@ -1,7 +1,7 @@
 // The three ragged operators on the executor, for one storage type, as lagkv_bindings.h has the others.
 #pragma once
 
-#include "cuda/ragged_launches.h"
+#include "cuda/launch.h"
 #include "lagkv_bindings.h"
 #include "ragged_tensors.h"
 

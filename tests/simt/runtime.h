@@ -29,10 +29,6 @@ void* shared_access(const void* p, size_t size, Access access, const Site& site)
 /// A read-modify-write of either space.
 void* atomic_access(const void* p, size_t size, const Site& site) noexcept;
 
-void async_copy(void* to_shared, const void* from_global, size_t size, const Site& site) noexcept;
-void async_commit() noexcept;
-void async_wait(size_t groups_in_flight, const Site& site) noexcept;
-
 /// The kernels' address of dynamic shared memory.
 void* dynamic_shared(const Site& site) noexcept;
 /// The kernels' address of a static shared variable. `variable` is its identity: one address per declaration

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(256) copy_vectors(const Arrays<T> p) {
   using V = Vec<T, 16 / sizeof(T)>;
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i < p.count / static_cast<int64_t>(16 / sizeof(T))) {
-    st_global_stream(reinterpret_cast<V*>(p.y) + i, ld_global_nc_stream(reinterpret_cast<const V*>(p.x) + i));
+    st_global(reinterpret_cast<V*>(p.y) + i, ld_global_nc_stream(reinterpret_cast<const V*>(p.x) + i));
   }
 }
 
@@ -144,27 +144,6 @@ __global__ void __launch_bounds__(256) warp_reverse(const Arrays<T> p) {
     __syncwarp();
     st_global(p.y + i, ld_shared(&buffer[threadIdx.x ^ 31]));
     __syncwarp();
-  }
-}
-
-/// y = x, prefetched two tiles ahead with cp.async. The buffer holds 3 tiles of one block's width.
-template <class T>
-__global__ void __launch_bounds__(128) copy_async(const Arrays<T> p) {
-  LAGKV_SHARED(T, tiles, 3 * 128);
-  const int64_t count = p.count / 128;
-  const auto fetch = [&](int64_t tile) {
-    if (tile < count) cp_async(&tiles[tile % 3 * 128 + threadIdx.x], p.x + tile * 128 + threadIdx.x);
-    cp_async_commit();
-  };
-  fetch(0);
-  fetch(1);
-  for (int64_t tile = 0; tile < count; ++tile) {
-    fetch(tile + 2);
-    cp_async_wait<2>();
-    __syncthreads();
-    // Another thread's element, so that the barriers matter.
-    st_global(p.y + tile * 128 + (threadIdx.x ^ 64), ld_shared(&tiles[tile % 3 * 128 + (threadIdx.x ^ 64)]));
-    __syncthreads();
   }
 }
 

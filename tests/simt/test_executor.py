@@ -105,15 +105,6 @@ def test_exchange_through_syncwarp(order, seed):
     assert session.counts()["barriers"] == 0
 
 
-@every_order
-@pytest.mark.parametrize("tiles", [1, 2, 3, 7])
-def test_asynchronous_copies(order, seed, tiles):
-    x, y = floats(128 * tiles), np.empty(128 * tiles, np.float32)
-    session = run("copy_async", x, y, simt.Session(order=order, seed=seed), block=[128])
-    np.testing.assert_array_equal(y, x)
-    assert session.counts()["async_copies"] == x.size
-
-
 def expected_collectives(v: np.ndarray) -> np.ndarray:
     lane = np.arange(32)
     as_int = v.astype(np.int32)
@@ -429,9 +420,6 @@ FAULTS = [
     planted("full_mask_in_partial_warp", "bad-mask", block=[40], whole=False),
     planted("source_not_in_mask", "bad-mask", whole=False),
     planted("odd_width", "bad-mask", **TWO_WARPS),
-    planted("missing_wait", "uninitialised", whole=False),
-    planted("wait_for_too_few", "uninitialised", whole=False),
-    planted("wait_without_barrier", "race", **TWO_WARPS),
     planted("plain_global_read", "plain-access", **TWO_WARPS),
     planted("plain_shared_write", "plain-access", whole=False),
     planted("null_pointer", "out-of-bounds", **TWO_WARPS),

@@ -44,16 +44,7 @@ __global__ void plain(const P<T> p) {
 }
 template <class T>
 __global__ void hinted(const P<T> p) {
-  __shared__ __align__(16) unsigned char raw[64 * sizeof(T)];
-  T* const tile = reinterpret_cast<T*>(raw);
-  st_global_stream(p.y + threadIdx.x, ld_global_nc_stream(p.x + threadIdx.x));
-  st_global(p.y + 64 + threadIdx.x, ld_global_stream(p.x + 64 + threadIdx.x));
-  if constexpr (sizeof(T) >= 4) {
-    cp_async(tile + threadIdx.x, p.x + threadIdx.x);
-    cp_async_commit();
-    cp_async_wait<0>();
-    st_global(p.y + 128 + threadIdx.x, ld_shared(tile + threadIdx.x));
-  }
+  st_global(p.y + threadIdx.x, ld_global_nc_stream(p.x + threadIdx.x));
 }
 #define MAKE(T, W) \
   template __global__ void wrapped<T>(const P<T>); \
@@ -102,7 +93,7 @@ def kernels(tmp_path_factory) -> dict[tuple[str, str], list[str]]:
             r"_Z\d+(wrapped|plain|hinted)I(?:N5lagkv)?(?:\d*)(Vec|6__half|13__nv_bfloat16|h|f|d)", entry
         )
         assert name, entry[:80]
-        accesses = re.findall(r"^\s+((?:ld|st|cp)\.(?!param)[^\s;]+|bar\.[^\s;]+)", entry, flags=re.MULTILINE)
+        accesses = re.findall(r"^\s+((?:ld|st)\.(?!param)[^\s;]+|bar\.[^\s;]+)", entry, flags=re.MULTILINE)
         found[name.group(1), name.group(2)] = accesses
     assert len(found) == 3 * len(TYPES)
     return found
@@ -123,15 +114,7 @@ def test_wrappers_are_free(kernels, kind):
 def test_hints_are_in_the_instruction(kernels, kind):
     width = TYPES[kind]
     accesses = widths(kernels["hinted", kind])
-    assert accesses[:4] == [
+    assert accesses == [
         "ld.global.nc.u8" if width == "u8" else f"ld.global.nc.L1::no_allocate.L2::128B.{width}",
-        f"st.global.cs.{width}",
-        f"ld.global.cs.{width}",
         f"st.global.{width}",
     ]
-    copies = [access for access in accesses if access.startswith("cp.")]
-    if width in ("u8", "u16"):
-        assert not copies
-    else:
-        path = "cg" if width == "v4.u32" else "ca"
-        assert copies == [f"cp.async.{path}.shared.global", "cp.async.commit_group", "cp.async.wait_group"]

@@ -1,15 +1,17 @@
-// From tensors as pointers, sizes and strides to kernel launches: what the launchers (.cu) and the
-// executor's bindings share. Each `launch_*` makes the plan, chooses the instantiation and calls run(kernel,
-// grid, threads, shared_bytes, params) for every kernel, in order. Includes device code, so it is compiled
-// by nvcc or for the executor.
+// From rows to kernel launches: what the launchers (.cu) and the executor's bindings share. Each `launch_*`
+// makes the plan, chooses the instantiation and calls run(kernel, grid, threads, shared_bytes, params) for
+// every kernel, in order. `scratch(bytes)` gives device memory that lives until the kernels have run.
+// Includes device code, so it is compiled by nvcc or for the executor.
 #pragma once
 
 #include <stdexcept>
 #include <type_traits>
 
 #include "bounds.cuh"
+#include "compact.cuh"
 #include "compress.cuh"
-#include "gather.cuh"
+#include "move.cuh"
+#include "ragged.cuh"
 #include "topk.cuh"
 
 namespace lagkv::cuda {
@@ -51,55 +53,45 @@ RowShape shape_of(const Rows<const T>& key, const Rows<const T>& value) {
   return row_shape(sizeof(T), std::max(key.dim, value.dim), aligned);
 }
 
-/// One launch for up to max_grid blocks: more take several, each with its `first_job`.
-template <class Run, class Kernel, class Launch>
-void run_blocks(const Run& run, Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes,
-                Launch launch, const Device& device) {
-  for (launch.first_job = 0; launch.first_job < blocks; launch.first_job += device.max_grid) {
-    run(kernel, std::min(blocks - launch.first_job, device.max_grid), threads, shared_bytes, launch);
-  }
-}
-
 /// compress (key_out, value_out given), the first step of compress_ (data null), and lag_score (score given,
-/// index null). `scratch(bytes)` gives device memory that lives until the kernels have run.
+/// index null).
 template <class T, class Scratch, class Run>
 void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device,
                      const Scratch& scratch, const Run& run) {
   // An output of no elements has no memory: rows are copied where either output has some.
   const bool copies = args.key_out.data != nullptr || args.value_out.data != nullptr;
-  CompressLaunch<T> launch{args, score, copies, nullptr, {}, 0};
+  CompressLaunch<T> launch{args, score, copies, nullptr, {}};
   launch.plan = plan_compress(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
                               args.batch * args.heads, args.length, args.start, args.lag_size, args.keep,
                               score != nullptr, device);
   if (launch.plan.blocks == 0) return;
+  const int64_t grid = grid_of(launch.plan.blocks);
   if (launch.plan.scratch_bytes > 0)
     launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
     const auto kernel = args.score == Score::kStd ? compress_kernel<Layout, Score::kStd>
                                                   : compress_kernel<Layout, Score::kCosine>;
-    run_blocks(run, kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch, device);
+    run(kernel, grid, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }
 
 template <class T, class Run>
-void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Device& device, const Run& run) {
+void launch_bounds(const BoundsParams<T, RealOf<T>>& args, const Run& run) {
   const RowShape shape = row_shape(sizeof(T), args.x.dim, rows_aligned(args.x));
-  const BoundsLaunch<T> launch{args,
-                               plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads, args.length,
-                                           args.start, args.lag_size),
-                               0};
+  const BoundsLaunch<T> launch{args, plan_bounds(shape, sizeof(T), args.x.dim, args.batch * args.heads,
+                                                 args.length, args.start, args.lag_size)};
   if (launch.plan.blocks == 0) return;
   with_layout<T>(shape, [&](auto tag) {
-    run_blocks(run, bounds_kernel<typename decltype(tag)::Type>, launch.plan.blocks, kThreads,
-               launch.plan.shared_bytes, launch, device);
+    run(bounds_kernel<typename decltype(tag)::Type>, grid_of(launch.plan.blocks), kThreads,
+        launch.plan.shared_bytes, launch);
   });
 }
 
 template <class T, class Run>
 void launch_topk(const TopkParams<T>& args, const Device& device, const Run& run) {
-  const TopkLaunch<T> launch{args, plan_topk(sizeof(BitsOf<T>), args.lag_size, device), 0};
-  run_blocks(run, topk_kernel<T>, args.rows, kThreads, launch.plan.shared_bytes, launch, device);
+  const TopkLaunch<T> launch{args, plan_topk(sizeof(BitsOf<T>), args.lag_size, device)};
+  run(topk_kernel<T>, grid_of(args.rows), kThreads, launch.plan.shared_bytes, launch);
 }
 
 /// Calls f(W()) with the widest machine word that moves rows of `bytes` bytes whose starts are multiples of
@@ -122,6 +114,13 @@ int64_t alignment_of(const Rows<T>& rows) {
   return bits & -bits;
 }
 
+/// with_word for key and value that move alike: both widths are a multiple of the word.
+template <class T, class F>
+void with_word_of_both(const Rows<T>& key, const Rows<T>& value, const F& f) {
+  const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));
+  with_word(bytes, std::min(alignment_of(key), alignment_of(value)), f);
+}
+
 /// The same rows in units of W.
 template <class W, class T>
 Rows<std::conditional_t<std::is_const_v<T>, const W, W>> in_words(const Rows<T>& rows) {
@@ -142,14 +141,14 @@ Rows<std::conditional_t<std::is_const_v<T>, const W, W>> in_words(const Rows<T>&
 
 /// compact for any element type of 2 bytes or more: the rows are moved, not understood.
 template <class T, class Run>
-void launch_compact(const CompactParams<T>& args, const Device& device, const Run& run) {
+void launch_compact(const CompactParams<T>& args, const Run& run) {
   const int64_t alignment = std::min(alignment_of(args.x), alignment_of(args.out));
   with_word(args.x.dim * sizeof(T), alignment, [&](auto word) {
     using W = decltype(word);
     const CompactParams<W> words{in_words<W>(args.x), in_words<W>(args.out), args.index, args.batch,
                                  args.heads,          args.length,           args.count};
-    const CompactLaunch<W> launch{words, plan_compact(args.batch * args.heads, args.count, words.x.dim), 0};
-    run_blocks(run, compact_kernel<W>, launch.plan.blocks, kThreads, 0, launch, device);
+    const CompactLaunch<W> launch{words, plan_compact(args.batch * args.heads, args.count, words.x.dim)};
+    if (launch.plan.blocks > 0) run(compact_kernel<W>, grid_of(launch.plan.blocks), kThreads, 0, launch);
   });
 }
 
@@ -157,20 +156,63 @@ void launch_compact(const CompactParams<T>& args, const Device& device, const Ru
 template <class T, class Run>
 void launch_move(const Rows<T>& key, const Rows<T>& value, const int32_t* index, int64_t batch, int64_t heads,
                  int64_t first, int64_t rows, const Device& device, const Run& run) {
-  const int64_t alignment = std::min(alignment_of(key), alignment_of(value));
-  // Both widths are to be a multiple of the word.
-  const int64_t bytes = (key.dim | value.dim) * static_cast<int64_t>(sizeof(T));
-  with_word(bytes, alignment, [&](auto word) {
+  with_word_of_both(key, value, [&](auto word) {
     using W = decltype(word);
-    const MoveLaunch<W> launch{in_words<W>(key),
-                               in_words<W>(value),
-                               index,
-                               batch,
-                               heads,
+    const MoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), index, heads,
                                plan_move(sizeof(W), in_words<W>(key).dim, in_words<W>(value).dim,
-                                         batch * heads, first, rows, device),
-                               0};
-    run_blocks(run, move_kernel<W>, launch.plan.blocks, kMoveThreads, 0, launch, device);
+                                         batch * heads, first, rows, device)};
+    if (launch.plan.blocks > 0) run(move_kernel<W>, grid_of(launch.plan.blocks), kMoveThreads, 0, launch);
+  });
+}
+
+/// Scratch for the table of the sequences, which all kernels of a call share.
+template <class Scratch>
+SequenceTable make_table(int64_t batch, const Scratch& scratch) {
+  return {static_cast<int32_t*>(scratch(SequenceTable::size(batch) * static_cast<int64_t>(sizeof(int32_t)))),
+          batch};
+}
+
+/// Everything of compress_varlen; of the others all but the move of the rows: new starts and lengths, index.
+template <class T, class Scratch, class Run>
+void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, const Device& device,
+                   const Scratch& scratch, const Run& run) {
+  const bool packed = args.is_packed();
+  if (args.batch == 0 && !packed) return;
+  RaggedLaunch<T> launch{args, table, nullptr, {}, packed};
+  launch.plan = plan_ragged(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
+                            args.batch, args.heads, packed ? args.capacity : args.batch * args.capacity,
+                            args.lag_size, args.keep, packed, device);
+  if (args.key.is_paged()) {
+    run(pages_kernel<T>, grid_of(args.batch), kThreads, 0, PagesLaunch<T>{args, table});
+  }
+  run(schedule_kernel<T>, 1, kThreads, 0, ScheduleLaunch<T>{args, table, launch.plan});
+  if (args.heads * args.capacity == 0) return;
+  if (launch.plan.scratch_bytes > 0) {
+    launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
+  }
+  with_layout<T>(launch.plan.shape, [&](auto tag) {
+    using Layout = typename decltype(tag)::Type;
+    const auto kernel = args.score == Score::kStd ? ragged_kernel<Layout, Score::kStd>
+                                                  : ragged_kernel<Layout, Score::kCosine>;
+    run(kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch);
+  });
+}
+
+/// In place, after launch_ragged: the rows move.
+template <class T, class Run>
+void launch_ragged_move(const RaggedParams<T>& args, const SequenceTable& table, const Device& device,
+                        const Run& run) {
+  if (args.keep == args.lag_size || args.capacity < 2 * args.lag_size) return;  // every row stays
+  const Rows<T>&key = args.key_out, &value = args.value_out;
+  with_word_of_both(key, value, [&](auto word) {
+    using W = decltype(word);
+    const RaggedMoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), table,
+                                     args.index,       args.heads,         args.capacity,
+                                     args.lag_size,    args.keep,          move_blocks(device)};
+    // As many jobs as there can be, where they are few.
+    const int64_t jobs = args.batch * args.heads * (launch.key.dim + launch.value.dim);
+    const int64_t blocks = std::min(launch.blocks, jobs);
+    if (blocks > 0) run(ragged_move_kernel<W>, blocks, kMoveThreads, 0, launch);
   });
 }
 

@@ -1,8 +1,8 @@
-// What comes before the ragged kernels: every sequence's numbers, read and judged on the device, and who does
-// what. The host knows capacities alone.
-// pages_kernel, a block a sequence, finds out whether all blocks that hold its tokens are in the pool.
-// schedule_kernel, one block, reads and judges the sequences, chooses the length of runs, and says where each
-// sequence's runs, tiles and moves begin among all of them; it also writes the new starts and lengths.
+// Validates each sequence on the device and assigns runs, tiles and moves to blocks. The host knows
+// capacities alone. pages_kernel, a block a sequence, finds out whether all blocks that hold its tokens are
+// in the pool. schedule_kernel, one block, reads and judges the sequences, chooses the length of runs, and
+// says where each sequence's runs, tiles and moves begin among all of them; it also writes the new starts and
+// lengths.
 //
 // A sequence whose numbers cannot be (docs/operators.md: a negative start or length, a length beyond the
 // capacity, a block outside the pool) keeps its rows, its start and its length, and its index is -1. Packed
@@ -25,34 +25,40 @@ struct LoadCoherent {
   __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global(number); }
 };
 
-/// What the kernels of one call know of its sequences, in scratch: [B + 2] numbers a column. Entry B: the
+/// What the kernels of one call know of its sequences, in scratch: columns of [B + 2] numbers. Entry B: the
 /// packed rows behind all sequences.
 struct SequenceTable {
-  enum Column { kUsable, kStart, kLength, kCompressed, kFirstRun, kFirstTile, kFirstMove, kColumns };
   int32_t* numbers;
   int64_t batch;
 
-  static int64_t size(int64_t batch) { return kColumns * (batch + 2) + 1; }
+  static int64_t size(int64_t batch) { return 7 * (batch + 2) + 1; }
 
-  __device__ __forceinline__ int32_t* at(Column column, int64_t sequence) const {
-    return numbers + column * (batch + 2) + sequence;
-  }
+  __device__ __forceinline__ int32_t* usable(int64_t b) const { return column(0) + b; }
+  __device__ __forceinline__ int32_t* start(int64_t b) const { return column(1) + b; }
+  __device__ __forceinline__ int32_t* length(int64_t b) const { return column(2) + b; }
+  __device__ __forceinline__ int32_t* compressed(int64_t b) const { return column(3) + b; }
+  /// Runs, tiles and moves of all sequences are numbered one after the other: the first of sequence b.
+  __device__ __forceinline__ int32_t* first_run(int64_t b) const { return column(4) + b; }
+  __device__ __forceinline__ int32_t* first_tile(int64_t b) const { return column(5) + b; }
+  __device__ __forceinline__ int32_t* first_move(int64_t b) const { return column(6) + b; }
   /// Partitions per run.
-  __device__ __forceinline__ int32_t* run() const { return numbers + kColumns * (batch + 2); }
+  __device__ __forceinline__ int32_t* run() const { return column(7); }
+
+ private:
+  __device__ __forceinline__ int32_t* column(int64_t number) const { return numbers + number * (batch + 2); }
 };
 
 template <class T>
 struct PagesLaunch {
   RaggedParams<T> args;
   SequenceTable table;
-  int64_t first_job;
 };
 
 /// usable[b] = all blocks of the first length[b] tokens are in the pool. Traffic: 4 bytes a block in use.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pages_kernel(const PagesLaunch<T> launch) {
   const RaggedParams<T>& args = launch.args;
-  const int64_t b = launch.first_job + blockIdx.x;
+  const int64_t b = blockIdx.x;
   const RaggedSequence sequence = args.sequence(b, LoadNc{});
   const int64_t pages = sequence.length > 0 ? ceil_div(sequence.length, args.key.block_size) : 0;
   const int32_t* blocks = args.key.block_table + b * args.key.table_stride;
@@ -62,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) pages_kernel(const PagesLaunch<T> la
     outside |= block < 0 || block >= args.blocks;
   }
   outside = __syncthreads_or(outside);
-  if (thread_of_block() == 0) st_global(launch.table.at(SequenceTable::kUsable, b), outside ? 0 : 1);
+  if (thread_of_block() == 0) st_global(launch.table.usable(b), outside ? 0 : 1);
 }
 
 template <class T>
@@ -72,45 +78,20 @@ struct ScheduleLaunch {
   RaggedPlan plan;
 };
 
-/// Sum of `x` over the threads before this one, and over all of them. `slots` [kWarps] shared. Ends with a
-/// barrier.
-struct Scan {
-  int64_t before, total;
-};
-__device__ __forceinline__ Scan block_scan(int64_t x, int64_t* slots) {
-  const Place place;
-  int64_t sum = x;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int64_t other = __shfl_up_sync(kFullWarp, sum, offset);
-    if (place.lane >= offset) sum += other;
-  }
-  if (place.lane == 31) st_shared(slots + place.warp, sum);
-  __syncthreads();
-  Scan scan{sum - x, 0};
-  for (int warp = 0; warp < kWarps; ++warp) {
-    const int64_t there = ld_shared(slots + warp);
-    if (warp < place.warp) scan.before += there;
-    scan.total += there;
-  }
-  __syncthreads();
-  return scan;
-}
-
 /// Runs as long as the machine is still filled, as run_length (plan.h) says for sequences of one length: warp
 /// w tries w + 1 rounds of blocks. Cost = rounds x rows that a job moves on average, or the longest job.
-/// `slots` [2 * kWarps] shared. No result of an operator changes with it.
+/// `costs` [2 * kWarps] shared. No result of an operator changes with it.
 template <class T>
 __device__ __forceinline__ int64_t choose_run(const ScheduleLaunch<T>& launch, int64_t partitions,
-                                              int64_t* slots) {
+                                              int64_t* costs) {
   const RaggedParams<T>& args = launch.args;
   const Place place;
-  const int64_t slots_of_device = launch.plan.slots;
-  const int64_t wanted = ceil_div(partitions * args.heads, (place.warp + 1) * slots_of_device);
+  const int64_t concurrent = launch.plan.concurrent;
+  const int64_t wanted = ceil_div(partitions * args.heads, (place.warp + 1) * concurrent);
   const int64_t run = wanted > 0 ? wanted : 1;
   int64_t runs = 0, longest = 0;
   for (int64_t b = place.lane; b < args.batch; b += 32) {
-    const int64_t compressed = ld_global(launch.table.at(SequenceTable::kCompressed, b));
+    const int64_t compressed = ld_global(launch.table.compressed(b));
     const int64_t first = compressed < run ? compressed : run;
     longest = longest < first ? first : longest;
     runs += ceil_div(compressed, run);
@@ -124,17 +105,17 @@ __device__ __forceinline__ int64_t choose_run(const ScheduleLaunch<T>& launch, i
   if (place.lane == 0) {
     const int64_t jobs = runs * args.heads > 0 ? runs * args.heads : 1;
     const int64_t rows = partitions * args.heads * (args.lag_size + args.keep) + jobs * args.lag_size;
-    const int64_t all = ceil_div(jobs, slots_of_device) * ceil_div(rows, jobs);
+    const int64_t all = ceil_div(jobs, concurrent) * ceil_div(rows, jobs);
     const int64_t one = longest * (args.lag_size + args.keep) + args.lag_size;
-    st_shared(slots + place.warp, run);
-    st_shared(slots + kWarps + place.warp, all > one ? all : one);
+    st_shared(costs + kWarps + place.warp, run);
+    st_shared(costs + place.warp, all > one ? all : one);
   }
   __syncthreads();
   int best = 0;
   for (int other = 1; other < kWarps; ++other) {
-    if (ld_shared(slots + kWarps + other) < ld_shared(slots + kWarps + best)) best = other;
+    if (ld_shared(costs + other) < ld_shared(costs + best)) best = other;
   }
-  return ld_shared(slots + best);
+  return ld_shared(costs + kWarps + best);
 }
 
 /// By the thread that has sequence b: its entries of the table and its new numbers. Returns how many of its
@@ -145,7 +126,7 @@ __device__ __forceinline__ int64_t enter_sequence(const ScheduleLaunch<T>& launc
   const RaggedParams<T>& args = launch.args;
   const SequenceTable& table = launch.table;
   RaggedSequence sequence = args.sequence(b, LoadCoherent{});
-  if (args.key.is_paged() && ld_global_nc(table.at(SequenceTable::kUsable, b)) == 0) {
+  if (args.key.is_paged() && ld_global_nc(table.usable(b)) == 0) {
     sequence = {};
   }
   const int32_t start = ld_global(args.start + b);
@@ -162,16 +143,16 @@ __device__ __forceinline__ int64_t enter_sequence(const ScheduleLaunch<T>& launc
   }
   // keep = lag_size loses nothing: then nothing is scored.
   const int64_t compressed = args.keep < args.lag_size ? sequence.compressed : 0;
-  st_global(table.at(SequenceTable::kStart, b), static_cast<int32_t>(sequence.start));
-  st_global(table.at(SequenceTable::kLength, b), static_cast<int32_t>(sequence.length));
-  st_global(table.at(SequenceTable::kCompressed, b), static_cast<int32_t>(compressed));
+  st_global(table.start(b), static_cast<int32_t>(sequence.start));
+  st_global(table.length(b), static_cast<int32_t>(sequence.length));
+  st_global(table.compressed(b), static_cast<int32_t>(compressed));
   return compressed;
 }
 
 /// Traffic: a few numbers per sequence.
 template <class T>
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch<T> launch) {
-  LAGKV_SHARED(int64_t, slots, 2 * kWarps);
+  LAGKV_SHARED(int64_t, memory, 2 * kWarps);
   const RaggedParams<T>& args = launch.args;
   const SequenceTable& table = launch.table;
   const bool packed = args.is_packed();
@@ -185,8 +166,8 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
   broken = __syncthreads_or(broken);
   int64_t partitions = 0;
   for (int64_t b = thread; b < args.batch; b += kThreads) partitions += enter_sequence(launch, b, broken);
-  partitions = block_scan(partitions, slots).total;
-  const int64_t run = choose_run(launch, partitions, slots);
+  partitions = block_scan(partitions, memory).total;
+  const int64_t run = choose_run(launch, partitions, memory);
   if (thread == 0) st_global(table.run(), static_cast<int32_t>(run));
   __syncthreads();
 
@@ -194,10 +175,10 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
   for (int64_t base = 0; base < args.batch + 2; base += kThreads) {
     const int64_t b = base + thread;
     const bool exists = b < args.batch;
-    const int64_t length = exists ? ld_global(table.at(SequenceTable::kLength, b)) : 0;
-    const int64_t compressed = exists ? ld_global(table.at(SequenceTable::kCompressed, b)) : 0;
+    const int64_t length = exists ? ld_global(table.length(b)) : 0;
+    const int64_t compressed = exists ? ld_global(table.compressed(b)) : 0;
     const int64_t rows = packed ? length - compressed * (args.lag_size - args.keep) : 0;
-    const Scan all_rows = block_scan(rows, slots);
+    const Scan all_rows = block_scan(rows, memory);
     // Entries of the index that are not those of kept tokens.
     int64_t entries = 0;
     if (packed) {
@@ -206,23 +187,21 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
     } else if (exists) {
       entries = args.capacity - compressed * args.keep;
     }
-    const Scan all_runs = block_scan(ceil_div(compressed, run), slots);
-    const Scan all_moves = block_scan(compressed > 0 ? 1 : 0, slots);
-    const Scan all_tiles = block_scan(ceil_div(entries, launch.plan.tile), slots);
+    const Scan all_runs = block_scan(ceil_div(compressed, run), memory);
+    const Scan all_moves = block_scan(compressed > 0 ? 1 : 0, memory);
+    const Scan all_tiles = block_scan(ceil_div(entries, launch.plan.tile), memory);
     if (b < args.batch + 2) {
-      st_global(table.at(SequenceTable::kFirstRun, b), static_cast<int32_t>(runs_before + all_runs.before));
-      st_global(table.at(SequenceTable::kFirstTile, b),
-                static_cast<int32_t>(tiles_before + all_tiles.before));
-      st_global(table.at(SequenceTable::kFirstMove, b),
-                static_cast<int32_t>(moves_before + all_moves.before));
+      st_global(table.first_run(b), static_cast<int32_t>(runs_before + all_runs.before));
+      st_global(table.first_tile(b), static_cast<int32_t>(tiles_before + all_tiles.before));
+      st_global(table.first_move(b), static_cast<int32_t>(moves_before + all_moves.before));
     }
     if (packed && b <= args.batch) {
       st_global(args.new_offsets + b, static_cast<int32_t>(rows_before + all_rows.before));
     }
     if (b == args.batch) {
-      st_global(table.at(SequenceTable::kStart, b), 0);
-      st_global(table.at(SequenceTable::kLength, b), 0);
-      st_global(table.at(SequenceTable::kCompressed, b), 0);
+      st_global(table.start(b), 0);
+      st_global(table.length(b), 0);
+      st_global(table.compressed(b), 0);
     }
     runs_before += all_runs.total;
     tiles_before += all_tiles.total;
@@ -231,15 +210,14 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleLaunch
   }
 }
 
-/// The sequence to which item `item` of a column of firsts belongs: the last one that begins at or before it.
-/// Every one of the block's `threads` threads gets it, after a barrier.
+/// The sequence to which item `item` belongs: the last one whose first (a column of the table) is at or
+/// before it. Every one of the block's `threads` threads gets it, after a barrier.
 template <int threads>
-__device__ __forceinline__ int find_sequence(const SequenceTable& table, SequenceTable::Column firsts,
-                                             int64_t entries, int64_t item) {
+__device__ __forceinline__ int find_sequence(const int32_t* firsts, int64_t entries, int64_t item) {
   int found = 0;
   for (int64_t base = 1; base <= entries; base += threads) {
     const int64_t b = base + thread_of_block();
-    const int before = __syncthreads_count(b < entries && ld_global_nc(table.at(firsts, b)) <= item);
+    const int before = __syncthreads_count(b < entries && ld_global_nc(firsts + b) <= item);
     found += before;
     if (before < threads) break;
   }

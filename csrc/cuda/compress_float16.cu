@@ -1,3 +1,0 @@
-#include "compress_instances.h"
-
-LAGKV_COMPRESS_INSTANCES(__half)

@@ -1,0 +1,3 @@
+#include "instances.h"
+
+LAGKV_INSTANCES(float)

@@ -1,3 +1,0 @@
-#include "ragged_instances.h"
-
-LAGKV_RAGGED_INSTANCES(__half)
