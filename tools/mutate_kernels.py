@@ -1,9 +1,16 @@
 """Removes barriers, bounds checks and rules from the CUDA kernels, one at a time, and asks the tests to notice.
 
 ``python tools/mutate_kernels.py [--only WORD] [--part I/N] [--jobs N] [--list]``: every barrier of the kernels and
-every entry of `kernel_rules` is a mutant. Its kernels of one type (float32 mostly) are compiled into the executor, and
-the planner, traffic and property tests run on them until one fails, after a run with nothing removed, in which none
+every entry of kernel_rules.json is a mutant. Its kernels of one type (float32 mostly) are compiled into the executor,
+and the planner, traffic and property tests run on them until one fails, after a run with nothing removed, in which none
 may. Prints what caught each mutant; ends with status 1 where one survives.
+
+kernel_rules.json holds, by file (of csrc/cuda), rows of [what is then missing, text, its replacement, dtypes]: the text
+is replaced wherever it occurs in the file; without dtypes, float32 is compiled. It names every check of a bound, every
+rule for ties, NaN, zeros and special sizes, everything that stands in for a barrier, and whatever keeps an access
+aligned or inside shared memory. Not there, as nothing but speed or memory depends on it: conditions that another one
+implies, early ends of loops, the choice between methods of one result. Nor what only a card can show: long sums in two
+levels (their error at 65,536 tokens) and the assembly in simt.cuh.
 """
 
 from __future__ import annotations
@@ -18,16 +25,28 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from kernel_rules import RULES, Rule
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
+RULES = Path(__file__).with_name("kernel_rules.json")
 WORK = ROOT / "build" / "mutants"
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|= __syncthreads_or\((\w+)\);")
 CAUGHT = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 TIMEOUT_S = 900
-CONTROL = Rule("rows.cuh", "#pragma once", "#pragma once", "nothing")
+
+
+class Rule(NamedTuple):
+    """``find`` in ``file`` (of csrc/cuda) becomes ``replace``, wherever it occurs; ``what`` is then missing."""
+
+    file: str
+    what: str
+    find: str
+    replace: str
+    dtype: str = "float32"  #: of the kernels that are compiled with it
+
+
+CONTROL = Rule("layout.cuh", "nothing", "#pragma once", "#pragma once")
 # Runs in a process of its own: the executor's module of the mutant, one type alone.
 RUNNER = """
 import dataclasses, sys
@@ -79,15 +98,15 @@ FIRST = {
     "lagkv": {
         "block.cuh": ("tests/cuda/test_plan.py", "depend and many-scores and long"),
         "select.cuh": ("tests/cuda/test_plan.py", "depend and many-scores and long"),
-        "wide_rows.cuh": ("tests/cuda/test_plan.py", "(depend and wide and long) or long_"),
         "topk.cuh": ("tests/ops/test_properties.py", "topk_index"),
         "numeric.cuh": ("tests/ops/test_properties.py", "topk_index"),
-        "gather.cuh": ("tests/ops/test_properties.py", "compact or in_place"),
-        "launches.h": ("tests/cuda/test_alignment.py", ""),
+        "compact.cuh": ("tests/ops/test_properties.py", "compact"),
+        "move.cuh": ("tests/ops/test_properties.py", "in_place"),
+        "launch.h": ("tests/cuda/test_alignment.py", ""),
         "plan.h": ("tests/cuda/test_plan.py", "covers or limit or moves"),
     },
     "ragged": {
-        "ragged_schedule.cuh": ("tests/cuda/test_ragged_plan.py", "any or pages or more"),
+        "schedule.cuh": ("tests/cuda/test_ragged_plan.py", "any or pages or more"),
         "../ragged.h": ("tests/cuda/test_ragged_plan.py", "any or pages"),
     },
 }
@@ -101,6 +120,17 @@ BY_BACKEND = (
 BY_BACKEND += ("test_ragged_errors",)
 
 
+def rules() -> list[Rule]:
+    """One mutant per entry of kernel_rules.json and type."""
+    tables = json.loads(RULES.read_text(encoding="utf-8"))
+    return [
+        Rule(file, what, find, replace, dtype)
+        for file, rows in tables.items()
+        for what, find, replace, *dtypes in rows
+        for dtype in (dtypes[0] if dtypes else ["float32"])
+    ]
+
+
 def barriers() -> list[Rule]:
     """One mutant per barrier: the text up to and with it is what is found, so that it is that one."""
     found = []
@@ -112,7 +142,7 @@ def barriers() -> list[Rule]:
             line = text.count("\n", 0, match.start()) + 1
             without = f"= {match[1]};" if match[1] else ";"
             before = text[: match.start()]
-            found.append(Rule(path.name, text[: match.end()], before + without, f"barrier in line {line}"))
+            found.append(Rule(path.name, f"barrier in line {line}", text[: match.end()], before + without))
     return found
 
 
@@ -241,7 +271,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     options = parser.parse_args()
-    mutants = [m for m in [*barriers(), *RULES] if not options.only or options.only in f"{m.file}: {m.what}"]
+    mutants = [
+        m for m in [*barriers(), *rules()] if not options.only or options.only in f"{m.file}: {m.what}"
+    ]
     part, parts = map(int, options.part.split("/"))
     mutants = mutants[part - 1 :: parts]
     if options.list:
