@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,18 +59,18 @@ def number(name: str, value: Any) -> float:
 
 def finite(name: str, value: Any) -> float:
     """``value`` as a float that is neither NaN nor infinite."""
-    value = number(name, value)
-    if not math.isfinite(value):
+    found = number(name, value)
+    if not math.isfinite(found):
         raise ValueError(f"{name} must be finite, got {value}")
-    return value
+    return found
 
 
 def ratio(name: str, value: Any) -> float:
     """``value`` as a float in ``(0, 1]``."""
-    value = number(name, value)
-    if not 0.0 < value <= 1.0:
+    found = number(name, value)
+    if not 0.0 < found <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
-    return value
+    return found
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -90,6 +91,51 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     """``value``, which must be one of the strings ``allowed``."""
     if text(name, value) not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def tensor(name: str, value: Any) -> torch.Tensor:
+    """``value``, which must be a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {described(value)}")
+    return value
+
+
+def path(name: str, value: Any) -> str:
+    """``value``, a string or an `os.PathLike`, as a string."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(found := os.fspath(value), str):
+        raise TypeError(f"{name} must be a path (a string or an os.PathLike), got {described(value)}")
+    return found
+
+
+def device(name: str, value: Any) -> torch.device:
+    """``value``, a `torch.device` or the name of one."""
+    try:
+        if not isinstance(value, (str, torch.device)):
+            raise TypeError
+        return torch.device(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name} must be a torch.device or the name of one, got {described(value)}") from None
+
+
+def storage_type(name: str, value: Any) -> torch.dtype | None:
+    """``value``, a dtype that rows may have, or None."""
+    if value is not None and value not in FLOATING:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, FLOATING))}, got {described(value)}")
+    return value
+
+
+def indices(name: str, value: Any) -> torch.Tensor:
+    """``value``, which must be a tensor ``[count]`` of integers."""
+    if (
+        tensor(name, value).dim() != 1
+        or value.is_floating_point()
+        or value.is_complex()
+        or value.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"{name} must be integers [count], got shape {list(value.shape)}, dtype {value.dtype}"
+        )
     return value
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lagkv_ext import arguments
 from lagkv_ext.user_files import parse_object, read_text
 
 # The keyword arguments of `LagKVCache`.
@@ -39,8 +40,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     numbers as text, since JSON has no other keys. The cache checks the values. A member ``about`` is a note for people
     and is left out.
 
-    Raises ValueError: the file cannot be read, is not a JSON object, or has an unknown name.
+    Raises TypeError: no path. ValueError: the file cannot be read, is not a JSON object, or has an unknown name.
     """
+    path = arguments.path("path", path)
     source = f"the settings file {path}"
     try:
         text = read_text(path, source)

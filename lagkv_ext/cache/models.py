@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lagkv_ext import arguments
+
 _ROW_NUMBERS = (
     "derives an attention bias from row numbers of the cache ({}), which no longer are positions once tokens were "
     "dropped"
@@ -111,8 +113,9 @@ def admit(model_type: str) -> None:
     families of the installed transformers. Reasons for a refusal that show in a configuration still count.
 
     Raises:
-        ValueError: a family that is known to go wrong.
+        TypeError, ValueError: no name; a family that is known to go wrong.
     """
+    arguments.text("model_type", model_type)
     if model_type in REFUSED:
         raise ValueError(f"model_type {model_type!r} cannot be admitted: it {REFUSED[model_type]}")
     _admitted.add(model_type)

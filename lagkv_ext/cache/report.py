@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
+from lagkv_ext import arguments
 from lagkv_ext.cache.compression.timer import CompressionTimer
 from lagkv_ext.cache.settings import LayerSettings
 
@@ -150,11 +151,17 @@ class ReportsLayers:
 
     def kept_positions(self, layer: int) -> Tensor:
         """int32 ``[B, H, rows]``: position of every row that a full-attention layer holds, ascending per head."""
-        layers = self._lagkv_layers()
-        index = layer + len(self.layers) if layer < 0 else layer
+        layers, index = self._lagkv_layers(), self._layer_index(layer)
         if index not in layers:
             raise ValueError(f"layer must be one of the full-attention layers {list(layers)}, got {layer}")
         return layers[index].kept_positions()
+
+    def _layer_index(self, layer: int) -> int:
+        """``layer``, counted from the last where it is negative."""
+        layer, count = arguments.integer("layer", layer), len(self.layers)
+        if not -count <= layer < count:
+            raise ValueError(f"layer must be between {-count} and {count - 1}, got {layer}")
+        return layer % count
 
     def kept_hash(self) -> str:
         """Hexadecimal hash of the kept positions of all full-attention layers: equal if and only if they are."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,30 +56,29 @@ def layer_settings(
     boundary: int | None = None,
 ) -> LayerSettings:
     """The settings of every layer that has none of its own. ValueError or TypeError names what was wrong."""
-    lag_size = _integer("lag_size", lag_size, minimum=1)
-    sink_size = _integer("sink_size", sink_size, minimum=0)
+    lag_size = arguments.integer("lag_size", lag_size, minimum=1)
+    sink_size = arguments.integer("sink_size", sink_size, minimum=0)
     if keep is not None:
         if keep_ratio is not None:
             raise ValueError(
                 f"give keep or keep_ratio, not both; got keep={keep} and keep_ratio={keep_ratio}"
             )
-        keep = _integer("keep", keep, minimum=1)
+        keep = arguments.integer("keep", keep, minimum=1)
         if keep > lag_size:
             raise ValueError(f"keep must be at most lag_size ({lag_size}), got {keep}")
     else:
         keep = keep_count(
             "keep_ratio", ops.DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio, lag_size
         )
-    if not math.isfinite(_number("value_weight", value_weight)):
-        raise ValueError(f"value_weight must be finite, got {value_weight}")
-    _one_of("score", score, arguments.SCORES)
+    value_weight = arguments.finite("value_weight", value_weight)
+    arguments.one_of("score", score, arguments.SCORES)
     if max_tokens is not None:
-        max_tokens = _integer("max_tokens", max_tokens)
+        max_tokens = arguments.integer("max_tokens", max_tokens)
         _check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
     if quantization is not None:
-        _one_of("quantization", quantization, FORMATS)
+        arguments.one_of("quantization", quantization, FORMATS)
     if boundary is not None:
-        boundary = _integer("boundary", boundary, minimum=1)
+        boundary = arguments.integer("boundary", boundary, minimum=1)
         if boundary % lag_size:
             raise ValueError(f"boundary must be a multiple of lag_size ({lag_size}), got {boundary}")
         if max_tokens is not None:
@@ -89,15 +86,11 @@ def layer_settings(
                 f"give boundary or max_tokens, not both (a layer that starts again from the sink depends on every step "
                 f"so far), got boundary={boundary} and max_tokens={max_tokens}"
             )
-    return LayerSettings(
-        lag_size, keep, sink_size, float(value_weight), score, max_tokens, quantization, boundary
-    )
+    return LayerSettings(lag_size, keep, sink_size, value_weight, score, max_tokens, quantization, boundary)
 
 
 def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:
-    if not 0.0 < _number(name, keep_ratio) <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}")
-    return ops.keep_count(keep_ratio, lag_size)
+    return formulas.keep_count(arguments.ratio(name, keep_ratio), lag_size)
 
 
 def settings_per_layer(
@@ -110,6 +103,13 @@ def settings_per_layer(
     """Settings of every full-attention layer; a negative index counts from the model's last layer."""
     settings = dict.fromkeys(full_layers, base)
     named: dict[int, str] = {}
+    if isinstance(skip_layers, (str, bytes)) or not isinstance(skip_layers, Iterable):
+        raise TypeError(f"skip_layers must be layer indices, got {arguments.described(skip_layers)}")
+    if layer_keep_ratio is not None and not isinstance(layer_keep_ratio, Mapping):
+        raise TypeError(
+            f"layer_keep_ratio must be a mapping of layer indices to ratios, "
+            f"got {arguments.described(layer_keep_ratio)}"
+        )
     for index in skip_layers:
         layer = _layer_index("skip_layers", index, layer_count, named)
         # A layer of another kind is never compressed: to skip it asks for what is so already.
@@ -130,7 +130,10 @@ def settings_per_layer(
 def with_capacity(settings: LayerSettings, capacity: int, step_tokens: int) -> LayerSettings:
     """The settings of a layer that has memory for ``capacity`` rows, of which steps of up to ``step_tokens`` tokens
     never need more."""
-    capacity, step_tokens = _integer("capacity", capacity), _integer("step_tokens", step_tokens, minimum=1)
+    capacity, step_tokens = (
+        arguments.integer("capacity", capacity),
+        arguments.integer("step_tokens", step_tokens, minimum=1),
+    )
     least = settings.sink_size + 2 * settings.lag_size + step_tokens - 1
     if capacity < least:
         raise ValueError(
@@ -150,7 +153,7 @@ def with_capacity(settings: LayerSettings, capacity: int, step_tokens: int) -> L
 
 
 def _layer_index(name: str, index: Any, layer_count: int, named: dict[int, str]) -> int:
-    index = _integer(f"a layer index in {name}", index)
+    index = arguments.integer(f"a layer index in {name}", index)
     if not -layer_count <= index < layer_count:
         raise ValueError(
             f"{name} must hold layer indices between {-layer_count} and {layer_count - 1}, got {index}"
@@ -160,32 +163,6 @@ def _layer_index(name: str, index: Any, layer_count: int, named: dict[int, str])
         raise ValueError(f"layer {layer} is named twice: by {named[layer]} and by {name} (as {index})")
     named[layer] = name
     return layer
-
-
-def _integer(name: str, value: Any, minimum: int | None = None) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value}")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
 def _check_budget(name: str, max_tokens: int, lag_size: int, keep: int, sink_size: int) -> None:

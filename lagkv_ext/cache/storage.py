@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from lagkv_ext import arguments
 from lagkv_ext.cache.layer_state import LayerState, WrongState, restore, state_of
 from lagkv_ext.settings_file import without_order
 
@@ -52,6 +53,7 @@ class StoredInFiles:
         """
         from safetensors.torch import save_file
 
+        path = arguments.path("path", path)
         self._check_can_be_stored()
         states = {}
         for i, layer in enumerate(self.layers):
@@ -98,7 +100,8 @@ class StoredInFiles:
             FileNotFoundError, ValueError: no such file; not a file of `save`, or a damaged one; of another format
                 version, model, or settings. The message says which, with both values.
         """
-        about, tensors = _read(path, torch.device(device))
+        path = arguments.path("path", path)
+        about, tensors = _read(path, arguments.device("device", device))
         model = describe_model(config)
         if about["model"] != model:
             theirs = about["model"]

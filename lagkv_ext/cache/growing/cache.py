@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from lagkv_ext import arguments
 from lagkv_ext.cache.growing.hybrid import LagKVHybridLayer
 from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.growing.recording import PastRecording
@@ -104,6 +105,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         offload_only_non_sliding: bool = False,
     ):
         check_config(config, self._part_of_encoder_decoder)
+        arguments.boolean("offloading", offloading)
+        arguments.boolean("offload_only_non_sliding", offload_only_non_sliding)
         base = layer_settings(
             lag_size=lag_size,
             keep_ratio=keep_ratio,
@@ -174,13 +177,13 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         install()
         return AskedLength.of(columns, self, layer_idx, query_length), offset
 
-    def make_mask(self, layer: int, new: int, function: MaskFunction, arguments: dict[str, Any]) -> Any:
+    def make_mask(self, layer: int, new: int, function: MaskFunction, given: dict[str, Any]) -> Any:
         """The mask of a step, from transformers' mask function (``masks/hook.py``).
 
         Raises:
             ValueError: the model's attention mask does not fit the tokens seen, or hides what cannot be hidden here.
         """
-        return self._masks.make(layer, new, function, arguments)
+        return self._masks.make(layer, new, function, given)
 
     def set_attention_mask(self, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> None:
         """Tell the cache of a mask that it cannot see: a 4-D one, or one of attention code that makes its own masks.
@@ -199,6 +202,9 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
                 for one; other values than before for tokens seen; a 4-D mask with other columns. Nothing is changed
                 then.
         """
+        for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if x is not None:
+                arguments.tensor(name, x)
         self._masks.tell(attention_mask, position_ids)
 
     def visible_columns(self, layer: int, new: int) -> Tensor:
@@ -207,14 +213,14 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
 
         The layers of a padded batch hold a rectangle: shorter sequences have hidden columns on the left.
         """
-        return self._masks.visible(layer, new)
+        return self._masks.visible(self._layer_index(layer), arguments.integer("new", new, minimum=1))
 
     @staticmethod
     def check_attention_mask(attention_mask: Tensor | None) -> None:
         """ValueError unless ``attention_mask [B, N]`` is one of a prompt that this cache can hold: zeros and ones,
         every sequence with a token, and no padding among its tokens."""
         if attention_mask is not None:
-            check_prompt_mask(attention_mask)
+            check_prompt_mask(arguments.tensor("attention_mask", attention_mask))
 
     # -- steps
 
@@ -255,6 +261,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         Raises:
             ValueError: where it would cut into what a compression left; no layer is changed then.
         """
+        arguments.integer("tokens_to_remove", tokens_to_remove)
         for layer in self._lagkv_layers().values():
             layer.check_crop(tokens_to_remove)
         seen = self.get_seq_length()
@@ -272,21 +279,25 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         self._masks.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        arguments.indices("beam_idx", beam_idx)
         super().reorder_cache(beam_idx)
         self._masks.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
+        super().batch_repeat_interleave(arguments.integer("repeats", repeats, minimum=1))
         self._masks.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        super().batch_select_indices(arguments.indices("indices", indices))
         self._masks.select(indices)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LagKVCache:
         """Move the full-attention layers, or convert their rows; the other layers follow their own states."""
+        if device is not None:
+            device = arguments.device("device", device)
+        arguments.storage_type("dtype", dtype)
         for layer in self._lagkv_layers().values():
-            layer.to(None if device is None else torch.device(device), dtype)
+            layer.to(device, dtype)
         return self
 
     def kept_positions(self, layer: int, sequence: int | None = None) -> Tensor:
@@ -298,6 +309,7 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         positions = super().kept_positions(layer)
         if sequence is None:
             return positions
+        sequence = arguments.integer("sequence", sequence)
         if not -positions.shape[0] <= sequence < positions.shape[0]:
             raise ValueError(
                 f"sequence must be an index into the batch of {positions.shape[0]}, got {sequence}"

@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.configuration_utils import get_head_shapes
 
+from lagkv_ext import arguments
 from lagkv_ext.cache.growing.buffer import plain_tensors
 from lagkv_ext.cache.masks.hook import AskedLength, MaskFunction, asked_while_tracing, install
 from lagkv_ext.cache.models import check_config, static_refusal
 from lagkv_ext.cache.report import ReportsLayers
-from lagkv_ext.cache.settings import _integer, layer_settings, with_capacity
+from lagkv_ext.cache.settings import layer_settings, with_capacity
 from lagkv_ext.cache.static.layer import LagKVStaticLayer
 from lagkv_ext.cache.static.masks import StaticMasks
 from lagkv_ext.cache.static.slots import SlotLayer
@@ -85,6 +86,9 @@ class LagKVStaticCache(ReportsLayers, Cache):
         value_weight: float = 1.0,
     ):
         check_config(config)
+        arguments.storage_type("dtype", dtype)
+        if device is not None:
+            device = arguments.device("device", device)
         settings = layer_settings(
             lag_size=lag_size,
             keep_ratio=keep_ratio,
@@ -112,7 +116,7 @@ class LagKVStaticCache(ReportsLayers, Cache):
         self._last = [layer for layer in self.layers if isinstance(layer, SlotLayer)][-1]
         install()
         if max_batch_size is not None:
-            self._allocate(_integer("max_batch_size", max_batch_size, minimum=1), dtype, device)
+            self._allocate(arguments.integer("max_batch_size", max_batch_size, minimum=1), dtype, device)
         elif dtype is not None or device is not None:
             raise ValueError(
                 "dtype and device are those of memory allocated at once, which needs max_batch_size (without it they "
@@ -149,17 +153,18 @@ class LagKVStaticCache(ReportsLayers, Cache):
     def visible_columns(self, layer: int, new: int = 1) -> Tensor:
         """bool ``[B, capacity]``, on the device: the rows of a full-attention layer that attention of a step of ``new``
         tokens may see, the last ``new`` of each sequence causally. Ask before the step; compiled regions may."""
-        held = self.layers[layer]
+        held = self.layers[self._layer_index(layer)]
+        arguments.integer("new", new, minimum=1)
         if not isinstance(held, LagKVStaticLayer) or not held.is_initialized:
             raise ValueError(
                 f"layer must be one of the full-attention layers {list(self._lagkv_layers())}, with memory, got {layer}"
             )
         return held.visible(new)
 
-    def make_mask(self, layer: int, new: int, function: MaskFunction, arguments: dict[str, Any]) -> Any:
+    def make_mask(self, layer: int, new: int, function: MaskFunction, given: dict[str, Any]) -> Any:
         """The mask of a step, from transformers' mask function (``masks/hook.py``); ValueError for one that does not
         fit."""
-        return self._masks.make(self._attention_layer(layer), new, function, arguments)
+        return self._masks.make(self._attention_layer(layer), new, function, given)
 
     def check_traced_mask(self, attention_mask: Tensor | None) -> None:
         """RuntimeError for a mask whose padding would go unseen in a compiled region."""
@@ -176,7 +181,9 @@ class LagKVStaticCache(ReportsLayers, Cache):
         Raises:
             ValueError: a mask that does not fit, as in a step of a model.
         """
-        self._masks.tell(attention_mask)
+        self._masks.tell(
+            None if attention_mask is None else arguments.tensor("attention_mask", attention_mask)
+        )
 
     # -- steps
 
@@ -205,12 +212,13 @@ class LagKVStaticCache(ReportsLayers, Cache):
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        arguments.indices("beam_idx", beam_idx)
         super().reorder_cache(beam_idx)
         self._masks.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Does nothing for ``crop(0)``; refuses to remove tokens."""
-        if tokens_to_remove:
+        if arguments.integer("tokens_to_remove", tokens_to_remove):
             raise ValueError(
                 f"LagKVStaticCache cannot remove tokens, got crop({tokens_to_remove}): what they set off in its memory "
                 "is not undone. Assisted decoding needs LagKVCache"

@@ -29,6 +29,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lagkv_ext import arguments
 from lagkv_ext.serving.rollout.policy import MAIN, Policy, RolloutError, integer, read, read_object, text_of
 
 DOUBT = 2**62  # above every version
@@ -74,7 +75,7 @@ class Store:
     """
 
     def __init__(self, name: str | Path, *, patience_s: float = 30.0):
-        self.name, self._patience_s = Path(name), patience_s
+        self.name, self._patience_s = Path(arguments.path("name", name)), patience_s
         self.path = target_of(self.name)
         self.history = self._beside(".history")
         self.checks = self._beside(".checks")
