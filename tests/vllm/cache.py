@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lagkv_ext import LagKVCache
+from lagkv_ext.cache.keyword import cache_argument
 
 
 @functools.lru_cache(maxsize=2)
@@ -21,30 +21,14 @@ def _model(path: Path) -> PreTrainedModel:
 def cache_tokens(path: Path, prompt: list[int], new: int, *, boundary: int, **settings: Any) -> list[int]:
     """Greedy tokens of transformers with the cache; the prompt is read in pieces of ``boundary`` tokens."""
     model = _model(path)
-    cache = LagKVCache(model.config, **settings)
-    for layer in cache.layers:
-        if hasattr(layer, "_track"):
-            _only_at(layer, boundary)
+    cache = cache_argument(LagKVCache(model.config, boundary=boundary, **settings), model)
     tokens = torch.tensor([prompt])
     generated: list[int] = []
     with torch.inference_mode():
         for begin in range(0, len(prompt), boundary):
-            logits = model(tokens[:, begin : begin + boundary], past_key_values=cache).logits
+            logits = model(tokens[:, begin : begin + boundary], **cache).logits
         while True:
             generated.append(int(logits[0, -1].argmax()))
             if len(generated) == new:
                 return generated
-            logits = model(torch.tensor([generated[-1:]]), past_key_values=cache).logits
-
-
-def _only_at(layer: Any, boundary: int) -> None:
-    track = layer._track
-    plan = track.plan
-
-    def at_boundary(new: int = 0, *args: Any, **kwargs: Any) -> Any:
-        planned = plan(new, *args, **kwargs)
-        if (track.seen + new) % boundary:
-            return dataclasses.replace(planned, passes=(), rows=track.rows + new, start=track.start)
-        return planned
-
-    track.plan = at_boundary
+            logits = model(torch.tensor([generated[-1:]]), **cache).logits
