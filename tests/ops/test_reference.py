@@ -83,7 +83,7 @@ def test_scores_are_the_loops(case):
 def nearly_parallel(rows: list[list[float]], following: list[list[float]]) -> bool:
     x, y = (torch.tensor(t, dtype=torch.float64) for t in (rows, following))
     unit = torch.nn.functional.normalize(y, dim=-1, eps=0).nan_to_num().mean(0)
-    if 0 < unit.norm() < 1e-6:
+    if unit.norm() < 1e-6 and y.any():  # directions that cancel, here to 0 and in another order nearly
         return True
     s = torch.nn.functional.normalize(x, dim=-1, eps=0).nan_to_num() @ (unit / unit.norm()).nan_to_num()
     return len(rows) > 1 and 0 < s.std() < 1e-6
