@@ -1,4 +1,4 @@
-"""Families of models: full attention is compressed, other layers keep their cache, some models are refused."""
+"""Hybrid models: full-attention layers are compressed, others keep what transformers gives them."""
 
 import torch
 import transformers
@@ -17,11 +17,3 @@ for name, kinds in (
     cache = LagKVCache(model.config, lag_size=16, keep_ratio=0.25, sink_size=4)
     model.generate(torch.randint(3, 64, (1, 300)), cache=cache, max_new_tokens=20)
     print(name, cache.report(), sep="\n")
-
-# Where dropped rows would change more than attention over fewer tokens, the cache is not made, and the error says why.
-# A family that this release does not know is refused until `lagkv_ext.cache.models.admit` is told to serve it.
-for config in (transformers.BloomConfig(), transformers.DiffLlamaConfig(), transformers.DeepseekV3Config()):
-    try:
-        LagKVCache(config)
-    except ValueError as error:
-        print(f"\n{error}")
