@@ -1,4 +1,4 @@
-"""What is measured: the operators, and what they are measured against, all on the same buffers."""
+"""The operators to measure and their baselines, all on the same buffers."""
 
 from __future__ import annotations
 

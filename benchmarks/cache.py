@@ -251,7 +251,7 @@ def prefill(tokens: int, dtype: str, ratios: Sequence[float | None], layers: int
 
 @torch.no_grad()
 def prefill_process(tokens: int, dtype: str, ratio: float | None, layers: int, chunk: int) -> dict:
-    """What the process of one cache does and tells; Linux resets its high-water mark of memory on request."""
+    """Measures one cache in this process; Linux resets its high-water mark of memory on request."""
     model = llama(cases.DTYPES[dtype], layers)
     ids = torch.randint(1, 1024, (1, tokens), generator=torch.Generator().manual_seed(4))
     model(input_ids=ids[:, :chunk], **cache_argument(make_cache(model.config, ratio)), logits_to_keep=1)

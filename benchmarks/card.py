@@ -50,7 +50,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything; ``tiny`` is for a rehearsal, whose numbers mean nothing."""
+    """Sizes of all cases; ``tiny`` is for a rehearsal, whose numbers mean nothing."""
 
     device: str
     tiny: bool = False
@@ -106,7 +106,7 @@ def parts(size: Size) -> list[Part]:
 
 
 def ceiling(size: Size) -> dict[str, Any]:
-    """What copying memory that no cache holds moves, bytes read and written together."""
+    """Measures a copy of memory that no cache holds, counting bytes read and written."""
     count = (8 << 20) if size.tiny else (4 << 30)
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=size.device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""How often a certificate is wrong: Learn-then-Test as `lagkv evaluate` does it, and kvcalib where it is installed.
+"""Counts wrong certificates: Learn-then-Test as `lagkv evaluate` does it, and kvcalib where it is installed.
 
     pip install kvcalib==0.4.0
     python -m benchmarks.certification

@@ -139,7 +139,7 @@ def decode_case(dtype: torch.dtype, partitions: int, layers: int, rounds: int) -
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Whether the target is met; a fit that is no line, as on a busy machine, judges nothing: then the bound does."""
+    """Tells whether the target is met. The bound decides where the fit is no line, as on a busy machine."""
     line = result["fit_of_medians"]
     smallest = min(x["median"] for x in result["us_per_call"].values())
     if line["fixed"] < 0 or line["residual"] > 0.25 * smallest:

@@ -1,4 +1,4 @@
-"""How many quality checks it takes until a guard trips, recovers or lets a ladder move: ``python -m benchmarks.guard``.
+"""Counts quality checks until a guard trips, recovers or lets a ladder move: ``python -m benchmarks.guard``.
 
 Simulated requests with 50 answer tokens, with the very evidence that `lagkv_ext.serving.rollout` computes. Prints the
 tables of docs/operations.md.

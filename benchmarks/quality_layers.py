@@ -1,4 +1,4 @@
-"""Which layers lose a task's answers: one group of layers compressed at a time, and all but one.
+"""Finds the layers that lose a task's answers: one group of layers compressed at a time, and all but one.
 
 ``python -m benchmarks.quality_layers --model smollm2 --task codes --size 1500 --out FILE.json`` prints a table
 and writes the numbers. "alone": only this group is compressed. "spared": every group but this one is. "held": share of

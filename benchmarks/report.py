@@ -25,7 +25,7 @@ RATIOS = (
     ("eager", "compress_"),
     ("kvpress", "compress"),
 )
-# What the guard holds against an older file: ratios, so that a slower or busier machine alone does not trip it.
+# Held by the guard against an older file: ratios, so that a slower or busier machine alone does not trip it.
 GUARDED = (("compress_", "copy"), ("compress", "clone"))
 
 
@@ -63,7 +63,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def case_lines(case: dict[str, Any]) -> list[str]:
-    """What is printed of one measured case."""
+    """Formats one measured case."""
     rows = [("", "ms", "quartiles", "best", "GB/s", "of copy", "turns")]
     for name, x in case["contenders"].items():
         ms = {key: 1e3 * x["seconds"][key] for key in ("median", "q1", "q3")}

@@ -292,7 +292,7 @@ def make_cases(options: argparse.Namespace) -> list[cases.Case]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a reader has to know of the machine to read the numbers."""
+    """Describes the machine, for a reader of the numbers."""
     facts = lagkv_ext.info()
     return {
         "processor": processor(),

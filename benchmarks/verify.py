@@ -54,7 +54,7 @@ def verify(contender: Contender, buffers: Buffers) -> Check:
 def compressed_difference(
     key: Tensor, value: Tensor, index: Tensor, p: Problem, old_key: Tensor, old_value: Tensor
 ) -> str:
-    """What is wrong with a result of ``compress``, in words; empty where nothing is."""
+    """Describes what is wrong with a result of ``compress``; empty where nothing is."""
     if wrong := index_difference(index, p):
         return wrong
     rows = index.long()

@@ -16,7 +16,7 @@ namespace lagkv {
 
 constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // of a sequence: positions are int32
 
-/// What an operator calls its keys and values and their dimensions.
+/// Names that an operator gives its keys and values and their dimensions.
 struct RowsLayout {
   const char *key, *value;
   int64_t rank;
@@ -132,7 +132,7 @@ struct Argument {
   bool written;
 };
 
-/// What is written holds every element at one index, and shares no byte with another argument.
+/// Refuses a written argument that holds an element at two indices or shares a byte with another one.
 template <size_t kCount>
 void check_overlap(const char* op, const Argument (&arguments)[kCount]) {
   std::optional<Footprint> footprints[kCount];

@@ -165,7 +165,8 @@ class BoundedSum {
     const int64_t least = divided_up(std::max<int64_t>(0, target - slack - most_y), a.step);
     const int64_t most = std::min(a.most, target / a.step);
     if (least > most) return false;
-    // What x leaves falls as x grows. y = 0 serves the last x, y = b.most the first one, or no x at all.
+    // The rest that x leaves falls as x grows. y = 0 serves the last x, y = b.most the first one, or no x at
+    // all.
     if (target - a.step * most <= slack || target - a.step * least >= most_y) return true;
     // In between y is free: x must leave 0 .. slack modulo b.step.
     const int64_t left = (target - a.step * least) % b.step;

@@ -1,4 +1,4 @@
-// What the kernels of every backend are told: sizes, strides and pointers with their shapes. No torch, no
+// Parameters of the kernels of every backend: sizes, strides and pointers with their shapes. No torch, no
 // CUDA runtime.
 #pragma once
 
@@ -62,7 +62,7 @@ struct ScoreParams {
 
 constexpr int kScoreDims = 4;
 
-/// Where rows of scores start: leading dimensions, outermost first, in elements.
+/// Starts of rows of scores: leading dimensions, outermost first, in elements.
 struct ScoreRows {
   int64_t size[kScoreDims], stride[kScoreDims];
 

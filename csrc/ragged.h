@@ -1,4 +1,4 @@
-// What the kernels of the ragged operators are told: sequences that each have their own start and length, in
+// Parameters of the kernels of the ragged operators: sequences that each have their own start and length, in
 // slots, packed rows or pages (rows.h). No torch, no CUDA runtime.
 #pragma once
 
@@ -61,7 +61,7 @@ struct RaggedParams {
     return ragged_sequence(load(start + b), tokens, capacity, lag_size, keep);
   }
 
-  /// Where the index of a sequence's head begins.
+  /// Returns where the index of a sequence's head begins.
   LAGKV_ANY_LOAD template <class Load = PlainLoad>
   LAGKV_HOST_DEVICE int32_t* index_of(int64_t b, int64_t head, const Load& load = {}) const {
     return is_packed() ? index + head * capacity + load(new_offsets + b)

@@ -16,7 +16,7 @@ int32_t* written_numbers(const Tensor& x) {
   return static_cast<int32_t*>(x.data_ptr());
 }
 
-/// What the three operators have in common; their rows, numbers and index follow below.
+/// Parameters that the three operators share; their rows, numbers and index follow below.
 template <class T>
 RaggedParams<T> ragged_params(int64_t batch, int64_t heads, int64_t capacity, int64_t lag_size, int64_t keep,
                               double value_weight, Score score) {

@@ -17,7 +17,7 @@
 
 namespace lagkv {
 
-/// How a number of `offsets` or `block_table` is read; device code brings its own.
+/// Reads a number of `offsets` or `block_table`; device code brings its own.
 struct PlainLoad {
   LAGKV_HOST_DEVICE int32_t operator()(const int32_t* number) const { return *number; }
 };
@@ -82,8 +82,8 @@ struct Rows {
     return this->head(sequence, head, load).row(position, load);
   }
 
-  /// How many of `count` rows of one head from `position` on lie `row_stride` apart: to the end of their
-  /// page, or further where the next page follows in the pool.
+  /// Counts rows, up to `count`, of one head that lie `row_stride` apart from `position` on: to the end of
+  /// their page, or further where the next page follows in the pool.
   int64_t together(int64_t position, int64_t count) const {
     if (!is_paged()) return count;
     int64_t rows = block_size - position % block_size;

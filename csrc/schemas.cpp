@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(lagkv, m) {
       "compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, "
       "Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\") -> "
       "Tensor index");
-  // What validate=True of the ragged functions asks of numbers that it has copied to the host.
+  // Checks of validate=True of the ragged functions on numbers that were copied to the host.
   m.def("_check_slots(Tensor start, Tensor length, int capacity) -> ()");
   m.def("_check_packed(Tensor cu_seqlens, Tensor start, int rows) -> ()");
   m.def(

@@ -58,7 +58,7 @@ def load() -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py recorded: compilers, torch, architectures, and the reason where CUDA was not built."""
+    """Reads what setup.py recorded: compilers, torch, architectures, and the reason where CUDA was not built."""
     return json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
 
 

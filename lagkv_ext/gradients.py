@@ -102,7 +102,7 @@ def _no_derivative(name: str) -> str:
 
 
 def _register_without_derivative(name: str, tensors: int) -> None:
-    """Of the operator ``name``, the first ``tensors`` arguments are what one could differentiate by."""
+    """Registers ``name``, whose first ``tensors`` arguments can be differentiated by."""
     operator = getattr(torch.ops.lagkv, name).default
 
     def kernel(keyset: Any, *arguments: Any, **method: Any) -> Any:

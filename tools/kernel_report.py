@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, spills, occupancy, width of loads.
+"""Reports on the compiled CUDA kernels: registers, shared memory, spills, occupancy, width of loads.
 
 ``python tools/kernel_report.py [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture,
 reads ``ptxas -v`` and the disassembly, and prints a table (``--out``: also to a file). No GPU is needed. Ends with

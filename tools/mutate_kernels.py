@@ -247,7 +247,7 @@ class Executor:
         return f"{test[1]}: {fault[1][:110] if fault else 'assertion'}"
 
     def verdict(self, rule: Rule) -> str:
-        """What caught it; empty where nothing did."""
+        """Names what caught it; empty where nothing did."""
         folder = WORK / re.sub(r"\W+", "-", f"{rule.file} {rule.what} {rule.dtype}")
         caught = ""
         for family in TESTS:

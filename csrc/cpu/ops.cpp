@@ -97,7 +97,7 @@ class Backend {
 
 std::string cpu_isa() { return instruction_set().name; }
 
-// What validate=True asks of the numbers of another device, copied to this one.
+// Checks of validate=True on the numbers of another device, copied to this one.
 
 void check_slot_numbers(const Tensor& start, const Tensor& length, int64_t capacity) {
   check_start_and_length("compress_ragged_", start, length, start.numel());

@@ -131,7 +131,7 @@ void walk(HeadTiles<T>& tiles, const ScoreKernels<T>& kernels, WalkScratch<RealO
   };
 
   if (forward) {
-    // Of large elements, half is prefetched during the reference pass: memory is the bottleneck and must not
+    // Prefetches half of large elements during the reference pass: memory is the bottleneck and must not
     // idle.
     const auto shared_lines = [](const Upcoming& upcoming) {
       return sizeof(T) < 4 ? 0 : upcoming.row_bytes / (2 * 64);

@@ -43,7 +43,7 @@ __device__ __forceinline__ Rows<T> side_of(int side, const Rows<T>& key, const R
           key.block_size};
 }
 
-/// What a scoring block knows of its run: one head of one sequence. It lives in shared memory and is read
+/// State of a scoring block's run, of one head of one sequence. It lives in shared memory and is read
 /// again in every phase: in registers it would be there for the whole run, where the streaming loop needs
 /// them.
 template <class T>
@@ -111,8 +111,8 @@ struct RunBlock {
         statistics(side), statistics(2), shared + storage.partial, reduction + 4 * kWarps};
   }
 
-  /// Whether a partition is scored, and whether its rows make the reference of the one before: all of a run
-  /// but its ends.
+  /// Tells whether a partition is scored, and whether its rows make the reference of the one before: all
+  /// of a run but its ends.
   __device__ __forceinline__ bool scores(int partition) const { return partition <= ld_shared(&state->last); }
   __device__ __forceinline__ bool makes_reference(int partition) const {
     return partition > ld_shared(&state->first);

@@ -1,4 +1,4 @@
-// How the rows of a tensor lie over lanes, and copies of rows. A row of D elements belongs to kLanes
+// Layouts of rows over lanes, and copies of rows. A row of D elements belongs to kLanes
 // neighbouring lanes with kChunks accesses of kElements elements each: chunk c of lane g starts at channel (c
 // kLanes + g) kElements. All rows of a warp are read by one instruction per chunk, so neighbouring lanes read
 // neighbouring 16 bytes.
@@ -100,8 +100,8 @@ struct Row {
       first = thread / kLanes;
     }
     __device__ __forceinline__ int channel(int chunk) const { return (chunk * kLanes + lane) * kElements; }
-    /// Of `rows` rows that are summed together (row_sum), the one whose sum this lane gets; one lane of those
-    /// owns it.
+    /// Index among `rows` rows summed together (row_sum) of the one whose sum this lane gets; one lane of
+    /// those owns it.
     template <int rows>
     __device__ __forceinline__ int owned_row() const {
       return first + lane / (kLanes / rows) * kRowsPerPass;

@@ -31,7 +31,7 @@ __device__ __forceinline__ void move_rows(const Columns& columns, int64_t first,
   }
 }
 
-/// Which columns of which head a block of a move takes.
+/// Columns and head that a block of a move takes.
 struct MoveJob {
   int64_t head;  // of all
   bool is_key;

@@ -24,7 +24,7 @@ constexpr int64_t kCopyRows = 64;         // rows of key and value that one copy
 constexpr int64_t kIndexTile = 1024;      // entries of the index that one block of the ragged kernels fills
 constexpr int64_t kMaxGrid = 2147483647;  // blocks of one launch
 
-/// What a launch may use. The defaults are those that every architecture since sm_80 has.
+/// Resources that a launch may use. The defaults are those that every architecture since sm_80 has.
 struct Device {
   int64_t multiprocessors = 108;
   int64_t shared_per_block = 48 * 1024;
@@ -40,7 +40,7 @@ inline int64_t grid_of(int64_t blocks) {
   return blocks;
 }
 
-/// How a row of D elements lies over the lanes of a warp: `chunks` accesses of `elements` elements for each
+/// Layout of a row of D elements over the lanes of a warp: `chunks` accesses of `elements` elements for each
 /// of `lanes` lanes. elements = 0 is the wide layout: rows of any length, read several times.
 struct RowShape {
   int32_t elements, lanes, chunks;
@@ -149,7 +149,7 @@ inline int planned_blocks(RowShape shape, int element_size, int64_t shared_bytes
   return static_cast<int>(std::min<int64_t>(fit, blocks_per_multiprocessor(shape, element_size, ragged)));
 }
 
-/// How long runs of partitions should be: every run reads one partition more than it scores, so long runs
+/// Chooses the length of runs: every run reads one partition more than it scores, so long runs
 /// move fewer bytes, while short ones fill the machine. Cost = rounds of blocks x rows that one block moves.
 inline int64_t run_length(int64_t heads, int64_t partitions, int64_t lag_size, int64_t keep,
                           int64_t concurrent) {

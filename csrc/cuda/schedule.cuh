@@ -25,7 +25,7 @@ struct LoadCoherent {
   __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global(number); }
 };
 
-/// What the kernels of one call know of its sequences, in scratch: columns of [B + 2] numbers. Entry B: the
+/// Sequence numbers that the kernels of one call share, in scratch: columns of [B + 2] numbers. Entry B: the
 /// packed rows behind all sequences.
 struct SequenceTable {
   int32_t* numbers;

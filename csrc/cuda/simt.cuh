@@ -2,7 +2,7 @@
 // the identity on the device and observable in the executor of tests/simt (LAGKV_SIMT), which runs these
 // files on the CPU.
 //
-// What kernel code may use:
+// Operations that kernel code may use:
 //   * threadIdx, blockIdx, blockDim, gridDim, __syncthreads[_and|_or|_count], __syncwarp, warp shuffles and
 //     votes, __match_*_sync, __reduce_*_sync, atomics, __popc, __ffs, __clz, bit casts, math and the half and
 //     bfloat16 conversions: plain CUDA.

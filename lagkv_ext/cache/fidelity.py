@@ -1,6 +1,6 @@
-"""How far a model with another cache departs from itself with the full one, token by token along the same text.
+"""Measures how far a model with another cache departs from itself with the full one, token by token.
 
-What the evaluation measures on samples and the rollout's checks on real traffic, with one definition.
+The evaluation on samples and the rollout's checks on real traffic share this definition.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def forward(model: Any, ids: Tensor, cache: Any, *, position: int, logits_to_kee
 
 
 def departure(full: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Of log probabilities ``[n, vocabulary]`` with the full and with another cache: bool ``[n]``, whether both have
+    """Compares log probabilities ``[n, vocabulary]`` of the full and of another cache: bool ``[n]``, whether both have
     the same most likely token, and ``[n]``, KL(full || other) in nats.
     """
     agree = full.argmax(dim=-1) == other.argmax(dim=-1)
     terms = full.exp() * (full - other)
-    # What the full cache rules out adds nothing, also where the other one rules it out too: 0 * (inf - inf).
+    # Tokens that the full cache rules out add nothing, also where the other one rules it out too: 0 * (inf - inf).
     terms = terms.masked_fill(full == float("-inf"), 0.0)
     return agree, terms.sum(dim=-1).clamp_min(0.0)  # rounding alone goes below

@@ -1,4 +1,4 @@
-"""Which models the caches serve, which they refuse and why, and which of a model's layers are never compressed.
+"""Decides which models the caches serve or refuse, and which of a model's layers are never compressed.
 
 A row may be dropped where attention sees the rows of a head as a set: every query sees every row, and neither the
 number of a row nor the row of another head beside it counts. No configuration says that, so every family is judged: by

@@ -1,4 +1,4 @@
-"""What a cache says about itself: tokens seen and kept, bytes really held, compressions; per layer and in total."""
+"""Reports of caches: tokens seen and kept, bytes held, compressions; per layer and in total."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class CacheReport:
 
 
 class LagKVStates(Protocol):
-    """What a full-attention layer tells of itself."""
+    """Report of one full-attention layer."""
 
     settings: LayerSettings
     is_initialized: bool
@@ -141,7 +141,7 @@ class ReportsLayers:
 
     @property
     def timer(self) -> CompressionTimer | None:
-        """What takes the time of compressions, set by whoever watches this cache (`lagkv_ext.serving.monitor`)."""
+        """Timer of compressions, set by a monitor of this cache (`lagkv_ext.serving.monitor`)."""
         return next(iter(self._lagkv_layers().values())).timer
 
     @timer.setter
@@ -175,8 +175,8 @@ class ReportsLayers:
 
 
 def report_of(cache: Cache) -> CacheReport:
-    """What any cache of transformers holds: of those that LagKV compresses their own report, of others one in which
-    every layer holds what it holds uncompressed."""
+    """Reports what any cache of transformers holds. Caches that LagKV compresses report themselves; every other layer
+    counts as uncompressed."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if isinstance(cache, ReportsLayers):

@@ -1,4 +1,4 @@
-"""What a cache was asked to do, checked once when it is made: parameters per layer, and the models that fit."""
+"""Settings of a cache, checked once when it is made: parameters per layer, and the models that fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lagkv_ext.cache.quantized.quantizer import FORMATS
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
-    """How one full-attention layer is compressed (docs/method.md 1). ``keep == lag_size``: nothing is ever dropped.
+    """Settings of one full-attention layer (docs/method.md 1). ``keep == lag_size``: nothing is ever dropped.
     ``max_tokens``: rows that it may hold before a compression, see ``compression/plan.py``."""
 
     lag_size: int
@@ -30,7 +30,7 @@ class LayerSettings:
 
     @property
     def operator_arguments(self) -> dict[str, Any]:
-        """What the operators are told beyond keys, values and start."""
+        """Arguments of the operators beyond keys, values and start."""
         return {
             "lag_size": self.lag_size,
             "keep": self.keep,

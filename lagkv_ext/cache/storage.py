@@ -151,9 +151,9 @@ class StoredInFiles:
 
 
 def describe_model(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the rows of a cache depend on, in JSON."""
+    """JSON of everything that the rows of a cache depend on."""
     text = config.get_text_config(decoder=True)
-    # Where layers differ, the configuration as a whole does not answer.
+    # The configuration as a whole does not answer where layers differ.
     layers = getattr(text, "per_layer_config", [text])
     found = {}
     for name in _MODEL:

@@ -64,7 +64,7 @@ if typer is not None:
 
     @app.command()
     def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-        """What was built, with which instruction sets and architectures, and why something was not."""
+        """Lists what was built, with which instruction sets and architectures, and why something was not."""
         from lagkv_ext import __main__ as plain
 
         raise typer.Exit(plain.main(["info", "--json"] if as_json else ["info"]))

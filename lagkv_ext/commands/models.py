@@ -228,7 +228,7 @@ def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         Exception
     ) as error:  # which exception depends on the file that is missing and on the tokenizer's class
         raise ModelError(f"no tokenizer could be loaded from {path}: {_first_line(error)}") from error
-    # Where the files are missing, transformers makes up one that knows its special tokens alone.
+    # transformers makes up one that knows its special tokens alone where the files are missing.
     if tokenizer is None or not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"no tokenizer with token offsets (a tokenizer.json) was found in {path}")
     return tokenizer

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-# Where the size of the last-level cache cannot be read.
+# Used where the size of the last-level cache cannot be read.
 _DEFAULT_CACHE_BYTES = 64 << 20
 
 

@@ -26,7 +26,7 @@ REQUESTS = logging.getLogger("lagkv_ext.requests")
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """What is logged of one request; ``None`` where it is not known."""
+    """Fields of one request's record; ``None`` where a value is not known."""
 
     request_id: str | None  #: of the rollout's decision
     outcome: str  #: "completed", "failed", "cancelled" or "abandoned"

@@ -68,7 +68,7 @@ class Companion(torch.nn.Module, AttentionLayerBase):
         return spec_from(LagKVCompressedSpec, spec, self._settings, self._in_flight)
 
     def shares_pages(self) -> bool:
-        """Whether both groups of the layer are views of the same blocks."""
+        """Tells whether both groups of the layer are views of the same blocks."""
         own, layers = self.kv_cache, self._layer[0].kv_cache
         return own.numel() > 0 and (own.data_ptr(), own.stride()) == (layers.data_ptr(), layers.stride())
 
@@ -252,7 +252,7 @@ def _keeps_all_tokens(layer: Any, vllm_config: Any) -> bool:
 
 
 def _tables(vllm_config: Any, layer_names: list[str]) -> step.Tables:
-    """Where the builders of the layers' two groups meet. RuntimeError where vLLM grouped the two differently."""
+    """Meeting point of the builders of a layer's two groups. RuntimeError where vLLM grouped the two differently."""
     layers = vllm_config.compilation_config.static_forward_context
     companions = [layers.get(name + SUFFIX) for name in layer_names]
     if not all(isinstance(companion, Companion) for companion in companions):

@@ -43,7 +43,7 @@ class Pool:
 
 
 def plain_pool(rows: Tensor) -> Pool:
-    """Of a view ``[blocks, rows, H, D]``."""
+    """Pool of a view ``[blocks, rows, H, D]``."""
     return Pool(rows.unsqueeze(2))
 
 
@@ -120,5 +120,5 @@ def on_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rows(table: Tensor, tokens: Tensor, block: int) -> Rows:
-    """Where tokens ``[n, rows]`` lie by a raw block table ``[n, *]``."""
+    """Finds tokens ``[n, rows]`` in a raw block table ``[n, *]``."""
     return Rows(table.long().gather(1, tokens // block), tokens % block)

@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.lagkv")
 
 
 class LagKVManager(SingleTypeKVCacheManager):
-    """What both groups have in common."""
+    """Parts that both groups have in common."""
 
     GROUP: ClassVar[int]  #: place of the group in the pairs that `Plan` returns
 

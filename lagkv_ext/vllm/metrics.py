@@ -231,7 +231,7 @@ class Collector:
 
 
 def read_totals(folder: Path | None = None) -> list[dict[str, Any]]:
-    """What the processes of this engine last wrote."""
+    """Reads what the processes of this engine last wrote."""
     if folder is None:
         named = os.environ.get(FOLDER_VARIABLE)
         if not named:

@@ -1,4 +1,4 @@
-"""What vLLM runs when it loads the plugin, in the API server, the engine core and every worker."""
+"""Registration of the plugin, run by vLLM in the API server, the engine core and every worker."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ LEAST_BOUNDARY = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """How the full-attention layers of a model are compressed."""
+    """Settings of the full-attention layers of a model."""
 
     lag_size: int
     keep: int
@@ -57,7 +57,7 @@ def settings_from(vllm_config: Any) -> Settings | None:
 
 
 def asked_for(vllm_config: Any) -> Any:
-    """What ``additional_config`` holds under ``lagkv``, None where compression is not asked for."""
+    """Reads ``additional_config`` under ``lagkv``, None where compression is not asked for."""
     additional = getattr(vllm_config, "additional_config", None)
     asked = additional.get(KEY) if isinstance(additional, Mapping) else None
     return None if asked is False else asked

@@ -14,7 +14,7 @@ from lagkv_ext.vllm.specs import LagKVRawSpec
 
 
 class Tables:
-    """Where the builders of a layer's two cache groups meet in a step: the second completes the first's metadata."""
+    """Joins the builders of a layer's two cache groups in a step: the second completes the first's metadata."""
 
     def __init__(self) -> None:
         self._layers: frozenset[str] | None = None
@@ -91,7 +91,7 @@ def expand(spec: LagKVRawSpec, common: Any, compressed: Tensor) -> tuple[Any, Wo
 def compression(
     spec: LagKVRawSpec, raw: Tensor, compressed: Tensor, begins: Tensor, ends: Tensor
 ) -> Work | None:
-    """What the step's tokens complete."""
+    """Compressions that the step's tokens complete."""
     plan = spec.plan
     sequence, k = crossings(plan, begins, ends)
     if len(k) == 0:

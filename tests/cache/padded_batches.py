@@ -49,7 +49,7 @@ def run(model, cache, ids, mask, chunks):
 
 
 def tell(cache, mask, positions):
-    """Where models do not hand the positions on, the caller does."""
+    """Positions from the caller, where models do not hand them on."""
     if VERSION < (5, 24) and isinstance(cache, LagKVCache) and not mask.all():
         cache.set_attention_mask(mask, positions)
 

@@ -72,7 +72,7 @@ def rules(draw):
         keep_ratio=None,
         sink_size=draw(st.integers(0, 9)),
         value_weight=1.0,
-        # Of two tokens, standardised scores of keys and values can cancel: a tie that rounding decides.
+        # Standardised scores of keys and values of two tokens can cancel: a tie that rounding decides.
         score=draw(st.sampled_from(["std", "cosine"] if lag_size > 2 else ["std"])),
         boundary=lag_size * draw(st.integers(1, 4)),
     )

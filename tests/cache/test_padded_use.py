@@ -1,4 +1,4 @@
-"""What can be done with the cache of a padded batch: beams, continuations, crops, reports, own and flash masks."""
+"""Uses of the cache of a padded batch: beams, continuations, crops, reports, own and flash masks."""
 
 from __future__ import annotations
 

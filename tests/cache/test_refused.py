@@ -1,4 +1,4 @@
-"""Which models the caches refuse and why, and which layers of those that are served stay uncompressed."""
+"""Models that the caches refuse, with the reason, and layers of served models that stay uncompressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LagKVStaticCache refuses, with the reason: when it is made, and when it is used."""
+"""Refusals of LagKVStaticCache, with the reason: when it is made, and when it is used."""
 
 from __future__ import annotations
 

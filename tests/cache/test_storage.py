@@ -54,7 +54,7 @@ def same_rows(a, b):
 
 
 def of_report(cache):
-    """What a report says but for the room behind the rows."""
+    """Fields of a report but the room behind the rows."""
     return [
         (x.kind, x.tokens_seen, x.tokens_kept, x.bytes_uncompressed, x.compressions)
         for x in cache.report().layers

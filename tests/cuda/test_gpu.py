@@ -1,6 +1,6 @@
-"""What only a card can show: streams, graphs, devices, sync-free launches, sizes past 2^31, memory. Marked ``gpu``.
+"""Properties that only a card shows: streams, graphs, devices, sync-free launches, sizes past 2^31, memory.
 
-The operator suite itself runs on the card as backend ``cuda`` (``pytest -m gpu`` runs both).
+Marked ``gpu``. The operator suite itself runs on the card as backend ``cuda`` (``pytest -m gpu`` runs both).
 """
 
 from __future__ import annotations

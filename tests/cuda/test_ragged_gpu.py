@@ -1,4 +1,4 @@
-"""What only a card can show of the ragged operators: graphs that follow the lengths, no wait for the device, sizes.
+"""Properties of the ragged operators that only a card shows: graphs that follow lengths, no wait, sizes.
 
 The properties themselves run on the card as backend ``cuda`` (test_ragged_properties.py). Marked ``gpu``.
 """

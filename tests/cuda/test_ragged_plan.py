@@ -161,7 +161,7 @@ def test_more_sequences_than_threads(executor, check):
 
 
 def test_launches_depend_on_capacities_alone(executor):
-    """What a captured graph needs: other starts and lengths, the same launches."""
+    """A captured graph needs the same launches for other starts and lengths."""
     from tests.simt import operators
 
     pool = torch.randn(70, 16, 2, 64, generator=torch.Generator().manual_seed(0)).half()

@@ -228,7 +228,7 @@ def test_scratch_holds_statistics_alone(operators):
 
 
 def test_no_bank_conflict_worth_mentioning(operators):
-    """Of shared-memory passes in the fused kernel, those that bank conflicts add stay below a third."""
+    """Bank conflicts add less than a third of the fused kernel's shared-memory passes."""
     shape = SHAPES["llama 3.1 8b"]
     key, value = shape.tensors()
     operators.compress(key, value, 16, shape.lag_size, shape.keep)

@@ -380,7 +380,7 @@ class TestAttempts:
             f"{state.text(HALF.name)} {QUARTER.name} keeps 40% and passes here. {state.text(QUARTER.name)}"
         )
         assert found.about()["certificate"]["prompts"] == 200
-        # Of two smaller ones the one that is sooner decided, not the smallest.
+        # Expects of two smaller ones the one that is sooner decided, not the smallest.
         eighth = records([1.0] * 197 + [0.0] * 3, Setting("lagkv-std", 0.125), share=0.3)
         assert known(lines + eighth).needed["lagkv-std@0.125,L=128,sink=16"] > n
         found = recommend.recommend(summarise(lines + eighth), certificates=known(lines + eighth))
@@ -417,7 +417,7 @@ class TestAttempts:
         second = attempt(lines)
         assert (second.prompts, second.level) == (240, pytest.approx(0.008))
         assert [x.certified for x in second.tested] == [True, True]
-        # What is certified stays so, and is not tested again.
+        # A certified setting stays so, and is not tested again.
         lines.append(second.to_json())
         lines += many(400, first=400, quarter=range(400, 800))
         third = attempt(lines)

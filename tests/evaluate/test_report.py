@@ -37,7 +37,7 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
     data = folder.parent / "data"
     data.mkdir()
-    # What comes from outside must not become markup.
+    # Text from outside must not become markup.
     (data / "<b>bold.bin").write_bytes(b"")
     (data / "p.jsonl").write_text(
         json.dumps({"context": "x" * 200, "question": "<script>alert(1)</script>", "answer": "<i>"})

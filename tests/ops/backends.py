@@ -19,7 +19,7 @@ from lagkv_ext import reference
 
 OPERATORS = ("compress", "compress_", "partition_bounds", "lag_score", "topk_index", "compact")
 ISA_VARIABLE = "LAGKV_CPU_ISA"
-# What the kernels of each level may use; the names are those of /proc/cpuinfo.
+# Instructions that the kernels of each level may use; the names are those of /proc/cpuinfo.
 ISA_FLAGS = {
     "portable": set(),
     "avx2": {"avx2", "fma", "f16c"},

@@ -1,4 +1,4 @@
-"""What the operators are tested on: Hypothesis strategies for shapes, memory layouts, dtypes and values."""
+"""Cases of the operators: Hypothesis strategies for shapes, memory layouts, dtypes and values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bits(x: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the elements of a ``[B, H, N, D]`` tensor lie; the last dimension is contiguous."""
+    """Memory layout of a ``[B, H, N, D]`` tensor; the last dimension is contiguous."""
 
     order: tuple[int, ...] = (0, 1, 2)  #: memory order of batch, heads, tokens, slowest first
     row_pad: int = 0  #: unused elements after every row

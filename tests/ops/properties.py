@@ -1,4 +1,4 @@
-"""What is true of every backend on every case, as functions: Hypothesis calls them, and so do the planted faults."""
+"""Properties of every backend on every case, as functions: Hypothesis calls them, and so do the planted faults."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def band_of(case: Case) -> Band:
 
 
 def assert_ties(key: Tensor, value: Tensor, index: Tensor, case: Case) -> None:
-    """Of tokens of one partition with the same key and value, those at lower positions were kept."""
+    """Tokens at lower positions were kept among those of one partition with the same key and value."""
     kept = kept_mask(index, case.length, case.start, case.lag_size, case.keep)
     if not kept.numel():
         return

@@ -1,4 +1,4 @@
-"""What the ragged operators are tested on: sequences of unequal starts and lengths, in slots, packed rows and pages.
+"""Cases of the ragged operators: sequences of unequal starts and lengths, in slots, packed rows and pages.
 
 Whatever is not a token in use is a canary (a NaN of its own): read, it spoils a result, and written it is seen.
 """

@@ -1,4 +1,4 @@
-"""What is true of the ragged operators on every backend and case: every sequence as `compress` leaves it alone."""
+"""Properties of the ragged operators on every backend and case: every sequence as `compress` leaves it alone."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ HEADER = Path(lagkv_ext.cmake_prefix_path).parent / "include/lagkv/operators.h"
 
 
 def why_not() -> str:
-    """What is missing to build a program; empty where nothing is."""
+    """Names what is missing to build a program; empty where nothing is."""
     try:
         tool("cmake"), tool("c++")
     except Unavailable as error:
@@ -66,7 +66,7 @@ def int32(*values: int) -> torch.Tensor:
 
 
 def expected() -> list[torch.Tensor]:
-    """What tests/ops/cpp/operators.cpp writes."""
+    """Output of tests/ops/cpp/operators.cpp."""
     ops = torch.ops.lagkv
     key, value = numbers(2, 3, 70, 16, step=0.37), numbers(2, 3, 70, 24, step=0.71)
     out = []

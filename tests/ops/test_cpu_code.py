@@ -1,4 +1,4 @@
-"""What the compiler made of the CPU kernels: things that no result shows, read from the library's disassembly.
+"""Machine code of the CPU kernels: things that no result shows, read from the library's disassembly.
 
 Each happened or nearly did: GCC 12 dropped every prefetch of a loop that "does nothing", and an inline function that
 the linker takes from the AVX-512 object instead of the portable one ends the process on an older processor.

@@ -179,7 +179,7 @@ WRONG = [
     ),
 ]  # fmt: skip
 
-# Where memory is really there, but not on the machine's main device: only possible beside a device of another kind.
+# Memory is really there, but not on the machine's main device: only possible beside a device of another kind.
 ELSEWHERE = [
     *(Wrong(op, "value", lambda a: a["value"].to("meta"), "value must be on the device of key (cpu), got meta")
       for op in ("compress", "compress_", "lag_score")),
@@ -264,7 +264,7 @@ def test_refused_between_cpu_and_cuda(op):
 
 
 def traced(wrong: Wrong) -> Any:
-    """What the fake kernel returns or raises."""
+    """Result or error of the fake kernel."""
     arguments = wrong.arguments()
     with FakeTensorMode() as mode:
         fakes = {id(x): mode.from_tensor(x) for x in arguments.values() if isinstance(x, Tensor)}

@@ -1,4 +1,4 @@
-"""What must not change, or must change in a known way, when the input does: no reference is needed here."""
+"""Results that must not change, or must change in a known way, when the input does; needs no reference."""
 
 from __future__ import annotations
 

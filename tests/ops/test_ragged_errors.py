@@ -252,7 +252,7 @@ def _on(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def races_allowed() -> Iterator[None]:
-    """Of the executor's faults only a race, with which it stops."""
+    """Returns only a race of the executor's faults, with which it stops."""
     try:
         yield
     except AssertionError as fault:
@@ -312,7 +312,7 @@ CHECKS = {  # the operator behind validate=True, and what it is given beside the
 
 @pytest.mark.parametrize("wrong", [*VALUES, *OVERLAPS], ids=name_of)
 def test_copied_numbers_are_refused(wrong):
-    """What validate=True does on a device, from the copy to the host on."""
+    """Path of validate=True on a device, from the copy to the host on."""
     check, names, sizes = CHECKS[wrong.op]
     arguments = wrong.arguments()
     with pytest.raises(RuntimeError) as caught:

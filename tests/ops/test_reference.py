@@ -163,7 +163,7 @@ def test_readme_example_by_hand():
 
 @pytest.mark.parametrize("score", ["std", "cosine"])
 def test_undefined_directions_and_single_tokens(score):
-    """Where the specification says 0: equal bounds, D = 1, L = 1, rows and anchors of norm 0."""
+    """Cases where the specification says 0: equal bounds, D = 1, L = 1, rows and anchors of norm 0."""
     zeros, ones = torch.zeros(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
     uniform = 2 / 4 if score == "std" else 0.0
     for x in (zeros, ones if score == "std" else zeros):

@@ -1,4 +1,4 @@
-"""What the monitor tests share: caches that are filled without a model, and values of a registry by name and labels."""
+"""Helpers of the monitor tests: caches that are filled without a model, and values of a registry by name and labels."""
 
 from __future__ import annotations
 

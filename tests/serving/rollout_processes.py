@@ -1,4 +1,4 @@
-"""What other processes do to a rollout file, and starting them all at one moment."""
+"""Work of other processes on a rollout file, started at one moment."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def add_checks(path: Path, me: int) -> None:
 
 
 def settle(path: Path, _: int) -> int:
-    """What a server does that starts, and the version that it sees then."""
+    """Starts a server, and returns the version that it sees then."""
     from lagkv_ext.serving.rollout import Rollout
     from tests.cache.models import tiny_config
 
@@ -87,7 +87,7 @@ def settle(path: Path, _: int) -> int:
 
 
 def add_samples(path: Path, me: int) -> int:
-    """How many of five were taken in."""
+    """Counts how many of five were taken in."""
     from lagkv_ext.serving.rollout.samples import Sample, SampleFolder
 
     store = Store(path)

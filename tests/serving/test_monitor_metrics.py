@@ -418,7 +418,7 @@ def test_several_models_on_one_registry():
 
 
 def test_a_model_loaded_again_reports_under_its_labels():
-    """What a closed monitor counted stays, and its requests in flight still count when they end."""
+    """Counts of a closed monitor stay, and its requests in flight still count when they end."""
     registry = CollectorRegistry()
     labels = {"model": "a"}
     first = CacheMonitor(registry, labels)

@@ -21,7 +21,7 @@ from tests.cache.models import tiny_config
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where an operator stands, with what `lagkv evaluate` found."""
+    """Folder of an operator, with what `lagkv evaluate` found."""
     monkeypatch.chdir(tmp_path)
     Path("lagkv.json").write_text('{"keep_ratio": 0.5, "lag_size": 8, "sink_size": 4}')
     return tmp_path

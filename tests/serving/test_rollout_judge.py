@@ -1,4 +1,4 @@
-"""What checks say of a variant: it trips, comes back and moves on evidence, and says why."""
+"""Judgement of a variant by checks: it trips, comes back and moves on evidence, and says why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checks_of(agreements: list[float], kl: float = 0.0, shadow: bool = False) ->
 
 
 def tripped_at(guard: Guard, checks: list[Check]) -> int:
-    """How many checks it takes; one more than there are where it never trips."""
+    """Counts checks until it trips; one more than there are where it never does."""
     judge = Judge(guard)
     for i, check in enumerate(checks, 1):
         judge.add(check)

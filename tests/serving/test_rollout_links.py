@@ -24,7 +24,7 @@ from tests.cache.models import tiny_config
 from tests.serving.rollout_cases import policy, stored
 
 CONFIG = tiny_config("llama")
-#: What each name after the first is: a link with a relative or an absolute target, or a name in a linked folder.
+#: Kinds of each name after the first: a link with a relative or an absolute target, or a name in a linked folder.
 KINDS = st.lists(st.sampled_from(["relative", "absolute", "folder"]), min_size=1, max_size=4)
 
 

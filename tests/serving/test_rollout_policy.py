@@ -1,4 +1,4 @@
-"""What is wrong in a rollout file is named: which field, what was expected, what came."""
+"""Errors of a rollout file name what is wrong: which field, what was expected, what came."""
 
 from __future__ import annotations
 

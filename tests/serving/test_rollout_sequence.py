@@ -41,7 +41,7 @@ def evidence(values: np.ndarray, bound: float, *, restarts: bool = True) -> np.n
 
 
 def agreements(generator: np.random.Generator, kind: str, mean: float, shape: tuple[int, int]) -> np.ndarray:
-    """Of requests with 50 tokens: alike, of different difficulty, or right or wrong as a whole."""
+    """Agreements of requests with 50 tokens: alike, of different difficulty, or right or wrong as a whole."""
     if kind == "alike":
         return generator.binomial(50, mean, shape) / 50
     if kind == "different":

@@ -213,7 +213,7 @@ def test_off_is_obeyed_whatever_its_version_and_gone_means_off(tmp_path):
 
 
 def test_off_is_obeyed_also_with_settings_that_do_not_fit_the_model(tmp_path):
-    """Which commands without --model cannot know: `set --settings` wrote them, and `off` only switches off."""
+    """Commands without --model cannot know this: `set --settings` wrote them, and `off` only switches off."""
     store = stored(tmp_path)
     rollout = server(store)
     store.write(lambda old: policy(settings={"layer_keep_ratio": {5: 0.5}}))

@@ -23,7 +23,7 @@ from lagkv_ext.serving.rollout.policy import parse
 from tests.serving.rollout_cases import CHECKS, POLICIES, policy, stored
 from tests.serving.rollout_processes import add_checks, at_once, count_up, kill_while, read_until, trip
 
-# Where syncing a file costs nothing.
+# Folder where syncing a file costs nothing.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
@@ -206,7 +206,7 @@ def test_a_new_version_is_readable_for_those_who_read_the_old_one(tmp_path, mode
 
 
 def test_a_writer_that_is_killed_at_any_point_loses_nothing(tmp_path):
-    """What was in force is in the history after the next write, the numbers grow, and nobody waits for the dead."""
+    """A version in force is in the history after the next write, the numbers grow, and nobody waits for the dead."""
     store = stored(tmp_path, policy(min_prompt_tokens=0))
     in_force = {1: 0}
     for delay in range(12):

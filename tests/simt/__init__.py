@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
 
 def tensor(x: Any) -> Any:
-    """What a kernel's binding takes for a CPU tensor of torch or an array of numpy: place, shape, strides and storage.
+    """Form in which a binding takes a CPU tensor of torch or an array of numpy: place, shape, strides, storage.
 
     The kernel works on the caller's memory. Bytes of the storage that are not elements of ``x`` are out of bounds.
     """

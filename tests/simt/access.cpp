@@ -38,7 +38,7 @@ uint64_t Executor::record(uint32_t site_id) const {
   return Record::pack(block_number_, me.id, site_id, me.clock);
 }
 
-/// Whether an access of this block is ordered before what the running thread does now.
+/// Returns whether an access of this block is ordered before what the running thread does now.
 bool Executor::in_block_order(uint64_t record) const {
   const Thread& me = *static_cast<const Thread*>(self);
   const Thread& other = threads_[Record::thread(record)];

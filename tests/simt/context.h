@@ -7,11 +7,11 @@
 
 namespace simt {
 
-/// Where a suspended flow of control goes on: its stack pointer, with the callee-saved registers on that
-/// stack.
+/// Point at which a suspended flow of control continues: its stack pointer, with the callee-saved registers
+/// on that stack.
 struct Context {
   void* stack_pointer = nullptr;
-  // What AddressSanitizer must know to follow a switch; unused otherwise.
+  // Needed by AddressSanitizer to follow a switch; unused otherwise.
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -38,7 +38,7 @@ class Stacks {
   /// Makes `context` start at `entry` on stack number `index` when it is switched to. `entry` must not
   /// return.
   void prepare(size_t index, void (*entry)(), Context& context);
-  /// Whether the address is in the guard page of a stack: an overflow.
+  /// Returns whether the address is in the guard page of a stack: an overflow.
   bool is_guard(uintptr_t address) const;
 
  private:

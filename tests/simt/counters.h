@@ -1,4 +1,4 @@
-// What a profiler would count: bytes, warp requests, 32-byte sectors, shared-memory wavefronts, per call site
+// Counters of a profiler: bytes, warp requests, 32-byte sectors, shared-memory wavefronts, per call site
 // and in all.
 #pragma once
 

@@ -25,7 +25,7 @@
 #define gridDim (::simt::grid_dim)
 constexpr int warpSize = 32;
 
-// Where the names below are called. One pointer, made at compile time.
+// Receiver of calls of the names below. One pointer, made at compile time.
 #define SIMT_HERE ::simt::Site site = ::simt::Site::current()
 
 #define LAGKV_SITE_PARAM , SIMT_HERE

@@ -94,7 +94,7 @@ class Executor {
   std::string fault_text(const char* kind, const Site& site, const std::string& what) const;
   /// Ends the launch from the running thread, whose frames are given up without being unwound.
   [[noreturn]] void abandon(std::exception_ptr error);
-  /// What to say about a hardware fault at this address; nullptr where no thread is running.
+  /// Message about a hardware fault at this address; nullptr where no thread is running.
   const char* describe_signal(int signal, uintptr_t address) const;
   /// Top of the running thread's stack, whose frames are given up.
   uintptr_t landing_stack() const;

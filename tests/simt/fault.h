@@ -1,4 +1,4 @@
-// What the executor says when a kernel does something wrong, and how it names a line of kernel code.
+// Messages of the executor about a faulty kernel, and names of lines of kernel code.
 #pragma once
 
 #include <cstring>

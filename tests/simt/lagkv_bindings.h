@@ -58,7 +58,7 @@ lagkv::Rows<T> rows_out(Session& session, const char* name, const TensorArg& ten
   return lagkv::slot_rows<T>(bound_out<T>(session, name, tensor));
 }
 
-/// What the launch code calls for every kernel. The launcher on a device asks for no more shared memory than
+/// Called by the launch code for every kernel. The launcher on a device asks for no more shared memory than
 /// every launch gets (no cudaFuncSetAttribute), of which static shared memory is a part.
 struct Run {
   Session& session;

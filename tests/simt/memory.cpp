@@ -212,7 +212,7 @@ std::string shape_text(const View& view) {
   return all + "]";
 }
 
-/// Where an address that belongs to no view lies in relation to one.
+/// Describes where an address that belongs to no view lies in relation to one.
 std::string position_text(const View& view, int64_t offset, size_t size) {
   int64_t begin = INT64_MAX;
   int64_t end = 0;

@@ -120,7 +120,7 @@ class GlobalMemory {
   uint64_t race_generation_ = 0;
 };
 
-/// How an access is called in messages: "read", "write", "atomic".
+/// Name of an access in messages: "read", "write", "atomic".
 const char* access_name(Access access);
 
 }  // namespace simt

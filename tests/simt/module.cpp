@@ -36,7 +36,7 @@ const char* kind_name(Kind kind) {
   return kind == Kind::kRead ? "read" : kind == Kind::kWrite ? "write" : "atomic";
 }
 
-/// What one launch, or several together, did.
+/// Record of one launch, or of several together.
 py::dict totals_dict(const std::vector<LaunchCounts>& launches) {
   py::dict all;
   for (const Space space : {Space::kGlobal, Space::kShared}) {

@@ -1,5 +1,5 @@
-// What device.h needs of the executor: who is running, and one function for every kind of thing a thread can
-// do that others see.
+// Interface of the executor for device.h: who is running, and one function for every kind of thing a thread
+// can do that others see.
 #pragma once
 
 #include <vector_types.h>
@@ -12,7 +12,7 @@
 
 namespace simt {
 
-/// Where the running thread is. The executor sets these whenever it switches.
+/// Place of the running thread. The executor sets these whenever it switches.
 struct Place {
   uint3 thread_index;
 };

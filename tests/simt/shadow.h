@@ -68,7 +68,7 @@ struct Record {
   static uint64_t warp(uint64_t record) { return record >> (kThreadShift + 5); }
 };
 
-/// What an access does to the bytes.
+/// Effect of an access on the bytes.
 enum class Use : uint8_t { kRead, kWrite, kAtomic };
 
 struct Conflict {

@@ -24,8 +24,8 @@ std::array<unsigned char, kStackBytes> signal_stack;
 int caught_signal = 0;
 uintptr_t caught_address = 0;
 
-/// Where the thread goes on after the handler: on its own stack, whose frames are given up, so nothing is
-/// unwound.
+/// Point at which the thread continues after the handler: on its own stack, whose frames are given up, so
+/// nothing is unwound.
 [[noreturn]] void land() {
   Executor& executor = Executor::instance();
   const char* const what = executor.describe_signal(caught_signal, caught_address);

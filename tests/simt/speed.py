@@ -1,4 +1,4 @@
-"""How fast the executor is: ``python -m tests.simt.speed``. Processor time, one core."""
+"""Measures the speed of the executor: ``python -m tests.simt.speed``. Processor time, one core."""
 
 from __future__ import annotations
 

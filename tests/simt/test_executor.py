@@ -429,7 +429,7 @@ FAULTS = [
     planted("trap", "trap", **TWO_WARPS),
     planted("waits_for_a_flag", "no-progress", **TWO_WARPS),
 ]
-# What these do is not seen by a wrapper that knows its line.
+# A wrapper that knows its line does not see what these do.
 NO_LINE = {"plain-access", "arithmetic"}
 SOURCE = Path(__file__).parent / "faulty_kernels.cuh"
 

@@ -1,4 +1,4 @@
-"""What is true of every family that is served. Each check compares with transformers' `DynamicCache`.
+"""Properties of every family that is served. Each check compares with transformers' `DynamicCache`.
 
 A check returns a note on what it could not compare, or raises `Different`, `NothingToCompare` or an error.
 """
@@ -22,7 +22,7 @@ LAG_SIZE, SINK, KEEP = 8, 6, 2
 SETTINGS = {"lag_size": LAG_SIZE, "sink_size": SINK}
 PROMPT = 40  #: three partitions of it are compressed
 PADDED = 11  #: tokens that the second sequence of a padded batch has less
-#: Of the largest logit, by the dtype of the model: parts of most models compute in float32 whatever it is.
+#: Tolerance relative to the largest logit, by dtype. Parts of most models compute in float32 whatever it is.
 TOLERANCE = {torch.float64: 2e-5, torch.float32: 5e-4}
 VISIBLE = 1e-3  #: what dropping rows must change at least, or a check could not fail
 
@@ -209,7 +209,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
 
 
 def why_refused(subject: Subject) -> str | None:
-    """What goes wrong in a family that is refused, measured with `DynamicCache`; None where nothing was found."""
+    """Measures with `DynamicCache` what goes wrong in a refused family; None where nothing was found."""
     ids, cache = subject.tokens(PROMPT + 1), subject.uncompressed()
     try:
         whole = subject.forward(cache, ids, [PROMPT])

@@ -1,4 +1,4 @@
-"""What is swept: the families of the installed transformers, configurations that matter, and what no rule can guess."""
+"""Families of the installed transformers, configurations that matter, and what no rule can guess."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _states(*shape: int) -> Callable[[int], Tensor]:
     return lambda batch: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(3))
 
 
-#: What the rules of `tiny` do not find: values that must fit together, and settings that have a kind of layer at all.
+#: Changes that the rules of `tiny` do not find: values that must fit together, settings with a kind of layer.
 _CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {**_FOUR_LAYERS, "attn_layer_indices": [1, 3], "mamba_d_head": 16},
     "cohere_compass": {"text_config": _COMPASS},
@@ -167,7 +167,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 ENCODER_DECODER = "encoder-decoder"
-#: Where families are found, and what makes their models. Each is taken from the first that has it.
+#: Mappings in which families are found, with the classes that make models. Each is taken from the first that has it.
 _DECODERS = {
     AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

@@ -17,7 +17,7 @@ from tests.sweep.tiny import VOCABULARY
 
 
 class NothingToCompare(Exception):
-    """What a family does not do with transformers' own cache either."""
+    """A family does not do this with transformers' own cache either."""
 
 
 class Subject:
@@ -96,7 +96,7 @@ class Subject:
         return self.model.generate(max_new_tokens=new, min_new_tokens=new, do_sample=False, **arguments)
 
     def _whole(self, cache: Any) -> Any:
-        """What the model is given as its cache."""
+        """Cache argument of the model."""
         return cache
 
     def _others(self, batch: int, first: bool) -> dict[str, Any]:

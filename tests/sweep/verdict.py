@@ -1,4 +1,4 @@
-"""What the checks say of a family: equal, refused with the reason, cannot be made with the reason, or different."""
+"""Verdict of the checks on a family: equal, refused with the reason, cannot be made with the reason, or different."""
 
 from __future__ import annotations
 

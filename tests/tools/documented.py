@@ -57,7 +57,7 @@ def commands() -> list[Command]:
 
 
 def of_page(page: str, text: str) -> list[Command]:
-    """Of its shell blocks and its sentences."""
+    """Commands of its shell blocks and its sentences."""
     found: list[Command] = []
     for match in _BLOCK.finditer(text):
         if match[1] in ("", "sh", "bash", "console"):

@@ -85,7 +85,7 @@ def test_every_case_of_a_grid_has_a_name_of_its_own():
 
 
 def test_compiled_contenders_pass_the_same_check(monkeypatch):
-    # What is given to the compiler; every benchmark run checks what the compiler makes of it.
+    # Source that is given to the compiler; every benchmark run checks what the compiler makes of it.
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     case = small_case()
     buffers = baselines.Buffers(case)

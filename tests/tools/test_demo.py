@@ -265,7 +265,7 @@ def test_explanation_follows_the_numbers(result):
 
 
 def test_explanation_names_what_is_kept_and_lost(result):
-    """Of the facts that the full cache answers: with every score, with some, with none; the others are not named."""
+    """Facts that the full cache answers, with every score, with some, with none; the others are not named."""
 
     def marked(number, *right):
         answers = result.outcomes[number].answers

@@ -35,7 +35,7 @@ DIFFERENT = list({command.words: command for command in COMMANDS if command.text
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where a reader stands: with the files that the pages speak of, under the names that they use."""
+    """Folder of a reader, with the files that the pages speak of, under the names that they use."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     Path("requests.jsonl").write_text("")

@@ -315,7 +315,7 @@ class TestJson:
             assert again.tokens == found.tokens
 
     def test_its_schema(self):
-        """What docs/operations.md describes."""
+        """Fields that docs/operations.md describes."""
         data = small().to_json()
         assert (data["format"], data["version"]) == ("lagkv_ext.explanation", 1)
         assert list(data) == [

@@ -52,7 +52,7 @@ def shell(name: str, script: str, share: float = 1.0, **options) -> Step:
 
 
 class Ran:
-    """What is left in the folder after some steps."""
+    """Files in the folder after some steps."""
 
     def __init__(self, folder: Path, todo: list[Step], seconds: float) -> None:
         log = Log(folder / "log.txt")

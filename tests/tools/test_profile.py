@@ -115,7 +115,7 @@ def test_ragged_stages_are_measured_and_told():
 
 
 def test_the_memory_that_is_asked_for_is_what_the_calls_take():
-    """What the calls hold, and the largest result."""
+    """Bytes that the calls hold, and the largest result."""
 
     def storages() -> dict[int, int]:
         found = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]

@@ -13,7 +13,7 @@ import lagkv_ext
 PACKAGE = Path(lagkv_ext.__file__).resolve().parent
 CSRC = PACKAGE.parent / "csrc"
 LIBRARY = "library"
-#: What a room may import. The library is what lies directly in the package: operators, reference, settings files.
+#: Rooms that a room may import. The library is what lies directly in the package: operators, reference, settings files.
 MAY_IMPORT = {
     LIBRARY: {LIBRARY},
     "cache": {LIBRARY, "cache"},

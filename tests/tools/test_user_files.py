@@ -39,7 +39,7 @@ def prompts(path: Path) -> Any:
     return list(files._jsonl(path, []))
 
 
-#: What reads a file, and what a user writes there.
+#: Readers of files, and what a user writes there.
 READERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "settings": (read_settings, '{\n"lag_size": 8,\n"keep_ratio": 0.25\n}\n'),
     "rollout": (lambda path: Store(path).current(), policy().text),

@@ -55,7 +55,7 @@ class Sequence:
             self._block(self.compressed, rest + list(range(begin, begin + plan.block - plan.part)))
 
     def attended(self, t: int) -> set[object]:
-        """What the token at position t attends to by the definition: state t // boundary."""
+        """Rows that the token at position t attends to by the definition: state t // boundary."""
         plan = self.plan
         m = plan.m(t // plan.boundary)
         kept = {("kept", p, r) for p in range(m) for r in range(plan.keep)}

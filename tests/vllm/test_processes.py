@@ -23,7 +23,7 @@ PROMPTS = [prompt(n) for n in (40, 600)]
 def run(
     model: Path, lagkv: Any, before: str = "", environment: dict[str, str] | None = None, **arguments: Any
 ):
-    """What `run_engine` found. A process that ends without an answer fails with its output."""
+    """Result of `run_engine`. A process that ends without an answer fails with its output."""
     environment = environment or {}
     told = {
         "model": str(model),

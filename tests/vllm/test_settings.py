@@ -1,4 +1,4 @@
-"""What ``additional_config["lagkv"]`` may say, and with what of vLLM it is refused."""
+"""Values of ``additional_config["lagkv"]``, and features of vLLM with which it is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lagkv_ext.vllm.settings import Settings, parse
 
 
 def config(additional: Any = None, **changes: Any) -> SimpleNamespace:
-    """What `check_engine` reads of vLLM's configuration, with nothing in it that is refused."""
+    """Fields that `check_engine` reads of vLLM's configuration, with nothing in it that is refused."""
     parts = {
         "additional_config": {} if additional is None else additional,
         "speculative_config": None,

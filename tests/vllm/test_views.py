@@ -1,4 +1,4 @@
-"""How a backend's blocks are seen as rows, against the kernels of vLLM that write them."""
+"""Views of a backend's blocks as rows, against the kernels of vLLM that write them."""
 
 from __future__ import annotations
 

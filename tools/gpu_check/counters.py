@@ -18,7 +18,7 @@ from typing import Any
 from tools.gpu_check.record import replace
 from tools.gpu_check.steps import ROOT
 
-# What ncu calls it: what the results call it.
+# Names of ncu, and the names in the results.
 METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes_read.sum": "dram_bytes_read",

@@ -1,4 +1,4 @@
-"""What the steps print, in one file of bounded size."""
+"""Output of the steps, in one file of bounded size."""
 
 from __future__ import annotations
 

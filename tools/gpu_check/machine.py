@@ -71,7 +71,7 @@ def version(package: str) -> str | None:
 
 
 def output(command: list[str]) -> str | None:
-    """What a command printed; None where it is not there or failed."""
+    """Output of a command; None where it is not there or failed."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

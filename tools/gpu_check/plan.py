@@ -13,7 +13,7 @@ from pathlib import Path
 from tools.gpu_check.steps import Step
 
 EXAMPLES = "tests/ops/test_examples.py"
-# What else a card is asked before it is timed: streams, graphs, no wait for the device, the static cache.
+# Further questions to a card before it is timed: streams, graphs, no wait for the device, the static cache.
 FIRST_ON_CARD = (
     "tests/cuda/test_gpu.py::test_launches_on_the_current_stream",
     "tests/cuda/test_gpu.py::test_never_waits_for_the_device",
@@ -31,7 +31,7 @@ NCU_REFUSAL = r"LibraryNotLoaded|ERR_NVGPUCTRPERM|Failed to initialize the profi
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the plan depends on."""
+    """Facts that the plan depends on."""
 
     capability: str | None  #: of the card, as "9.0"; None: a rehearsal
     folder: Path  #: of the results

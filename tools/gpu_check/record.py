@@ -1,4 +1,4 @@
-"""What ran, what did not and why: ``record.json`` for programs, ``report.txt`` for people."""
+"""Records what ran, what did not and why: ``record.json`` for programs, ``report.txt`` for people."""
 
 from __future__ import annotations
 

@@ -54,5 +54,5 @@ def plan(settings: LayerSettings, rows: int, start: int) -> Plan:
 
 
 def starts_again(start: Lengths, lag_size: int, max_tokens: int) -> bool | Tensor:
-    """Whether ``start`` returns to the sink size after a compression; for an int, or elementwise for a tensor."""
+    """Tells whether ``start`` returns to the sink size after a compression; for an int, or elementwise for a tensor."""
     return start + 2 * lag_size > max_tokens

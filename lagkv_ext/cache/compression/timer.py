@@ -1,4 +1,4 @@
-"""How long the compressions of a cache take, without ever waiting for a device."""
+"""Measures how long compressions of a cache take, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CompressionTimer:
 
     @property
     def waits(self) -> bool:
-        """Whether there are events that `take` has not counted yet."""
+        """Tells whether there are events that `take` has not counted yet."""
         return bool(self._events)
 
     def take(self) -> float:

@@ -48,7 +48,7 @@ class RowBuffer:
 
     @property
     def bytes_per_row(self) -> int:
-        """Of keys and values together, over batch and heads."""
+        """Bytes of keys and values together, over batch and heads."""
         batch, heads, _, dim = self._key.shape
         return batch * heads * (dim + self._value.shape[3]) * self._key.element_size()
 

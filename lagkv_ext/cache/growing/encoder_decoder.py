@@ -45,7 +45,7 @@ class LagKVEncoderDecoderCache(EncoderDecoderCache):
         super().__init__(self._compressed, DynamicCache(config=config.get_text_config(decoder=True)))
 
     def report(self) -> CacheReport:
-        """What the self-attention layers hold; see `LagKVCache.report`."""
+        """Reports what the self-attention layers hold; see `LagKVCache.report`."""
         return self._compressed.report()
 
     def kept_hash(self) -> str:

@@ -63,7 +63,7 @@ class LagKVLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override] # an attribute in the base class
-        """Whether any step may be taken back, as assisted decoding does."""
+        """Tells whether any step may be taken back, as assisted decoding does."""
         return self.settings.boundary is None
 
     @property

@@ -78,7 +78,7 @@ class MaskKeeper:
         return max(self.sharing, key=lambda i: self._layers[i].get_mask_sizes(new))
 
     def _alike(self, new: int) -> bool:
-        """Whether all layers that share a mask need the same one now."""
+        """Tells whether all layers that share a mask need the same one now."""
         if self._uniform:
             return True
         if self.padding is None:

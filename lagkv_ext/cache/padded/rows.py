@@ -29,7 +29,7 @@ class _Step:
 
     @property
     def fits(self) -> bool:
-        """Whether the columns may be appended as they are: rows then end in the last column, without a gap."""
+        """Tells whether the columns may be appended as they are: rows then end in the last column, without a gap."""
         return all(
             not (count and begin + count < self.width) and not (rows and count < self.width)
             for begin, count, rows in zip(self.begins, self.counts, self.old_rows, strict=True)
@@ -183,7 +183,7 @@ class PaddedRows(Rows):
         return due
 
     def _needs_new_storage(self, due: list[tuple[Pass, ...]], total: int, new: int) -> bool:
-        """Whether compressions run at once, into new storage: several of a sequence, or after a prompt."""
+        """Tells whether compressions run at once, into new storage: several of a sequence, or after a prompt."""
         assert self._buffer is not None
         many = any(due) and total > self._buffer.capacity and new > self._room(total)
         return many or any(len(passes) > 1 for passes in due)
@@ -217,7 +217,7 @@ class PaddedRows(Rows):
         return None if self._buffer is None else (self._buffer.key, self._buffer.value)
 
     def positions(self) -> Tensor | None:
-        """Of each row among the tokens of its own sequence."""
+        """Position of each row among the tokens of its own sequence."""
         self.settle()
         if self._buffer is None:
             return None

@@ -53,7 +53,7 @@ class QuantizedRows:
         )
 
     def replaced(self, index: Tensor, by: Tensor, source: QuantizedRows) -> QuantizedRows:
-        """Where ``by`` (bool ``[B, H, n]``): row ``index[..., i]`` of ``source`` instead of row ``i``, bit for bit."""
+        """Replaces row ``i`` by row ``index[..., i]`` of ``source`` where ``by`` (bool ``[B, H, n]``), bit for bit."""
 
         def pick(own: Tensor, theirs: Tensor) -> Tensor:
             rows = theirs.gather(2, index[..., None].expand(*index.shape, theirs.shape[3]))

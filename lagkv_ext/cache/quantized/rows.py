@@ -223,7 +223,7 @@ class CodedRows(Rows):
         return key, value
 
     def _code_old_rows(self) -> None:
-        """Where nothing is ever dropped: all but the last ``lag_size`` rows, once there are twice as many."""
+        """Quantises a layer that drops nothing: all but the last ``lag_size`` rows, once there are twice as many."""
         buffer, recent = self.buffer, self.settings.lag_size
         if self.settings.compresses or buffer is None or buffer.rows < 2 * recent:
             return

@@ -55,7 +55,7 @@ class LagKVStaticLayer(SlotLayer):
         self.length = torch.zeros_like(self.start)
         # Tokens seen, without padding; compressions that have run; times that a layer started again from the sink.
         self.tokens, self.settled, self.restarts = (torch.zeros_like(self.start) for _ in range(3))
-        # Whether a step came since the last compression: each has its compression once.
+        # True once a step came since the last compression: each has its compression once.
         self.due = self.keys.new_zeros((), dtype=torch.bool)
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -69,7 +69,7 @@ class LagKVStaticLayer(SlotLayer):
             self.start.fill_(self.settings.sink_size)
 
     def set_padding(self, padding: Padding | None) -> None:
-        """Of the prompt that comes next, the first."""
+        """First position of the prompt that comes next."""
         self.padding = padding
         self.awaits_prompt = padding is not None
 

@@ -78,7 +78,7 @@ class SlotLayer(CacheLayerMixin):
 
     @abstractmethod
     def get_query_offset(self) -> int | Tensor:
-        """Where the new tokens lie, in whatever `get_mask_sizes` counts the columns of the mask."""
+        """Positions of the new tokens, in whatever `get_mask_sizes` counts the columns of the mask."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Take in new tokens ``[B, H, n, D]``; returns the keys and values that attention of this step sees: for up

@@ -64,7 +64,7 @@ class Attempt:
         return sum(self.tasks.values())
 
     def meets(self, confidence: float, tolerance: float) -> bool:
-        """Whether a certificate of this attempt holds for these too."""
+        """Tells whether a certificate of this attempt holds for these too."""
         return self.confidence >= confidence and self.tolerance <= tolerance
 
     def to_json(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def certificates(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Certificates:
-    """What the attempts in ``records`` certified for this confidence and tolerance. Tests nothing."""
+    """Collects what the attempts in ``records`` certified for this confidence and tolerance. Tests nothing."""
     earlier, _ = _split(records)
     orders, losses, binary = _orders(records, None, testable, seed)
     done = _certified(earlier, confidence, tolerance)
@@ -229,7 +229,7 @@ def _certified(attempts: Iterable[Attempt], confidence: float, tolerance: float)
 
 
 def _level(earlier: Sequence[Attempt], confidence: float) -> float:
-    """Of the next attempt; attempts that tested nothing have used nothing up."""
+    """Level of the next attempt; attempts that tested nothing have used nothing up."""
     used = sum(x.level > 0 for x in earlier)
     return (1 - confidence) * _FIRST_SHARE * (1 - _FIRST_SHARE) ** used
 

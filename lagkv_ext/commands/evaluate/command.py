@@ -102,7 +102,7 @@ def evaluate(
         float | None, typer.Option(help="Per hour; without it no cost per million tokens.")
     ] = None,
 ) -> None:
-    """How far can a model's cache shrink before answers suffer? Measures, compares, recommends, and writes a report."""
+    """Measures how far a model's cache can shrink before answers suffer, compares, recommends, and writes a report."""
     try:
         import rich.console
         import rich.progress

@@ -39,7 +39,7 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Any, *, element_size: int, weight_bytes: int) -> Shape:
-        """Of a transformers configuration, for a model that need not be here: its weights' bytes are given."""
+        """Builds it from a transformers configuration and the bytes of the weights, which need not be here."""
         return cls.from_header(
             shape_of(config) | {"element_size": element_size, "weight_bytes": weight_bytes}
         )

@@ -68,7 +68,7 @@ def hoeffding_bentkus_p(total: ArrayLike, n: int, bound: float) -> NDArray[np.fl
 
 
 def certified(orders: Sequence[Sequence[float]], level: float) -> list[int]:
-    """How many settings of each order are certified, given the p-values in each order.
+    """Counts the settings of each order that are certified, given the p-values in each order.
 
     The level is divided equally among the orders. The share of an order that is certified to its end passes to the
     others in equal parts (a graphical procedure: Bretz et al. 2009, doi 10.1002/sim.3495).

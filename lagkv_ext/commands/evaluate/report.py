@@ -222,7 +222,7 @@ def _json(
 
 
 def _ladder(header: dict[str, Any], summary: Summary, found: recommend.Recommendation) -> Ladder:
-    """What `lagkv rollout set --ladder` reads."""
+    """Ladder file for `lagkv rollout set --ladder`."""
     rungs = []
     for j in recommend.ladder(found):
         # Tasks that hold the setting against the full cache token by token.
@@ -234,7 +234,7 @@ def _ladder(header: dict[str, Any], summary: Summary, found: recommend.Recommend
 
 
 def _certain(known: Certificates) -> dict[str, Any]:
-    """What the page says of the tests behind the guarantee."""
+    """Text of the page on the tests behind the guarantee."""
     return {
         "confidence": f"{100 * known.confidence:g}",
         "attempts": [

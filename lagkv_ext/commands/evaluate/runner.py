@@ -126,7 +126,7 @@ class Runner:
         prefill = read(self.model, work.ids, self.layers, attention=watch)
         references: list[dict[str, Any]] = [{} for _ in sample.questions]
         compared = any(q.kind in ("continue", "imitate") for q in sample.questions)
-        # Where it was measured in an earlier run, and nothing is held against it token by token, it is not asked again.
+        # Not asked again where an earlier run measured it, and nothing is held against it token by token.
         if FULL in work.missing or compared:
             say(f"{sample.task}: full")
             self._record(work, prefill, [FULL], prefill.fork, references, clock)

@@ -14,7 +14,7 @@ from typing import Any
 from lagkv_ext.commands.evaluate.types import EvaluationError
 
 FORMAT = 1
-# What must be the same for two runs to be comparable line by line.
+# Must be the same for two runs to be comparable line by line.
 IDENTITY = ("format", "model", "weights", "dtype", "seed")
 
 

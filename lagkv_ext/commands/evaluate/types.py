@@ -42,7 +42,7 @@ class Question:
 
     @property
     def binary(self) -> bool:
-        """Whether every score is 0 or 1, whatever the model says."""
+        """Tells whether every score is 0 or 1, whatever the model says."""
         if self.kind == "rank":
             return len(self.answers) == 1
         return self.kind == "generate" and self.metric in ("contains", "exact")

@@ -54,7 +54,7 @@ def explain(
         int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)
     ] = None,
 ) -> None:
-    """Which tokens of a text a compressed cache kept, in every layer and head, and why: one page that loads nothing."""
+    """Shows which tokens of a text a compressed cache kept, in every layer and head: one page that loads nothing."""
     if text is None and cache is None:
         raise typer.BadParameter("give --text with the text to read, or --cache with a saved cache")
     if cache is not None and (settings_file is not None or setting or chunk is not None):

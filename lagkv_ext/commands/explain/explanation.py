@@ -1,4 +1,4 @@
-"""What a cache kept of a text, as data; and as JSON, whose schema is documented in docs/operations.md."""
+"""Tokens of a text that a cache kept, as data; and as JSON, whose schema is documented in docs/operations.md."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a cache holds of the ``tokens_seen`` tokens given to it.
+    """Tokens that a cache holds of the ``tokens_seen`` given to it.
 
     ``tokens`` is None where the text is not known, and shorter than ``tokens_seen`` where the cache went on after it.
     ``uncompressed``: layers of other kinds, by index, which keep what transformers keeps.
@@ -88,7 +88,7 @@ class Explanation:
         return np.concatenate(kept).mean(axis=0)
 
     def notes(self) -> list[str]:
-        """What a reader must know to judge what is shown."""
+        """Notes that a reader needs to judge the page."""
         found = []
         if all(x.compressions == 0 for x in self.layers):
             settings = self.layers[0].settings

@@ -62,7 +62,7 @@ def html(explanation: Explanation, *, most_values: int = MOST_VALUES) -> str:
 
 
 def page_data(explanation: Explanation, most_values: int = MOST_VALUES) -> dict[str, Any]:
-    """What the script reads: `Explanation.to_json` with smaller numbers.
+    """Data for the page's script: `Explanation.to_json` with smaller numbers.
 
     ``detail``: "heads" (scores and ranks ``[H, N]``), "layers" (``[N]``: mean score, mean and best rank) or "none".
     Scores are the upper 16 bits of float32; ranks are unsigned integers, 0 where a token was never compared.

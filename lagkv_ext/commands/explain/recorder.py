@@ -152,7 +152,7 @@ class RecordedCache(LagKVCache):
 
 
 def held_layer(cache: LagKVCache, i: int, sequence: int = 0) -> Layer:
-    """What a layer holds of one sequence, without scores."""
+    """Reads what a layer holds of one sequence, without scores."""
     layer = cache.layers[i]
     positions = cache.kept_positions(i)[sequence].cpu().numpy().astype(np.int64)
     seen = int(layer.get_seq_length())

@@ -76,7 +76,7 @@ def explain_saved(
     tokens: Tokens | None = None,
     sequence: int = 0,
 ) -> Explanation:
-    """What a file of ``LagKVCache.save`` holds, for the model with this ``config``.
+    """Explains a file of ``LagKVCache.save``, for the model with this ``config``.
 
     Scores and ranks are not in it. ``tokens``: of the text that it was made from, if that is known. ``sequence``: of
     the batch.

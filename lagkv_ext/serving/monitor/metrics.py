@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lagkv_ext.serving.rollout import Decision
 
-# Of a decision, as they are called in the log record.
+# Fields of a decision, by their names in the log record.
 _DECIDED = ("request_id", "reason", "version", "eligible", "settings", "prompt_tokens")
 _COMPRESSED = (LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache)
 _log = logging.getLogger(__name__)
@@ -117,10 +117,10 @@ class CacheMonitor:
         self._lock = threading.Lock()
         self._flights: dict[int, _Flight] = {}
         self._number = 0
-        # Of requests that were dropped without an end. Filled by the garbage collector, which may run anywhere, even
+        # Requests that were dropped without an end. Filled by the garbage collector, which may run anywhere, even
         # while this thread holds a lock: so nothing but an append happens there.
         self._lost: deque[int] = deque()
-        # Of ended requests, with events that the device had not passed, and where their time belongs.
+        # Timers of ended requests with events that the device had not passed, and where their time belongs.
         self._late: list[tuple[CompressionTimer, _Series]] = []
         metrics, values = join(CacheFamilies, registry, labels)
         self._labels = dict(labels or {})
@@ -299,7 +299,7 @@ class CacheMonitor:
         self._count_seconds(flight.timer, series)
 
     def _count_seconds(self, timer: CompressionTimer, series: _Series) -> None:
-        """Of this timer, and of earlier ones whose time is known only now."""
+        """Counts this timer, and earlier ones whose time is known only now."""
         with self._lock:
             timers, self._late = [*self._late, (timer, series)], []
             for late, where in timers:
@@ -330,7 +330,7 @@ class CacheMonitor:
 
 
 class MonitoredRequest:
-    """What `CacheMonitor.request` returns. Leaving the ``with`` block ends the request: completed, "failed" where an
+    """Result of `CacheMonitor.request`. Leaving the ``with`` block ends the request: completed, "failed" where an
     `Exception` leaves it, "cancelled" where something else does (`asyncio.CancelledError`, `KeyboardInterrupt`).
     A request that is dropped without an end counts as "abandoned"."""
 
@@ -373,7 +373,7 @@ def _nothing() -> None:
 
 
 def _growing(report: CacheReport) -> tuple[float, float, float]:
-    """What only grows while a cache is used: tokens seen, tokens dropped, compressions."""
+    """Numbers that only grow while a cache is used: tokens seen, tokens dropped, compressions."""
     return report.tokens_seen, report.tokens_seen - report.tokens_kept, report.compressions
 
 

@@ -45,7 +45,7 @@ class Families:
         yield from ()
 
     def is_registered(self, registry: CollectorRegistry) -> bool:
-        """Whether ``registry`` exports this collector now.
+        """Tells whether ``registry`` exports this collector now.
 
         A registry can only be asked for names, which another collector may have taken since, so `collect` notes that it
         was called. It reads nothing for this.

@@ -24,7 +24,7 @@ class HasStatus(Protocol):
     def status(self) -> RolloutStatus: ...
 
 
-# Of a rollout: field of its status, name, help.
+# Metrics of a rollout: field of its status, name, help.
 _GAUGES: tuple[tuple[str, str, str], ...] = (
     ("version", "lagkv_rollout_version", "Version of the rollout file in force."),
     ("enabled", "lagkv_rollout_enabled", "1 where the rollout file allows compression."),
@@ -43,7 +43,7 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
     ),
     ("reload_errors", "lagkv_rollout_reload_errors", "Contents of the rollout file that could not be used."),
 )
-# Of each variant.
+# Metrics of each variant.
 _VARIANT_GAUGES: tuple[tuple[str, str, str], ...] = (
     ("share", "lagkv_rollout_share_ratio", "Share of requests that the rollout file gives to a variant."),
     ("tripped", "lagkv_rollout_tripped", "1 where a variant has tripped: its requests get the full cache."),

@@ -84,7 +84,7 @@ def _along(
 
 
 def may_shrink(store: Store, ladder: LadderRules, to: int, seconds: float | None = None) -> bool:
-    """Whether a move to the smaller cache of a rung is allowed now, by the times in the history.
+    """Tells whether a move to the smaller cache of a rung is allowed now, by the times in the history.
 
     Not beyond ``smaller_per_day`` moves in 24 hours; not to a rung that failed within ``hold_hours``, twice as long
     after the second failure, and so on. A time in the future, as after a clock was set back, counts as now.

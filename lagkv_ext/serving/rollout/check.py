@@ -89,7 +89,7 @@ def compare(model: Any, prompt: Tensor, said: Tensor, full: Any, compressed: Any
 
 
 def _sees_less(cache: Any) -> bool:
-    """Whether attention of the next step sees fewer rows than tokens, or quantised ones."""
+    """Tells whether attention of the next step sees fewer rows than tokens, or quantised ones."""
     return any(x.rows < x.seen or x.quantized_rows for x in cache.layers if isinstance(x, LagKVLayer))
 
 

@@ -1,4 +1,4 @@
-"""What all ``lagkv rollout`` commands share: the file, refusals, and how a change is told."""
+"""Parts that all ``lagkv rollout`` commands share: the file, refusals, and reports of a change."""
 
 from __future__ import annotations
 

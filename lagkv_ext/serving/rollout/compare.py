@@ -60,7 +60,7 @@ class Difference:
 def difference(
     metric: str, names: tuple[str, str], values: tuple[Sequence[float], Sequence[float]], level: float
 ) -> Difference:
-    """Of two samples. Infinite numbers count as too few: a mean of them is no number."""
+    """Difference of two samples. Infinite numbers count as too few: a mean of them is no number."""
     counts = len(values[0]), len(values[1])
     means = tuple(math.fsum(x) / len(x) if x else None for x in values)
     shown = tuple(None if x is None or not math.isfinite(x) else x for x in means)
@@ -73,7 +73,7 @@ def difference(
 
 
 def _boundary(count: int, level: float) -> float:
-    """How many standard errors the interval reaches on each side."""
+    """Half-width of the interval in standard errors."""
     rho2 = (-2 * math.log(level) + math.log(1 - 2 * math.log(level))) / _NARROWEST
     scaled = count * rho2 + 1
     return math.sqrt(2 * scaled / (count * rho2) * math.log(math.sqrt(scaled) / level))
@@ -155,7 +155,7 @@ def _read_log(path: Path, policy: Policy, found: Observations) -> None:
 
 
 def _is_served(record: Mapping[str, Any], name: str, policy: Policy) -> bool:
-    """Whether the request got the cache of its variant as it is now: not one that fell back, or of other settings."""
+    """Tells whether the request got the cache of its variant with the present settings, and did not fall back."""
     if name == FULL:
         return record.get("reason") == "share"
     settings = json.loads(json.dumps(dict(policy.variants[name].settings)))
@@ -163,7 +163,7 @@ def _is_served(record: Mapping[str, Any], name: str, policy: Policy) -> bool:
 
 
 def differences(found: Observations, level: float) -> list[Difference]:
-    """Of every pair of variants that has numbers, `FULL` first; agreement and KL are against the full cache already."""
+    """Pairs of variants that have numbers, `FULL` first; agreement and KL are against the full cache already."""
     out = []
     for metric, _, _ in METRICS:
         names = [name for name, values in found.values[metric].items() if values]

@@ -1,4 +1,4 @@
-"""What quality checks say about one variant: whether it must stop, may come back, or may move along a ladder."""
+"""Judges a variant by its quality checks: whether it must stop, may come back, or may move along a ladder."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ class Judge:
         return None
 
     def has_recovered(self) -> bool:
-        """Whether checks after the trip show that both bounds are kept."""
+        """Tells whether checks after the trip show that both bounds are kept."""
         level = self.guard.level / 2
         return self.shadow.is_above(self.guard.min_agreement, level) and bool(
             self._kl_room.evidence[0] >= 1 / level
         )
 
     def has_failed(self) -> bool:
-        """Whether checks before the trip, or after it, show that a bound is not kept."""
+        """Tells whether checks before the trip, or after it, show that a bound is not kept."""
         level = self.guard.level / 2
         return self.trip_reason() is not None or self.shadow.is_below(self.guard.min_agreement, level)
 

@@ -41,7 +41,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a ladder file holds."""
+    """Content of a ladder file."""
 
     rungs: tuple[Rung, ...]  #: from the largest cache to the smallest
     model: str | None = None  #: of the evaluation

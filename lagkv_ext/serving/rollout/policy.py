@@ -27,7 +27,7 @@ class RolloutError(ValueError):
 
 @dataclass(frozen=True)
 class Guard:
-    """What quality checks must show (`Judge`)."""
+    """Bounds that quality checks must show (`Judge`)."""
 
     min_agreement: float = 0.97  #: mean share of answer tokens on which the full cache agrees, in (0, 1]
     max_kl: float = 0.1  #: mean KL(full || compressed), nats per token, over 0
@@ -102,7 +102,7 @@ class Policy:
 
     @property
     def share(self) -> float:
-        """Of all requests, compressed by any variant."""
+        """Share of all requests that any variant compresses."""
         return math.fsum(x.share for x in self.variants.values())
 
     @property
@@ -157,11 +157,11 @@ class Policy:
         return FULL
 
     def checks(self, request_id: str) -> bool:
-        """Whether a compressed request is within ``guard.check_share``; independent of its variant."""
+        """Tells whether a compressed request is within ``guard.check_share``; independent of its variant."""
         return bucket(request_id, "check") < self.guard.check_share * _WHOLE
 
     def is_sampled(self, request_id: str) -> bool:
-        """Whether a compressed request is within ``samples.share``; independent of its variant and of checks."""
+        """Tells whether a compressed request is within ``samples.share``; independent of its variant and of checks."""
         return self.samples is not None and bucket(request_id, "sample") < self.samples.share * _WHOLE
 
 

@@ -69,7 +69,7 @@ class SampleFolder:
     # -- samples
 
     def names(self) -> list[str]:
-        """Of all samples, in the order in which they were stored."""
+        """Names of all samples, in the order in which they were stored."""
         names = os.listdir(self.path) if self.path.is_dir() else []
         return sorted(x for x in names if _NAME.fullmatch(x))
 

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 
 #: Shares of the wealth that are bet. The largest is below 1, so that no single number takes all of the wealth.
 BETS = np.array([0.95, *(0.5**k for k in range(1, 9))])
-#: How the stake is spread over `BETS` where a change has to be found: evenly, since a drop may be large or small.
+#: Stakes over `BETS` where a change has to be found: even, since a drop may be large or small.
 EVENLY = np.full(len(BETS), 1 / len(BETS))
-#: Where a mean near the upper end has to be confirmed, which large bets do best: half on the largest, and so on.
+#: Stakes where a mean near the upper end has to be confirmed: half on the largest bet, and so on.
 ON_LARGE_BETS = 0.5 ** np.arange(1, len(BETS) + 1) / (1 - 0.5 ** len(BETS))
 #: A larger X / m counts as this much: it is evidence enough, and infinity is no factor.
 _LARGEST = 1e6
@@ -101,14 +101,14 @@ class ShareBounds:
         self._least = min(self._least, value)
 
     def is_below(self, point: float, level: float) -> bool:
-        """Whether the mean is, or was for a time, below one of the exact points. Where it never is, the answer is ever
-        True with a probability of at most ``level``."""
+        """Tells whether the mean is, or was for a time, below one of the exact points. Where it never is, the answer is
+        ever True with a probability of at most ``level``."""
         if point == 1:
             return self._least < 1
         return bool((self._below.peak[self._below.bounds == 1 - point] >= 1 / level).any())
 
     def is_above(self, point: float, level: float) -> bool:
-        """Whether the mean is above one of the exact points. Where it never is, the answer is ever True with a
+        """Tells whether the mean is above one of the exact points. Where it never is, the answer is ever True with a
         probability of at most ``level``."""
         return bool((self._above.evidence[self._above.bounds == point] >= 1 / level).any())
 

@@ -25,7 +25,7 @@ from lagkv_ext.serving.rollout.store import Store, Trip, now
 from lagkv_ext.serving.rollout.watch import Force, Watch
 
 _log = logging.getLogger(__name__)
-# How long a server waits for others that write: what it could not write is tried again at the next look.
+# Seconds that a server waits for others that write: what it could not write is tried again at the next look.
 _PATIENCE_S = 0.1
 # Without new checks the ladder is looked at this often: what holds a move back ends with time alone.
 _LADDER_S = 60.0
@@ -470,7 +470,7 @@ class Rollout:
         self._save_trips()
 
     def _follow(self) -> None:
-        """What the files say now."""
+        """Follows what the files say now."""
         store = self._watch.store
         force = self._watch.look()
         if force.policy.version != self._force.policy.version:
@@ -499,7 +499,7 @@ class Rollout:
     # -- what others see
 
     def status(self) -> RolloutStatus:
-        """How things are. Looks at the file where that is due, so that a server without requests knows too."""
+        """Reports the state of the rollout. Looks at the file where that is due, also in a server without requests."""
         self._look_if_due()
         reviews = self._reviews()
         with self._looking, self._counting:

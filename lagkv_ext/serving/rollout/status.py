@@ -1,4 +1,4 @@
-"""What a server reports about its rollout at one moment: for logs, health pages and metrics."""
+"""State of a server's rollout at one moment: for logs, health pages and metrics."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Store:
         return self._kept(number).stat().st_mtime
 
     def checks_of(self, number: int) -> Path:
-        """Where the quality checks of a version are (`evidence`)."""
+        """Path of the quality checks of a version (`evidence`)."""
         return self.checks / f"{number:06}.jsonl"
 
     def tripped(self, variant: str = MAIN) -> Path:
@@ -320,7 +320,7 @@ def target_of(path: Path) -> Path:
 
 
 def mounted_by_itself(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether the file is a mount of its own, as containers mount single files: whoever replaces it outside changes
+    """Tells whether the file is a mount of its own, as containers mount single files. Replacing it outside changes
     nothing here. False where the system does not list its mounts."""
     try:
         lines = mounts.read_bytes().splitlines()

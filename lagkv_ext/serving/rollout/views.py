@@ -76,7 +76,7 @@ def _tell(name: str, policy: Policy, judge: Judge, trip: Trip | None, rung: int 
 
 
 def judges_of(store: Store, policy: Policy) -> dict[str, Judge]:
-    """What the checks of a version say of each variant."""
+    """Lists what the checks of a version show of each variant."""
     from lagkv_ext.serving.rollout.evidence import Evidence
     from lagkv_ext.serving.rollout.judge import Judge
 

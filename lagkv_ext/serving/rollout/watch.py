@@ -32,7 +32,7 @@ class Force:
         return variant in self.trips or variant in self.doubtful
 
     def may_recover(self, variant: str) -> bool:
-        """Whether a variant that tripped may come back on checks of requests that got the full cache."""
+        """Tells whether a variant that tripped may come back on checks of requests that got the full cache."""
         trip = self.trips.get(variant)
         known = trip is not None and trip.by != "errors" and variant not in self.doubtful
         return known and self.policy.guard.recover
@@ -81,11 +81,11 @@ class Watch:
 
     @property
     def unusable(self) -> bool:
-        """Whether a file is there, as of the last look, that cannot be used."""
+        """Tells whether a file is there, as of the last look, that cannot be used."""
         return self._lost or bool(self._unusable)
 
     def look(self) -> Force:
-        """What is in force now. Never raises."""
+        """Finds what is in force now. Never raises."""
         if not self._follow_links():
             return self.force
         path = self.store.path
