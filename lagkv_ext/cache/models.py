@@ -201,6 +201,15 @@ def static_refusal(config: Any) -> str | None:
     apart = sorted({*uncompressed_layers(config), *cross_attention_layers(config)})
     if apart:
         return f"layers {apart} attend to something else than all tokens"
+    return _reads_past_update(text)
+
+
+def ratios_refusal(config: Any) -> str | None:
+    """Why the layers of a model cannot keep different numbers of tokens: each learns its mask in `update`."""
+    return _reads_past_update(config.get_text_config(decoder=True))
+
+
+def _reads_past_update(text: Any) -> str | None:
     if getattr(text, "recurrent_kv_cache_mode", None) == "last_loop":
         return "it reads rows of the cache past `update` (recurrent_kv_cache_mode='last_loop')"
     return None

@@ -102,6 +102,19 @@ def test_refused_with_the_reason(config, message):
         LagKVCache(config())
 
 
+def test_layers_that_are_read_past_update_keep_the_same_numbers_of_tokens():
+    """Dory's earlier loops attend to the rows of the last one without asking the cache, which then fits no mask."""
+    config = transformers.DoryConfig(recurrent_kv_cache_mode="last_loop")
+    first, *others = LagKVCache(config).compressed_layers
+    LagKVCache(config, skip_layers=[first, *others])
+    for ratios in ({"skip_layers": [first]}, {"layer_keep_ratio": {first: 0.5}}):
+        with pytest.raises(
+            ValueError, match=r"^DoryConfig cannot have layers .* different .*: it reads rows .*'last_loop'"
+        ):
+            LagKVCache(config, **ratios)
+        LagKVCache(transformers.DoryConfig(), **ratios)
+
+
 def test_decoders_of_the_same_families_are_served():
     assert LagKVCache(transformers.FalconConfig()).compressed_layers
     assert LagKVCache(transformers.BertConfig(is_decoder=True)).compressed_layers

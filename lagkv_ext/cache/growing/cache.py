@@ -17,7 +17,7 @@ from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.growing.recording import PastRecording
 from lagkv_ext.cache.masks.hook import AskedLength, MaskFunction, install
 from lagkv_ext.cache.masks.keeper import MaskKeeper
-from lagkv_ext.cache.models import check_config, cross_attention_layers, uncompressed_layers
+from lagkv_ext.cache.models import check_config, cross_attention_layers, ratios_refusal, uncompressed_layers
 from lagkv_ext.cache.padded.padding import check_prompt_mask
 from lagkv_ext.cache.report import ReportsLayers
 from lagkv_ext.cache.settings import LayerSettings, layer_settings, settings_per_layer
@@ -157,6 +157,11 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             raise ValueError(
                 "layers that keep different numbers of tokens (layer_keep_ratio, skip_layers) cannot share the block "
                 "mask of flex_attention; use the attention implementation sdpa, eager or flash_attention_2"
+            )
+        if not uniform and (reason := ratios_refusal(config)) is not None:
+            raise ValueError(
+                f"{type(config).__name__} cannot have layers that keep different numbers of tokens (layer_keep_ratio, "
+                f"skip_layers): {reason}"
             )
         install()
 
