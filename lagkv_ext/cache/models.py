@@ -69,28 +69,27 @@ _ENCODERS = (
 )  # fmt: skip
 #: Families of which the sweep found nothing but equal: docs/cache.md has its table.
 _SERVED = """
-    afmoe apertus apertus1p5_text arcee aria aria_text aya_vision bamba bart beam bert bert-generation big_bird
-    bigbird_pegasus biogpt bitnet blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe
+    afmoe apertus apertus1p5_text arcee aria aria_text audioflamingo3 aya_vision bamba bart beam bert bert-generation
+    big_bird bigbird_pegasus biogpt bitnet blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe
     cohere2_vision cohere_compass cohere_compass_text cosmos3_omni ctrl cwm data2vec-text dbrx deepseek_vl
     deepseek_vl_hybrid doge dory dots1 electra emu3 emu3_text_model ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone4_5
     exaone_moe falcon falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text
-    gemma4_unified gemma4_unified_text git glm glm4 glm46v glm4_moe glm4v glm4v_text glm_ocr glm_ocr_text glmasr
-    glmga got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_docling
+    gemma4_unified gemma4_unified_text git glm glm4 glm46v glm4_moe glm4v glm4v_text glm_ocr glm_ocr_text glmasr glmga
+    got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_docling
     granite_docling_text granite_speech granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid
-    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax hyperclovax_vision_v2
-    idefics2 idefics3 internlm3 internvl iquestcoder jais2 jamba janus jetmoe kolibri1 kosmos-2.5
-    kosmos_2_5_text_model laguna lara_mini lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4 llama4_text
-    llava llava_next llava_next_video llava_onevision marian mbart megatron-bert mellum mimo_v2_flash minicpm_ocr
-    minicpmv4_6 minicpmv4_7 minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3
-    mixtral mllama mllama_text_model modernbert-decoder moss_transcribe_diarize muse_glimmer muse_glimmer_text mvp
-    nanochat nemo_speechlm nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe omniasr opt ovis2 paddleocr_vl
-    paddleocr_vl_text paligemma pegasus persimmon phi phi3 phi4_multimodal phimoe plbart pp_chart2table qianfan_ocr
-    qwen2 qwen2_5_omni_text qwen2_5_omni_thinker qwen2_5_vl qwen2_5_vl_text qwen2_audio qwen2_moe qwen2_vl
-    qwen2_vl_text qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next
-    qwen3_omni_moe_text qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen3_vl_moe_text qwen3_vl_text rembert roberta
-    roberta-prelayernorm roc_bert roformer sarvam_moe seed_oss shieldgemma2 smollm3 smolvlm solar_open stablelm
-    starcoder2 trocr vaultgemma video_llama_3 video_llava vipllava voxtral whisper xglm xlm-roberta xlm-roberta-xl
-    xmod zamba zamba2 zaya
+    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax hyperclovax_vision_v2 idefics2
+    idefics3 internlm3 internvl iquestcoder jais2 jamba janus jetmoe kolibri1 kosmos-2.5 kosmos_2_5_text_model laguna
+    lara_mini lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4 llama4_text llava llava_next llava_next_video
+    llava_onevision marian mbart megatron-bert mellum mimo_v2_flash minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m2
+    minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral mllama mllama_text_model
+    modernbert-decoder moss_transcribe_diarize muse_glimmer muse_glimmer_text musicflamingo mvp nanochat nemo_speechlm
+    nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe omniasr opt ovis2 paddleocr_vl paddleocr_vl_text paligemma
+    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart pp_chart2table qianfan_ocr qwen2 qwen2_5_omni_text
+    qwen2_5_omni_thinker qwen2_5_vl qwen2_5_vl_text qwen2_audio qwen2_moe qwen2_vl qwen2_vl_text qwen3 qwen3_5
+    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_omni_moe_thinker
+    qwen3_vl qwen3_vl_moe qwen3_vl_moe_text qwen3_vl_text rembert roberta roberta-prelayernorm roc_bert roformer
+    sarvam_moe seed_oss shieldgemma2 smollm3 smolvlm solar_open stablelm starcoder2 trocr vaultgemma video_llama_3
+    video_llava vipllava voxtral whisper xglm xlm-roberta xlm-roberta-xl xmod zamba zamba2 zaya
 """
 SERVED = frozenset(_SERVED.split())
 #: Families that have no place for `LagKVStaticCache` alone.
