@@ -1,4 +1,4 @@
-"""What is committed of the sweep: complete, without differences, and the same as the code and the documentation say."""
+"""Committed results of the sweep: complete, without differences, and the same as code and documentation say."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_no_silent_difference():
 
 
 def test_every_refusal_is_measured():
-    """Of every family that is refused, the sweep knows what goes wrong with transformers' own cache. GPT-2 with an
+    """The sweep knows of every family that is refused what goes wrong with transformers' own cache. GPT-2 with an
     encoder gives the encoder's rows a cache of their own, which no configuration tells."""
     without = [x.case for x in VERDICTS if x.status == REFUSED and not x.evidence]
     assert without == ["gpt2 (with an encoder)"]
