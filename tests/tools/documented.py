@@ -209,6 +209,10 @@ def _run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, mo
     with _stops_after_parsing(monkeypatch), contextlib.redirect_stdout(io.StringIO()):
         try:
             if module:
+                # What another test imported must not be what runs: runpy warns of it.
+                for imported in (f"{name}.__main__", name):
+                    if not hasattr(sys.modules.get(imported), "__path__"):
+                        monkeypatch.delitem(sys.modules, imported, raising=False)
                 runpy.run_module(name, run_name="__main__", alter_sys=False)
             else:
                 runpy.run_path(name, run_name="__main__")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -205,6 +206,37 @@ def test_a_kill_in_the_middle_loses_nothing(tmp_path, number):
     report = (tmp_path / "report.txt").read_text()
     assert "running" in report
     assert "late: not reached" in report
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["the process starts", "its reader starts"])
+def test_a_signal_while_a_step_starts_ends_the_step_too(tmp_path, monkeypatch, number, moment):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            if moment == "the process starts":
+                signal.raise_signal(number)
+
+    class Thread(threading.Thread):
+        def start(self):
+            super().start()
+            if moment == "its reader starts":
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    monkeypatch.setattr(threading, "Thread", Thread)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        steps.end_on_sigterm()
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            Ran(tmp_path, [shell("long", "exec sleep 1000")], 600)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (process,) = started
+    assert process.poll() is not None
 
 
 def test_the_log_is_bounded_and_keeps_beginning_and_end(tmp_path):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -115,31 +115,53 @@ def run(step: Step, limit: float, log: Log) -> Outcome:
     begin = time.monotonic()
     log.begin(f"== {step.name}: {step.shown()}")
     exit_status, stopped = None, False
+    process = reader = None
     try:
-        process = subprocess.Popen(
-            step.command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with _signals_later():
+            process = _start(step)
+        assert process.stdout is not None
+        # The command writes into a pipe: where this process is killed, the command's next line ends it too.
+        reader = threading.Thread(target=_drain, args=(process.stdout, log), daemon=True)
+        reader.start()
+        exit_status = process.wait(max(0.0, limit - GRACE_S))
     except OSError as error:
         log.write(f"{error}\n".encode())
         return Outcome(FAILED, 0.0, None, log.end(), reason=str(error))
-    assert process.stdout is not None
-    # The command writes into a pipe: where this process is killed, the command's next line ends it too.
-    reader = threading.Thread(target=_drain, args=(process.stdout, log), daemon=True)
-    reader.start()
-    try:
-        exit_status = process.wait(max(0.0, limit - GRACE_S))
     except subprocess.TimeoutExpired:
         stopped = True
     finally:
-        _end_group(process)
-        reader.join(GRACE_S)
+        if process is not None:
+            _end_group(process)
+        if reader is not None:
+            reader.join(GRACE_S)
     return _judge(step, exit_status, stopped, time.monotonic() - begin, log)
+
+
+def _start(step: Step) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold back what ends this process: a step that has started and is not yet watched would outlive it."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _judge(step: Step, exit_status: int | None, stopped: bool, seconds: float, log: Log) -> Outcome:
