@@ -102,9 +102,34 @@ def test_a_sequence_of_nothing_but_padding_is_refused():
     cache = LagKVCache(model.config, keep=2, **SMALL)
     with pytest.raises(ValueError, match=r"sequence 1 had nothing but padding .* all 20 columns"):
         generate(model, ids, cache, attention_mask=mask)
-    for refuse in (LagKVCache.check_attention_mask, LagKVCache(model.config).set_attention_mask):
-        with pytest.raises(ValueError, match="nothing but padding for sequence 1"):
-            refuse(mask)
+    with pytest.raises(ValueError, match="nothing but padding for sequence 1"):
+        LagKVCache.check_attention_mask(mask)
+
+
+def test_a_told_chunk_of_nothing_but_padding_is_one_that_was_seen():
+    """The caller tells masks chunk by chunk: what the model's own masks may say, `set_attention_mask` may."""
+    model = tiny_model("llama", dtype=torch.float64)
+    ids, mask = prompt(40, batch=2), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :25] = 0
+    told, seen = (LagKVCache(model.config, keep=2, **SMALL) for _ in range(2))
+    results = []
+    for cache, tells in ((told, True), (seen, False)):
+        at, logits = 0, []
+        for part in ids.split([20, 16, 4], dim=1):
+            at += part.shape[1]
+            if tells:
+                cache.set_attention_mask(mask[:, :at])
+            with torch.no_grad():
+                logits.append(model(part, attention_mask=mask[:, :at], **cache_argument(cache)).logits)
+        results.append(torch.cat(logits, dim=1))
+    assert torch.equal(*results)
+    assert told.kept_hash() == seen.kept_hash()
+    alone = LagKVCache(model.config, keep=2, **SMALL)
+    alone.set_attention_mask(torch.zeros(1, 20, dtype=torch.long))
+    with torch.no_grad():
+        model(ids[:1, :20], attention_mask=mask[:1, :20] * 0, **cache_argument(alone))
+    with pytest.raises(ValueError, match="sequence 0 had nothing but padding in its prompt"):
+        alone.set_attention_mask(torch.tensor([[0] * 20 + [1]]))
 
 
 def test_padding_behind_tokens_is_refused_beside_sliding_windows():

@@ -203,9 +203,9 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
                 not hand them on (transformers before 5.24).
 
         Raises:
-            ValueError: not zeros and ones in that shape; padding among the tokens of a sequence, or nothing but padding
-                for one; other values than before for tokens seen; a 4-D mask with other columns. Nothing is changed
-                then.
+            ValueError: not zeros and ones in that shape; padding among the tokens of a sequence, or a first token after
+                a prompt of nothing but padding; other values than before for tokens seen; a 4-D mask with other
+                columns. Nothing is changed then.
         """
         for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if x is not None:

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.masks.hook import MaskFunction, with_padding
 from lagkv_ext.cache.masks.shared import SharedMask
-from lagkv_ext.cache.padded.padding import Padding, check_mask, check_prompt_mask
+from lagkv_ext.cache.padded.padding import Padding, check_mask
 
 _SHARING_ATTENTION = ("sdpa", "eager")
 
@@ -124,7 +124,7 @@ class MaskKeeper:
             self._check_four_dimensions(mask)
             self._known = self.seen + mask.shape[2]
             return
-        mask = check_mask(mask) if self.seen else check_prompt_mask(mask)
+        mask = check_mask(mask)
         if self.padding is not None or not bool(mask.all()):
             self._take(mask)
         self._known, self._positions = mask.shape[1], position_ids
