@@ -17,6 +17,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -43,10 +44,20 @@ struct Operators {
     }
   }
 
+  /// A handle crosses the ABI once, so both texts are taken before anything throws.
+  static MethodArguments taken(double value_weight, StringHandle score, int64_t smooth) {
+    return {value_weight, take_text(score), smooth};
+  }
+  static MethodArguments taken(double value_weight, StringHandle score, int64_t smooth, StringHandle budget) {
+    MethodArguments arguments = taken(value_weight, score, smooth);
+    arguments.budget = take_text(budget);
+    return arguments;
+  }
+
   template <class T>
   static CompressParams<T> compress_params(const Tensor& key, const Tensor& value, const Tensor& key_out,
                                            const Tensor& value_out, const Tensor& index, int64_t start,
-                                           int64_t lag_size, int64_t keep, double value_weight, Score score) {
+                                           int64_t lag_size, int64_t keep, const Method& method) {
     return {slot_rows<const T>(key),
             slot_rows<const T>(value),
             slot_rows<T>(key_out),
@@ -58,37 +69,72 @@ struct Operators {
             start,
             lag_size,
             keep,
-            value_weight,
-            score};
+            method,
+            {}};
+  }
+
+  /// The outputs key, value and index of a compression of dense rows.
+  static std::tuple<Tensor, Tensor, Tensor> new_rows(const Tensor& key, const Tensor& value, int64_t start,
+                                                     int64_t lag_size, int64_t keep) {
+    const int64_t batch = key.size(0), heads = key.size(1),
+                  rows = output_length(key.size(2), start, lag_size, keep);
+    return {new_tensor(key, {batch, heads, rows, key.size(3)}, key.scalar_type()),
+            new_tensor(key, {batch, heads, rows, value.size(3)}, key.scalar_type()),
+            new_tensor(key, {batch, heads, rows}, ScalarType::Int)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& key, const Tensor& value, int64_t start,
                                                      int64_t lag_size, int64_t keep, double value_weight,
-                                                     StringHandle score) {
-    const Score kind =
-        check_compress("compress", key, value, start, lag_size, keep, value_weight, take_text(score));
+                                                     StringHandle score, int64_t smooth,
+                                                     StringHandle budget) {
+    const Method method = check_compress("compress", key, value, start, lag_size, keep,
+                                         taken(value_weight, score, smooth, budget));
     Backend backend(key);
-    const int64_t batch = key.size(0), heads = key.size(1),
-                  rows = output_length(key.size(2), start, lag_size, keep);
-    const Tensor new_key = new_tensor(key, {batch, heads, rows, key.size(3)}, key.scalar_type());
-    const Tensor new_value = new_tensor(key, {batch, heads, rows, value.size(3)}, key.scalar_type());
-    const Tensor index = new_tensor(key, {batch, heads, rows}, ScalarType::Int);
+    const auto rows = new_rows(key, value, start, lag_size, keep);
     with_storage_type(key, [&](auto type) {
+      const auto& [new_key, new_value, index] = rows;
       backend.compress(compress_params<decltype(type)>(key, value, new_key, new_value, index, start, lag_size,
-                                                       keep, value_weight, kind));
+                                                       keep, method));
     });
-    return {new_key, new_value, index};
+    return rows;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> compress_carried(const Tensor& key, const Tensor& value,
+                                                                     const Tensor& carried, int64_t start,
+                                                                     int64_t lag_size, int64_t keep,
+                                                                     double value_weight, StringHandle score,
+                                                                     int64_t smooth) {
+    MethodArguments arguments = taken(value_weight, score, smooth);
+    arguments.budget = "head";
+    const Method method = check_compress_carried(key, value, carried, start, lag_size, keep, arguments);
+    Backend backend(key);
+    const auto [new_key, new_value, index] = new_rows(key, value, start, lag_size, keep);
+    const int64_t rows = carried.size(2) + keep * compressed_count(key.size(2), start, lag_size);
+    const Tensor new_carried = new_tensor(key, {key.size(0), key.size(1), rows}, carried.scalar_type());
+    with_storage_type(key, [&, &new_key = new_key, &new_value = new_value, &index = index](auto type) {
+      using T = decltype(type);
+      using Real = ScoreOf<T>;
+      auto params = compress_params<T>(key, value, new_key, new_value, index, start, lag_size, keep, method);
+      const int64_t sink = start - carried.size(2);
+      params.carried = {true, sink, sink, number_rows<const Real>(carried), number_rows<Real>(new_carried)};
+      backend.compress(params);
+    });
+    return {new_key, new_value, index, new_carried};
   }
 
   static Tensor compress_(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size,
-                          int64_t keep, double value_weight, StringHandle score) {
-    const Score kind = check_compress_(key, value, start, lag_size, keep, value_weight, take_text(score));
+                          int64_t keep, double value_weight, StringHandle score, int64_t smooth,
+                          StringHandle budget, std::optional<Tensor> scores, int64_t sink_size) {
+    const Method method = check_compress_(key, value, start, lag_size, keep,
+                                          taken(value_weight, score, smooth, budget), scores, sink_size);
     Backend backend(key);
     const int64_t rows = output_length(key.size(2), start, lag_size, keep);
     const Tensor index = new_tensor(key, {key.size(0), key.size(1), rows}, ScalarType::Int);
     with_storage_type(key, [&](auto type) {
-      backend.compress_(compress_params<decltype(type)>(key, value, key, value, index, start, lag_size, keep,
-                                                        value_weight, kind));
+      using T = decltype(type);
+      auto params = compress_params<T>(key, value, key, value, index, start, lag_size, keep, method);
+      if (scores) params.carried = slot_scores<T>(*scores, sink_size);
+      backend.compress_(params);
     });
     return index;
   }
@@ -110,8 +156,8 @@ struct Operators {
   }
 
   static Tensor lag_score(const Tensor& key, const Tensor& value, int64_t start, int64_t lag_size,
-                          double value_weight, StringHandle score) {
-    const Score kind = check_lag_score(key, value, start, lag_size, value_weight, take_text(score));
+                          double value_weight, StringHandle score, int64_t smooth) {
+    const Method method = check_lag_score(key, value, start, lag_size, taken(value_weight, score, smooth));
     Backend backend(key);
     const int64_t batch = key.size(0), heads = key.size(1), length = key.size(2),
                   count = compressed_count(length, start, lag_size);
@@ -121,7 +167,7 @@ struct Operators {
       using Real = RealOf<T>;
       backend.lag_score(ScoreParams<T, Real>{slot_rows<const T>(key), slot_rows<const T>(value),
                                              static_cast<Real*>(scores.data_ptr()), batch, heads, length,
-                                             start, lag_size, value_weight, kind});
+                                             start, lag_size, method});
     });
     return scores;
   }
@@ -163,23 +209,27 @@ struct Operators {
 
   static Tensor compress_ragged_(const Tensor& key, const Tensor& value, const Tensor& start,
                                  const Tensor& length, int64_t lag_size, int64_t keep, double value_weight,
-                                 StringHandle score) {
-    const Score kind =
-        check_compress_ragged_(key, value, start, length, lag_size, keep, value_weight, take_text(score));
+                                 StringHandle score, int64_t smooth, StringHandle budget,
+                                 std::optional<Tensor> scores, int64_t sink_size) {
+    const Method method =
+        check_compress_ragged_(key, value, start, length, lag_size, keep,
+                               taken(value_weight, score, smooth, budget), scores, sink_size);
     Backend backend(key);
     const Tensor index = new_tensor(key, {key.size(0), key.size(1), key.size(2)}, ScalarType::Int);
     with_storage_type(key, [&](auto type) {
-      backend.compress_ragged_(
-          slot_params<decltype(type)>(key, value, start, length, index, lag_size, keep, value_weight, kind));
+      using T = decltype(type);
+      auto params = slot_params<T>(key, value, start, length, index, lag_size, keep, method);
+      if (scores) params.carried = slot_scores<T>(*scores, sink_size);
+      backend.compress_ragged_(params);
     });
     return index;
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_varlen(
       const Tensor& key, const Tensor& value, const Tensor& cu_seqlens, const Tensor& start, int64_t lag_size,
-      int64_t keep, double value_weight, StringHandle score) {
-    const Score kind =
-        check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep, value_weight, take_text(score));
+      int64_t keep, double value_weight, StringHandle score, int64_t smooth, StringHandle budget) {
+    const Method method = check_compress_varlen(key, value, cu_seqlens, start, lag_size, keep,
+                                                taken(value_weight, score, smooth, budget));
     Backend backend(key);
     const int64_t rows = key.size(0), heads = key.size(1), batch = start.size(0);
     const Tensor new_key = new_tensor(key, {rows, heads, key.size(2)}, key.scalar_type());
@@ -190,29 +240,35 @@ struct Operators {
     with_storage_type(key, [&](auto type) {
       backend.compress_varlen(packed_params<decltype(type)>(key, value, cu_seqlens, start, new_key, new_value,
                                                             index, new_cu_seqlens, new_start, lag_size, keep,
-                                                            value_weight, kind));
+                                                            method));
     });
     return {new_key, new_value, index, new_cu_seqlens, new_start};
   }
 
   static Tensor compress_paged_(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                                 const Tensor& start, const Tensor& length, int64_t lag_size, int64_t keep,
-                                double value_weight, StringHandle score) {
-    const Score kind = check_compress_paged_(key_cache, value_cache, block_table, start, length, lag_size,
-                                             keep, value_weight, take_text(score));
+                                double value_weight, StringHandle score, int64_t smooth, StringHandle budget,
+                                std::optional<Tensor> scores, int64_t sink_size) {
+    const Method method =
+        check_compress_paged_(key_cache, value_cache, block_table, start, length, lag_size, keep,
+                              taken(value_weight, score, smooth, budget), scores, sink_size);
     Backend backend(key_cache);
     const int64_t capacity = block_table.size(1) * key_cache.size(1);
     const Tensor index =
         new_tensor(key_cache, {block_table.size(0), key_cache.size(2), capacity}, ScalarType::Int);
     with_storage_type(key_cache, [&](auto type) {
-      backend.compress_paged_(page_params<decltype(type)>(key_cache, value_cache, block_table, start, length,
-                                                          index, lag_size, keep, value_weight, kind));
+      using T = decltype(type);
+      auto params =
+          page_params<T>(key_cache, value_cache, block_table, start, length, index, lag_size, keep, method);
+      if (scores) params.carried = page_scores<T>(*scores, block_table, sink_size);
+      backend.compress_paged_(params);
     });
     return index;
   }
 
   static void register_with(torch::stable::detail::StableLibrary& library) {
     library.impl("compress", TORCH_BOX(&Operators::compress));
+    library.impl("compress_carried", TORCH_BOX(&Operators::compress_carried));
     library.impl("compress_", TORCH_BOX(&Operators::compress_));
     library.impl("partition_bounds", TORCH_BOX(&Operators::partition_bounds));
     library.impl("lag_score", TORCH_BOX(&Operators::lag_score));

@@ -2,11 +2,40 @@
 // CUDA runtime.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 
 namespace lagkv {
 
-enum class Score : int32_t { kStd = 0, kCosine = 1 };
+enum class Score : int32_t { kStd = 0, kCosine = 1, kBlend = 2 };
+
+/// Where the places for kept rows are counted: `keep` in each partition, or `keep` times the partitions for
+/// all rows of a head that have a score.
+enum class Budget : int32_t { kPartition = 0, kHead = 1 };
+
+/// How tokens are scored, and among which of them those kept are chosen.
+struct Method {
+  double value_weight = 1;
+  Score score = Score::kStd;
+  int64_t smooth = 1;  // odd: tokens of a partition around each one that its score is the mean of
+  Budget budget = Budget::kPartition;
+};
+
+/// The type of scores of rows of T: double for double, float for all else.
+template <class T>
+using ScoreOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+/// Scores of the rows sink .. start-1 that earlier compressions kept, and of those that this one keeps, for
+/// Budget::kHead. `in` and `out` may be the same memory.
+template <class T>
+struct Carried {
+  bool exists = false;             // otherwise rows before start do not compete, and nobody wants scores
+  int64_t sink = 0;                // the first row that has a score
+  int64_t first = 0;               // the row whose score is number 0 of `in` and `out`: 0 or sink
+  Rows<const ScoreOf<T>> in = {};  // dim 1
+  Rows<ScoreOf<T>> out = {};
+};
 
 /// Number of partitions P of a sequence of `length` tokens (docs/method.md, section 1). 0 where length <
 /// start.
@@ -35,8 +64,8 @@ struct CompressParams {
   int32_t* index;                // [B, H, N'] contiguous: input position of every output row, ascending
   int64_t batch, heads, length;  // B, H, N
   int64_t start, lag_size, keep;
-  double value_weight;
-  Score score;
+  Method method;
+  Carried<T> carried;
 };
 
 /// `partition_bounds`: per channel minimum and maximum of every full partition.
@@ -56,8 +85,7 @@ struct ScoreParams {
   Real* score;          // [B, H, P-1, L] contiguous
   int64_t batch, heads, length;
   int64_t start, lag_size;
-  double value_weight;
-  Score kind;
+  Method method;  // its budget has no meaning here
 };
 
 constexpr int kScoreDims = 4;

@@ -44,8 +44,8 @@ struct RaggedParams {
   int64_t batch, heads, capacity;  // B, H, rows that a sequence can have (varlen: T)
   int64_t blocks;                  // pages in the pool; block_table must stay in 0 .. blocks - 1
   int64_t lag_size, keep;
-  double value_weight;
-  Score score;
+  Method method;
+  Carried<T> carried;  // slots and pages alone
 
   LAGKV_HOST_DEVICE bool is_packed() const { return key.is_packed(); }
 

@@ -19,15 +19,14 @@ int32_t* written_numbers(const Tensor& x) {
 /// Parameters that the three operators share; their rows, numbers and index follow below.
 template <class T>
 RaggedParams<T> ragged_params(int64_t batch, int64_t heads, int64_t capacity, int64_t lag_size, int64_t keep,
-                              double value_weight, Score score) {
+                              const Method& method) {
   RaggedParams<T> params{};
   params.batch = batch;
   params.heads = heads;
   params.capacity = capacity;
   params.lag_size = lag_size;
   params.keep = keep;
-  params.value_weight = value_weight;
-  params.score = score;
+  params.method = method;
   return params;
 }
 
@@ -40,9 +39,8 @@ void set_in_place(RaggedParams<T>& params, const Tensor& start, const Tensor& le
 
 template <class T, class Tensor>
 RaggedParams<T> slot_params(const Tensor& key, const Tensor& value, const Tensor& start, const Tensor& length,
-                            const Tensor& index, int64_t lag_size, int64_t keep, double value_weight,
-                            Score score) {
-  auto params = ragged_params<T>(key.size(0), key.size(1), key.size(2), lag_size, keep, value_weight, score);
+                            const Tensor& index, int64_t lag_size, int64_t keep, const Method& method) {
+  auto params = ragged_params<T>(key.size(0), key.size(1), key.size(2), lag_size, keep, method);
   params.key = slot_rows<const T>(key);
   params.value = slot_rows<const T>(value);
   params.key_out = slot_rows<T>(key);
@@ -55,9 +53,8 @@ template <class T, class Tensor>
 RaggedParams<T> packed_params(const Tensor& key, const Tensor& value, const Tensor& cu_seqlens,
                               const Tensor& start, const Tensor& new_key, const Tensor& new_value,
                               const Tensor& index, const Tensor& new_cu_seqlens, const Tensor& new_start,
-                              int64_t lag_size, int64_t keep, double value_weight, Score score) {
-  auto params =
-      ragged_params<T>(start.size(0), key.size(1), key.size(0), lag_size, keep, value_weight, score);
+                              int64_t lag_size, int64_t keep, const Method& method) {
+  auto params = ragged_params<T>(start.size(0), key.size(1), key.size(0), lag_size, keep, method);
   params.key = packed_rows<const T>(key, cu_seqlens);
   params.value = packed_rows<const T>(value, cu_seqlens);
   params.key_out = packed_rows<T>(new_key, new_cu_seqlens);
@@ -72,10 +69,9 @@ RaggedParams<T> packed_params(const Tensor& key, const Tensor& value, const Tens
 template <class T, class Tensor>
 RaggedParams<T> page_params(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                             const Tensor& start, const Tensor& length, const Tensor& index, int64_t lag_size,
-                            int64_t keep, double value_weight, Score score) {
-  auto params =
-      ragged_params<T>(block_table.size(0), key_cache.size(2), block_table.size(1) * key_cache.size(1),
-                       lag_size, keep, value_weight, score);
+                            int64_t keep, const Method& method) {
+  auto params = ragged_params<T>(block_table.size(0), key_cache.size(2),
+                                 block_table.size(1) * key_cache.size(1), lag_size, keep, method);
   params.key = page_rows<const T>(key_cache, block_table);
   params.value = page_rows<const T>(value_cache, block_table);
   params.key_out = page_rows<T>(key_cache, block_table);
@@ -83,6 +79,21 @@ RaggedParams<T> page_params(const Tensor& key_cache, const Tensor& value_cache, 
   params.blocks = key_cache.size(0);
   set_in_place(params, start, length, index);
   return params;
+}
+
+/// Scores that go with the rows, read and written where they lie: [B, H, capacity] of slots and dense rows.
+template <class T, class Tensor>
+Carried<T> slot_scores(const Tensor& scores, int64_t sink) {
+  using Real = ScoreOf<T>;
+  return {true, sink, 0, number_rows<const Real>(scores), number_rows<Real>(scores)};
+}
+
+/// The same for pages: [blocks, block_size, H].
+template <class T, class Tensor>
+Carried<T> page_scores(const Tensor& scores, const Tensor& block_table, int64_t sink) {
+  using Real = ScoreOf<T>;
+  return {true, sink, 0, page_numbers<const Real>(scores, block_table),
+          page_numbers<Real>(scores, block_table)};
 }
 
 }  // namespace lagkv

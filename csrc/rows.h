@@ -164,4 +164,18 @@ Rows<T> page_rows(const Tensor& x, const Tensor& block_table) {
           x.sizes()[1]};
 }
 
+/// [blocks, block_size, H]: rows of one element.
+template <class T, class Tensor>
+Rows<T> page_numbers(const Tensor& x, const Tensor& block_table) {
+  return {static_cast<T*>(x.data_ptr()),
+          step_of(x, 0),
+          step_of(x, 2),
+          step_of(x, 1),
+          1,
+          nullptr,
+          static_cast<const int32_t*>(block_table.data_ptr()),
+          step_of(block_table, 0),
+          x.sizes()[1]};
+}
+
 }  // namespace lagkv

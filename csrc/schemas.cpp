@@ -4,28 +4,36 @@
 
 STABLE_TORCH_LIBRARY(lagkv, m) {
   m.def(
-      "compress(Tensor key, Tensor value, SymInt start, SymInt lag_size, SymInt keep, *, float "
-      "value_weight=1.0, "
-      "str score=\"std\") -> (Tensor key, Tensor value, Tensor index)");
+      "compress(Tensor key, Tensor value, SymInt start, SymInt lag_size, SymInt keep, *, "
+      "float value_weight=1.0, str score=\"std\", int smooth=1, str budget=\"partition\") -> "
+      "(Tensor key, Tensor value, Tensor index)");
+  m.def(
+      "compress_carried(Tensor key, Tensor value, Tensor carried, SymInt start, SymInt lag_size, SymInt "
+      "keep, "
+      "*, float value_weight=1.0, str score=\"std\", int smooth=1) -> "
+      "(Tensor key, Tensor value, Tensor index, Tensor carried)");
   m.def(
       "compress_(Tensor(a!) key, Tensor(b!) value, SymInt start, SymInt lag_size, SymInt keep, *, "
-      "float value_weight=1.0, str score=\"std\") -> Tensor index");
+      "float value_weight=1.0, str score=\"std\", int smooth=1, str budget=\"partition\", "
+      "Tensor(c!)? scores=None, SymInt sink_size=0) -> Tensor index");
   m.def("partition_bounds(Tensor x, SymInt start, SymInt lag_size) -> Tensor");
   m.def(
       "lag_score(Tensor key, Tensor value, SymInt start, SymInt lag_size, *, float value_weight=1.0, "
-      "str score=\"std\") -> Tensor");
+      "str score=\"std\", int smooth=1) -> Tensor");
   m.def("topk_index(Tensor score, SymInt keep) -> Tensor");
   m.def("compact(Tensor x, Tensor index) -> Tensor");
   m.def(
       "compress_ragged_(Tensor(a!) key, Tensor(b!) value, Tensor(c!) start, Tensor(d!) length, SymInt "
-      "lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\") -> Tensor index");
+      "lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\", int smooth=1, "
+      "str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> Tensor index");
   m.def(
       "compress_varlen(Tensor key, Tensor value, Tensor cu_seqlens, Tensor start, SymInt lag_size, SymInt "
-      "keep, *, float value_weight=1.0, str score=\"std\") -> (Tensor key, Tensor value, Tensor index, "
-      "Tensor cu_seqlens, Tensor start)");
+      "keep, *, float value_weight=1.0, str score=\"std\", int smooth=1, str budget=\"partition\") -> "
+      "(Tensor key, Tensor value, Tensor index, Tensor cu_seqlens, Tensor start)");
   m.def(
       "compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, "
-      "Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\") -> "
+      "Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\", "
+      "int smooth=1, str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> "
       "Tensor index");
   // Checks of validate=True of the ragged functions on numbers that were copied to the host.
   m.def("_check_slots(Tensor start, Tensor length, int capacity) -> ()");

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lagkv_ext._library import info
 from lagkv_ext.ops import (
+    Carried,
     Compressed,
     compact,
     compress,
     compress_,
+    compress_carried,
     keep_count,
     lag_score,
     next_start,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lagkv_ext.cache import LagKVCache, LagKVEncoderDecoderCache, LagKVStaticCache
 
 __all__ = [
+    "Carried",
     "Compressed",
     "LagKVCache",
     "LagKVEncoderDecoderCache",
@@ -41,6 +44,7 @@ __all__ = [
     "compact",
     "compress",
     "compress_",
+    "compress_carried",
     "compress_paged_",
     "compress_ragged_",
     "compress_varlen",

@@ -15,6 +15,7 @@ _FOLDER = Path(__file__).resolve().parent
 _BUILD_INFO = _FOLDER / "_build_info.json"  # written by setup.py beside the libraries
 _OPERATORS = (
     "compress",
+    "compress_carried",
     "compress_",
     "partition_bounds",
     "lag_score",

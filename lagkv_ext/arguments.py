@@ -16,7 +16,9 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 #: Scores of the operators (spec, sections 1 and 2).
-SCORES = ("std", "cosine")
+SCORES = ("std", "cosine", "blend")
+#: Budgets of the operators (docs/method.md, section 2).
+BUDGETS = ("partition", "head")
 #: Storage types of keys and values.
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Tokens of a sequence; positions are int32.

@@ -15,8 +15,23 @@ assert _library  # loading the libraries defines torch.ops.lagkv
 
 
 @torch.library.register_fake("lagkv::compress")
-def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
-    _check_rows("compress", "[B, H, N, D]", key=key, value=value)
+def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std", smooth=1, budget="partition"):
+    return _compressed("compress", key, value, start, lag_size, keep)
+
+
+@torch.library.register_fake("lagkv::compress_carried")
+def _(key, value, carried, start, lag_size, keep, *, value_weight=1.0, score="std", smooth=1):
+    op = "compress_carried"
+    result = _compressed(op, key, value, start, lag_size, keep)
+    _check_rank(op, "carried", carried, "[B, H, C]")
+    _check_score_dtype(op, "carried", carried, key=key)
+    _check_devices(op, key=key, carried=carried)
+    rows = carried.shape[2] + keep * formulas.compressed_count(key.shape[2], start, lag_size)
+    return *result, carried.new_empty((*key.shape[:2], rows))
+
+
+def _compressed(op, key, value, start, lag_size, keep):
+    _check_rows(op, "[B, H, N, D]", key=key, value=value)
     batch, heads, length, key_dim = key.shape
     rows = formulas.output_length(length, start, lag_size, keep)
     return (
@@ -27,8 +42,22 @@ def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
 
 
 @torch.library.register_fake("lagkv::compress_")
-def _(key, value, start, lag_size, keep, *, value_weight=1.0, score="std"):
+def _(
+    key,
+    value,
+    start,
+    lag_size,
+    keep,
+    *,
+    value_weight=1.0,
+    score="std",
+    smooth=1,
+    budget="partition",
+    scores=None,
+    sink_size=0,
+):
     _check_rows("compress_", "[B, H, N, D]", key=key, value=value)
+    _check_scores_device("compress_", scores, key=key)
     batch, heads, length, _ = key.shape
     rows = formulas.output_length(length, start, lag_size, keep)
     return key.new_empty((batch, heads, rows), dtype=torch.int32)
@@ -43,7 +72,7 @@ def _(x, start, lag_size):
 
 
 @torch.library.register_fake("lagkv::lag_score")
-def _(key, value, start, lag_size, *, value_weight=1.0, score="std"):
+def _(key, value, start, lag_size, *, value_weight=1.0, score="std", smooth=1):
     _check_rows("lag_score", "[B, H, N, D]", key=key, value=value)
     batch, heads, length, _ = key.shape
     count = formulas.compressed_count(length, start, lag_size)
@@ -67,14 +96,41 @@ def _(x, index):
 
 
 @torch.library.register_fake("lagkv::compress_ragged_")
-def _(key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std"):
+def _(
+    key,
+    value,
+    start,
+    length,
+    lag_size,
+    keep,
+    *,
+    value_weight=1.0,
+    score="std",
+    smooth=1,
+    budget="partition",
+    scores=None,
+    sink_size=0,
+):
     _check_rows("compress_ragged_", "[B, H, capacity, D]", key=key, value=value)
     _check_devices("compress_ragged_", key=key, start=start, length=length)
+    _check_scores_device("compress_ragged_", scores, key=key)
     return key.new_empty(key.shape[:3], dtype=torch.int32)
 
 
 @torch.library.register_fake("lagkv::compress_varlen")
-def _(key, value, cu_seqlens, start, lag_size, keep, *, value_weight=1.0, score="std"):
+def _(
+    key,
+    value,
+    cu_seqlens,
+    start,
+    lag_size,
+    keep,
+    *,
+    value_weight=1.0,
+    score="std",
+    smooth=1,
+    budget="partition",
+):
     _check_rows("compress_varlen", "[T, H, D]", key=key, value=value)
     _check_devices("compress_varlen", key=key, cu_seqlens=cu_seqlens, start=start)
     rows, heads, _ = key.shape
@@ -88,11 +144,27 @@ def _(key, value, cu_seqlens, start, lag_size, keep, *, value_weight=1.0, score=
 
 
 @torch.library.register_fake("lagkv::compress_paged_")
-def _(key_cache, value_cache, block_table, start, length, lag_size, keep, *, value_weight=1.0, score="std"):
+def _(
+    key_cache,
+    value_cache,
+    block_table,
+    start,
+    length,
+    lag_size,
+    keep,
+    *,
+    value_weight=1.0,
+    score="std",
+    smooth=1,
+    budget="partition",
+    scores=None,
+    sink_size=0,
+):
     op = "compress_paged_"
     _check_rows(op, "[blocks, block_size, H, D]", key_cache=key_cache, value_cache=value_cache)
     _check_rank(op, "block_table", block_table, "[B, max_blocks]")
     _check_devices(op, key_cache=key_cache, block_table=block_table, start=start, length=length)
+    _check_scores_device(op, scores, key_cache=key_cache)
     _, block_size, heads, _ = key_cache.shape
     batch, width = block_table.shape
     return key_cache.new_empty((batch, heads, width * block_size), dtype=torch.int32)
@@ -113,6 +185,20 @@ def _check_devices(op: str, **tensors: Tensor) -> None:
     for name, x in others:
         if x.device != of.device:
             _refuse(op, f"{name} must be on the device of {first} ({of.device}), got {x.device}")
+
+
+def _check_score_dtype(op: str, name: str, x: Tensor, **rows: Tensor) -> None:
+    ((of, key),) = rows.items()
+    wanted, got, dtype = (
+        str(t).removeprefix("torch.") for t in (formulas.arithmetic_dtype(key.dtype), x.dtype, key.dtype)
+    )
+    if got != wanted:
+        _refuse(op, f"{name} must be {wanted} where {of} is {dtype}, got {got}")
+
+
+def _check_scores_device(op: str, scores: Tensor | None, **rows: Tensor) -> None:
+    if scores is not None:
+        _check_devices(op, **rows, scores=scores)
 
 
 def _check_rank(op: str, name: str, x: Tensor, layout: str) -> None:

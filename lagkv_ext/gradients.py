@@ -1,8 +1,9 @@
 """Derivatives of the operators: right in every mode of differentiation, or refused.
 
-- ``compress``, ``compact``, ``compress_varlen`` copy rows, so where a derivative is asked for, the rows are gathered
-  once more by PyTorch, at the index that the operator chose: backward and forward mode, double backward and
-  ``torch.func`` are then PyTorch's own. The choice of rows has no derivative.
+- ``compress``, ``compress_carried``, ``compact``, ``compress_varlen`` copy rows, so where a derivative is asked for,
+  the rows are gathered once more by PyTorch, at the index that the operator chose: backward and forward mode, double
+  backward and ``torch.func`` are then PyTorch's own. The choice of rows has no derivative, and carried scores none that
+  is implemented.
 - ``lag_score`` and ``partition_bounds`` have none that is implemented. Backward through their results raises;
   forward mode and ``torch.func`` are refused at the call. ``detach`` their inputs.
 - The operators in place refuse a tensor whose derivative is recorded, and tell autograd of everything they write.
@@ -46,6 +47,19 @@ def _compress(keyset: Any, key: Tensor, value: Tensor, *sizes: int, **method: An
         return result
     index = result[2]
     return _rows_at(key, index), _rows_at(value, index), index
+
+
+def _compress_carried(
+    keyset: Any, key: Tensor, value: Tensor, carried: Tensor, *sizes: int, **method: Any
+) -> Any:
+    operator = torch.ops.lagkv.compress_carried.default
+    if _recorded(carried) or _dual(carried):
+        raise RuntimeError(_no_derivative("compress_carried"))
+    result = _below_autograd(operator, keyset, key, value, carried, *sizes, **method)
+    if not (_recorded(key, value) or _dual(key, value)):
+        return result
+    index = result[2]
+    return _rows_at(key, index), _rows_at(value, index), *result[2:]
 
 
 def _compact(keyset: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -120,23 +134,31 @@ def _register_without_derivative(name: str, tensors: int) -> None:
 
 
 def _register_in_place(name: str, **written: int) -> None:
-    """The operator ``name`` writes the arguments ``written``: their names and positions."""
+    """The operator ``name`` writes the arguments ``written`` (their names and positions), and ``scores`` if given."""
     operator = getattr(torch.ops.lagkv, name).default
 
     def kernel(keyset: Any, *arguments: Any, **method: Any) -> Any:
         tensors = [arguments[position] for position in written.values()]
+        names = list(written)
+        if (scores := method.get("scores")) is not None:
+            tensors.append(scores)
+            names.append("scores")
         if _recorded(*tensors):
             refuse(
-                _recorded, tensors, "require grad", "requires_grad=True; use torch.no_grad(), or detach it"
+                _recorded,
+                names,
+                tensors,
+                "require grad",
+                "requires_grad=True; use torch.no_grad(), or detach it",
             )
         if _dual(*tensors):
-            refuse(_dual, tensors, "carry a gradient of forward mode", "a dual tensor")
+            refuse(_dual, names, tensors, "carry a gradient of forward mode", "a dual tensor")
         # Autograd would use what it saved of the old rows without an error.
         torch.autograd.graph.increment_version(tensors)
         return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments, **method)
 
-    def refuse(is_wrong: Any, tensors: list[Tensor], verb: str, got: str) -> None:
-        argument = next(argument for argument, x in zip(written, tensors, strict=True) if is_wrong(x))
+    def refuse(is_wrong: Any, names: list[str], tensors: list[Tensor], verb: str, got: str) -> None:
+        argument = next(argument for argument, x in zip(names, tensors, strict=True) if is_wrong(x))
         raise RuntimeError(
             f"lagkv::{name}: {argument} must not {verb} (the operator works in place), got {got}"
         )
@@ -145,6 +167,7 @@ def _register_in_place(name: str, **written: int) -> None:
 
 
 _implementations.impl("compress", _compress, "Autograd", with_keyset=True)
+_implementations.impl("compress_carried", _compress_carried, "Autograd", with_keyset=True)
 _implementations.impl("compact", _compact, "Autograd", with_keyset=True)
 _implementations.impl("compress_varlen", _compress_varlen, "Autograd", with_keyset=True)
 _register_without_derivative("lag_score", 2)

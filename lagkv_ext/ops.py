@@ -15,10 +15,12 @@ from lagkv_ext import arguments, fake, gradients
 from lagkv_ext.formulas import keep_count, next_start, output_length
 
 __all__ = [
+    "Carried",
     "Compressed",
     "compact",
     "compress",
     "compress_",
+    "compress_carried",
     "keep_count",
     "lag_score",
     "next_start",
@@ -41,6 +43,17 @@ class Compressed(NamedTuple):
     index: Tensor  # type: ignore[assignment]  #: ``[B, H, N']`` int32, ascending: input position of every output row
 
 
+class Carried(NamedTuple):
+    """Result of :func:`compress_carried`."""
+
+    key: Tensor  #: ``[B, H, N', Dk]``
+    value: Tensor  #: ``[B, H, N', Dv]``
+    index: Tensor  # type: ignore[assignment]  #: ``[B, H, N']`` int32, ascending: input position of every output row
+    carried: (
+        Tensor  #: ``[B, H, C + keep * (P - 1)]``: scores of the rows after the sink that were scored and kept
+    )
+
+
 def compress(
     key: Tensor,
     value: Tensor,
@@ -51,6 +64,8 @@ def compress(
     sink_size: int = 16,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
 ) -> Compressed:
     """Drop the least important tokens of a key-value cache (LagKV, arXiv 2504.04704).
 
@@ -70,7 +85,13 @@ def compress(
         sink_size: leading tokens kept as they are (the operator's ``start``). To compress a cache again after tokens
             were appended, pass :func:`next_start` of the compression before.
         value_weight: weight of the values' score against the keys'.
-        score: ``"std"`` (the paper) or ``"cosine"`` (minus the cosine to the next partition's mean direction).
+        score: ``"std"`` (the paper), ``"cosine"`` (minus the cosine to the next partition's mean direction), or on the
+            CPU ``"blend"`` (both, in fixed scales).
+        smooth: odd, in tokens: a score is the mean over as many tokens around its own, within the partition. 1 (the
+            paper) on CUDA.
+        budget: ``"partition"`` (the paper): ``keep`` tokens of each partition; or on the CPU ``"head"``: as many in
+            all, of all partitions that lose tokens together. What earlier compressions kept does not compete:
+            :func:`compress_carried` lets it.
 
     Returns:
         :class:`Compressed` ``(key, value, index)`` with ``N' = output_length(N, sink_size, lag_size, keep)`` tokens,
@@ -80,8 +101,47 @@ def compress(
         TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got.
     """
     sink_size = arguments.integer("sink_size", sink_size)
-    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
     return Compressed(*torch.ops.lagkv.compress(key, value, sink_size, **method))
+
+
+def compress_carried(
+    key: Tensor,
+    value: Tensor,
+    carried: Tensor,
+    *,
+    lag_size: int = 128,
+    keep_ratio: float | None = None,
+    keep: int | None = None,
+    sink_size: int = 16,
+    value_weight: float = 1.0,
+    score: str = "std",
+    smooth: int = 1,
+) -> Carried:
+    """:func:`compress` with one budget for a head, where rows that earlier compressions kept compete again.
+
+    The rows of a cache are a sink, ``C`` rows that were kept before and bring their scores, and new ones. The ``C``
+    rows and the partitions that lose tokens compete for ``C + keep * (P - 1)`` places. CPU only.
+
+    Args:
+        key, value, lag_size, keep_ratio, keep, value_weight, score, smooth: as for :func:`compress`.
+        carried: ``[B, H, C]`` float32 (float64 for float64 rows), any strides: ``carried`` of the compression before,
+            ``C = 0`` at first. Not changed.
+        sink_size: leading tokens that are always kept. Partitions begin at row ``sink_size + C``.
+
+    Returns:
+        :class:`Carried` ``(key, value, index, carried)``, lengths as those of :func:`compress`. Gradients flow to the
+        kept rows; the choice and the scores have none.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got.
+    """
+    arguments.tensor("carried", carried)
+    sink_size = arguments.integer("sink_size", sink_size)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth)
+    del method["budget"]
+    start = sink_size + (carried.shape[-1] if carried.dim() > 0 else 0)
+    return Carried(*torch.ops.lagkv.compress_carried(key, value, carried, start, **method))
 
 
 def compress_(
@@ -94,23 +154,38 @@ def compress_(
     sink_size: int = 16,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
+    scores: Tensor | None = None,
+    start: int | None = None,
 ) -> Tensor:
     """:func:`compress` in place: the result is in the first ``N'`` rows of ``key`` and ``value``.
 
-    Arguments as for :func:`compress`. Allocates the index and ``O(B * H * N)`` bytes of scratch, nothing else. Rows
-    past ``N'`` are left in an unspecified state. Not differentiable.
+    Allocates the index and ``O(B * H * N)`` bytes of scratch, nothing else. Rows past ``N'`` are left in an unspecified
+    state. Not differentiable.
+
+    Args:
+        key, value, lag_size, keep_ratio, keep, sink_size, value_weight, score, smooth, budget: as for
+            :func:`compress`.
+        scores: ``[B, H, N]`` float32 (float64 for float64 rows), any strides, with ``budget="head"`` alone. Goes with
+            the rows: the rows ``sink_size .. start - 1`` bring their scores in it and compete again. Changed: the rows
+            ``sink_size .. next start - 1`` have theirs in it afterwards.
+        start: where partitions begin, ``sink_size`` by default: :func:`next_start` of the compression before.
 
     Returns:
         ``index [B, H, N']`` int32, ascending: input position of every row that stayed.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`compress`; and where ``key`` or ``value`` overlaps itself or the
-            other in memory, or requires grad while gradients are recorded. Nothing is written then. Tensors that
+        TypeError, ValueError, RuntimeError: as :func:`compress`; and where a tensor that is written overlaps itself or
+            another in memory, or requires grad while gradients are recorded. Nothing is written then. Tensors that
             interleave without sharing an element (halves of one buffer ``[..., 2 D]``, say) do not overlap.
     """
     sink_size = arguments.integer("sink_size", sink_size)
-    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
-    return torch.ops.lagkv.compress_(key, value, sink_size, **method)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
+    start = sink_size if start is None else arguments.integer("start", start)
+    if scores is not None:
+        method |= {"scores": arguments.tensor("scores", scores), "sink_size": sink_size}
+    return torch.ops.lagkv.compress_(key, value, start, **method)
 
 
 def partition_bounds(x: Tensor, *, lag_size: int = 128, sink_size: int = 16) -> Tensor:
@@ -137,6 +212,7 @@ def lag_score(
     sink_size: int = 16,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
 ) -> Tensor:
     """Score of every token that can be dropped; higher is kept. Arguments as for :func:`compress`.
 
@@ -151,6 +227,7 @@ def lag_score(
         arguments.integer("lag_size", lag_size),
         value_weight=arguments.number("value_weight", value_weight),
         score=arguments.text("score", score),
+        smooth=arguments.integer("smooth", smooth),
     )
 
 
@@ -184,7 +261,13 @@ def compact(x: Tensor, index: Tensor) -> Tensor:
 
 
 def method_arguments(
-    lag_size: int, keep_ratio: float | None, keep: int | None, value_weight: float, score: str
+    lag_size: int,
+    keep_ratio: float | None,
+    keep: int | None,
+    value_weight: float,
+    score: str,
+    smooth: int = 1,
+    budget: str = "partition",
 ) -> dict[str, Any]:
     """The method's parameters as the operators take them. TypeError or ValueError names a wrong one."""
     lag_size = arguments.integer("lag_size", lag_size)
@@ -193,6 +276,8 @@ def method_arguments(
         "keep": resolve_keep(keep, keep_ratio, lag_size),
         "value_weight": arguments.number("value_weight", value_weight),
         "score": arguments.text("score", score),
+        "smooth": arguments.integer("smooth", smooth),
+        "budget": arguments.text("budget", budget),
     }
 
 

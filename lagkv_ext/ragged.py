@@ -39,6 +39,10 @@ def compress_ragged_(
     keep: int | None = None,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
+    scores: Tensor | None = None,
+    sink_size: int = 16,
     validate: bool = False,
 ) -> Tensor:
     """:func:`lagkv_ext.compress` of every slot of a batch in place, each with its own start and length.
@@ -54,7 +58,11 @@ def compress_ragged_(
         start: ``[B]`` int32, tokens: leading tokens kept as they are (the sink at first). Becomes the start of the
             next compression, ``start + keep * (P - 1)``.
         length: ``[B]`` int32, tokens in each slot, ``0 <= length <= capacity``. Becomes the new length.
-        lag_size, keep_ratio, keep, value_weight, score: as for :func:`lagkv_ext.compress`.
+        lag_size, keep_ratio, keep, value_weight, score, smooth, budget: as for :func:`lagkv_ext.compress`.
+        scores: ``[B, H, capacity]`` float32 (float64 for float64 rows), any strides, with ``budget="head"`` alone. Goes
+            with the rows: the rows ``sink_size .. start[b] - 1`` bring their scores in it and compete again. Changed:
+            the rows up to the new start have theirs in it afterwards.
+        sink_size: leading tokens that never compete, with ``scores`` alone. A start below it is a sink as well.
         validate: on a device other than the CPU, also check the values of start and length, which waits for the
             device once and cannot be traced. On the CPU they always are.
 
@@ -67,7 +75,8 @@ def compress_ragged_(
             then. Without ``validate``, a device leaves a sequence whose start or length is invalid unchanged, its
             index all -1.
     """
-    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
+    method |= _scores(scores, sink_size)
     if arguments.boolean("validate", validate):
         _validate(torch.ops.lagkv._check_slots, key, (start, length), key.shape[2])
     return torch.ops.lagkv.compress_ragged_(key, value, start, length, **method)
@@ -84,6 +93,8 @@ def compress_varlen(
     keep: int | None = None,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
     validate: bool = False,
 ) -> PackedCompressed:
     """:func:`lagkv_ext.compress` of sequences packed one after the other, as variable-length attention takes them.
@@ -97,7 +108,7 @@ def compress_varlen(
         value: ``[T, H, Dv]``, same dtype and device.
         cu_seqlens: ``[B + 1]`` int32, rows: begins with 0, does not decrease, ends at ``T`` or before.
         start: ``[B]`` int32, tokens: leading tokens of each sequence kept as they are.
-        lag_size, keep_ratio, keep, value_weight, score: as for :func:`lagkv_ext.compress`.
+        lag_size, keep_ratio, keep, value_weight, score, smooth, budget: as for :func:`lagkv_ext.compress`.
         validate: on a device other than the CPU, also check the values of cu_seqlens and start, which waits for the
             device once and cannot be traced. On the CPU they always are.
 
@@ -110,7 +121,7 @@ def compress_varlen(
         TypeError, ValueError, RuntimeError: naming the argument, what it must be and what it got. Without ``validate``,
             a device answers invalid cu_seqlens with no rows at all (cu_seqlens 0, index -1).
     """
-    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
     if arguments.boolean("validate", validate):
         _validate(torch.ops.lagkv._check_packed, key, (cu_seqlens, start), key.shape[0])
     return PackedCompressed(*torch.ops.lagkv.compress_varlen(key, value, cu_seqlens, start, **method))
@@ -128,6 +139,10 @@ def compress_paged_(
     keep: int | None = None,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
+    scores: Tensor | None = None,
+    sink_size: int = 16,
     validate: bool = False,
 ) -> Tensor:
     """:func:`lagkv_ext.compress` of sequences in the pages of an engine's block pool, in place.
@@ -149,7 +164,12 @@ def compress_paged_(
             ``length`` tokens are never looked at. A page may be shared (a common prefix) as long as no one writes it.
         start: ``[B]`` int32, tokens: leading tokens kept as they are. Becomes the start of the next compression.
         length: ``[B]`` int32, tokens, ``0 <= length <= max_blocks * block_size``. Becomes the new length.
-        lag_size, keep_ratio, keep, value_weight, score: as for :func:`lagkv_ext.compress`.
+        lag_size, keep_ratio, keep, value_weight, score, smooth, budget: as for :func:`lagkv_ext.compress`.
+        scores: ``[blocks, block_size, H]`` float32 (float64 for float64 rows), any strides, with ``budget="head"``
+            alone. Goes with the rows, by the same block table: the rows ``sink_size .. start[b] - 1`` bring their
+            scores in it and compete again, so that their pages are written too. Changed: the rows up to the new start
+            have theirs in it afterwards.
+        sink_size: leading tokens that never compete, with ``scores`` alone. A start below it is a sink as well.
         validate: on a device other than the CPU, also check the values of block_table, start and length, which waits
             for the device once and cannot be traced. On the CPU they always are.
 
@@ -163,11 +183,18 @@ def compress_paged_(
             a device leaves a sequence whose start, length or pages are invalid unchanged, its index all -1; it does
             not notice pages that are written and used twice.
     """
-    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score)
+    method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
+    method |= _scores(scores, sink_size)
     if arguments.boolean("validate", validate):
         sizes = (method["lag_size"], method["keep"], *key_cache.shape[:2])
         _validate(torch.ops.lagkv._check_pages, key_cache, (block_table, start, length), *sizes)
     return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
+
+
+def _scores(scores: Tensor | None, sink_size: int) -> dict[str, Any]:
+    """The arguments of an operator where scores are carried; else none."""
+    sink_size = arguments.integer("sink_size", sink_size)
+    return {} if scores is None else {"scores": arguments.tensor("scores", scores), "sink_size": sink_size}
 
 
 def _validate(check: Any, key: Tensor, numbers: tuple[Tensor, ...], *sizes: int) -> None:

@@ -155,13 +155,25 @@ def compress_(
     *,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
+    scores: Tensor | None = None,
+    sink_size: int = 0,
 ) -> Tensor:
-    """`compress` into the first ``N'`` rows of ``key`` and ``value``; returns the index."""
-    new_key, new_value, index = compress(
-        key, value, start, lag_size, keep, value_weight=value_weight, score=score
+    """`compress` into the first ``N'`` rows of ``key`` and ``value``; returns the index.
+
+    ``scores [B, H, N]`` goes with the rows (``budget="head"`` alone): the rows ``sink_size .. start - 1`` bring their
+    scores in it, and after the call the rows ``sink_size .. new start - 1`` have theirs. The rest of it is unused.
+    """
+    scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
+    carried = None if scores is None else scores[:, :, sink_size:start]
+    new_key, new_value, index, carried = _compress(
+        key, value, carried, start, lag_size, keep, budget, scoring
     )
     key[:, :, : index.shape[2]] = new_key
     value[:, :, : index.shape[2]] = new_value
+    if scores is not None and carried is not None:
+        scores[:, :, sink_size : sink_size + carried.shape[2]] = carried
     return index
 
 
@@ -175,16 +187,29 @@ def compress_ragged_(
     *,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
+    scores: Tensor | None = None,
+    sink_size: int = 0,
 ) -> Tensor:
-    """`compress` of every slot: sequence ``b`` is the first ``length[b]`` rows of ``key[b]`` and ``value[b]``."""
+    """`compress_` of every slot: sequence ``b`` is the first ``length[b]`` rows of ``key[b]`` and ``value[b]``.
+
+    ``scores [B, H, capacity]`` goes with the rows. Of a sequence whose start is below ``sink_size``, no row brings one.
+    """
+    scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
     index = key.new_full(key.shape[:3], -1, dtype=torch.int32)
     for b, tokens in enumerate(length.tolist()):
         sequence = key[b : b + 1, :, :tokens], value[b : b + 1, :, :tokens]
-        new_key, new_value, kept, new_start = _compress_one(
-            sequence, int(start[b]), lag_size, keep, value_weight, score
+        first = int(start[b])
+        sink = min(sink_size, first)
+        carried = None if scores is None else scores[b : b + 1, :, sink:first]
+        new_key, new_value, kept, carried = _compress(
+            *sequence, carried, first, lag_size, keep, budget, scoring
         )
-        rows = kept.shape[2]
+        rows, new_start = kept.shape[2], formulas.next_start(tokens, first, lag_size, keep)
         key[b, :, :rows], value[b, :, :rows], index[b, :, :rows] = new_key[0], new_value[0], kept[0]
+        if scores is not None and carried is not None and new_start > first:
+            scores[b, :, sink:new_start] = carried[0]
         start[b], length[b] = new_start, rows
     return index
 
@@ -199,12 +224,21 @@ def compress_varlen(
     *,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`compress` of packed rows: sequence ``b`` is ``key[cu_seqlens[b] : cu_seqlens[b + 1]]``, and so is the result.
 
     ``(key [T, H, Dk], value [T, H, Dv], index [H, T], cu_seqlens [B + 1], start [B])``; rows from the new
     ``cu_seqlens[-1]`` on are zero here and unspecified elsewhere.
     """
+    scoring: dict[str, Any] = {
+        "value_weight": value_weight,
+        "score": score,
+        "smooth": smooth,
+        "budget": budget,
+    }
+    lengths = cu_seqlens.diff()
     keys: list[Tensor] = []
     values: list[Tensor] = []
     kept: list[Tensor] = []
@@ -212,10 +246,10 @@ def compress_varlen(
     for b in range(start.shape[0]):
         rows = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
         sequence = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
-        one = _compress_one(sequence, int(start[b]), lag_size, keep, value_weight, score)
-        for results, result in zip((keys, values, kept), one[:3], strict=True):
+        one = compress(*sequence, int(start[b]), lag_size, keep, **scoring)
+        for results, result in zip((keys, values, kept), one, strict=True):
             results.append(result[0])
-        new_start[b] = one[3]
+        new_start[b] = formulas.next_start(int(lengths[b]), int(start[b]), lag_size, keep)
         new_cu_seqlens[b + 1] = new_cu_seqlens[b] + one[2].shape[2]
     heads, spare = key.shape[1], key.shape[0] - int(new_cu_seqlens[-1])
     new_key, new_value = (
@@ -237,10 +271,16 @@ def compress_paged_(
     *,
     value_weight: float = 1.0,
     score: str = "std",
+    smooth: int = 1,
+    budget: str = "partition",
+    scores: Tensor | None = None,
+    sink_size: int = 0,
 ) -> Tensor:
-    """`compress` of pages: token ``i`` of sequence ``b`` is row ``i % block_size`` of block
-    ``block_table[b, i // block_size]`` of the pools ``[blocks, block_size, H, D]``.
+    """`compress_ragged_` of pages: token ``i`` of sequence ``b`` is row ``i % block_size`` of block
+    ``block_table[b, i // block_size]`` of the pools ``[blocks, block_size, H, D]`` and of ``scores [blocks, block_size,
+    H]``.
     """
+    scoring: dict[str, Any] = {"value_weight": value_weight, "score": score, "smooth": smooth}
     block_size, heads = key_cache.shape[1:3]
     capacity = block_table.shape[1] * block_size
     index = key_cache.new_full((block_table.shape[0], heads, capacity), -1, dtype=torch.int32)
@@ -248,26 +288,39 @@ def compress_paged_(
         position = torch.arange(tokens, device=key_cache.device)
         block, row = block_table[b, position // block_size].long(), position % block_size
         sequence = key_cache[block, row].transpose(0, 1)[None], value_cache[block, row].transpose(0, 1)[None]
-        new_key, new_value, kept, new_start = _compress_one(
-            sequence, int(start[b]), lag_size, keep, value_weight, score
+        first = int(start[b])
+        sink = min(sink_size, first)
+        carried = None if scores is None else scores[block, row].T[None, :, sink:first]
+        new_key, new_value, kept, carried = _compress(
+            *sequence, carried, first, lag_size, keep, budget, scoring
         )
-        rows = kept.shape[2]
-        if rows < tokens:
-            moved = position[int(start[b]) : rows]
+        rows, new_start = kept.shape[2], formulas.next_start(tokens, first, lag_size, keep)
+        if new_start > first:
+            moved = position[(first if scores is None else sink) : rows]
             key_cache[block[moved], row[moved]] = new_key[0, :, moved].transpose(0, 1)
             value_cache[block[moved], row[moved]] = new_value[0, :, moved].transpose(0, 1)
+            if scores is not None and carried is not None:
+                moved = position[sink:new_start]
+                scores[block[moved], row[moved]] = carried[0].T
         index[b, :, :rows] = kept[0]
         start[b], length[b] = new_start, rows
     return index
 
 
-def _compress_one(
-    pair: tuple[Tensor, Tensor], start: int, lag_size: int, keep: int, value_weight: float, score: str
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`compress` of one sequence's key and value ``[1, H, N, D]``, and the start of the next compression."""
-    key, value, index = compress(*pair, start, lag_size, keep, value_weight=value_weight, score=score)
-    new_start = start + keep * formulas.compressed_count(pair[0].shape[2], start, lag_size)
-    return key, value, index, new_start
+def _compress(
+    key: Tensor,
+    value: Tensor,
+    carried: Tensor | None,
+    start: int,
+    lag_size: int,
+    keep: int,
+    budget: str,
+    scoring: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`compress_carried` where scores are carried, else `compress`."""
+    if carried is not None:
+        return compress_carried(key, value, carried, start, lag_size, keep, **scoring)
+    return *compress(key, value, start, lag_size, keep, budget=budget, **scoring), None
 
 
 def _partitions(x: Tensor, start: int, lag_size: int) -> Tensor:

@@ -4,74 +4,21 @@
 #include <algorithm>
 #include <vector>
 
+#include "batch.h"
 #include "copy_rows.h"
 #include "kernel_set.h"
 #include "parallel.h"
-#include "ragged.h"
+#include "rivals.h"
 #include "walk.h"
 
 namespace lagkv::cpu {
-
-struct Sequence {
-  int64_t start, length;
-  int64_t partitions;  // compressed ones, P - 1
-  int32_t* index;      // of its first head
-  int64_t index_size;  // entries of a head that belong to this sequence; -1 past its new length
-};
-
-template <class T>
-struct Batch {
-  Rows<const T> key, value;
-  Rows<T> key_out, value_out;  // in place: key and value
-  std::vector<Sequence> sequences;
-  int64_t heads, index_head_stride;
-  int64_t lag_size, keep;
-  double value_weight;
-  Score score;
-
-  int64_t new_length(const Sequence& sequence) const {
-    return sequence.length - sequence.partitions * (lag_size - keep);
-  }
-  /// True where no row is dropped.
-  bool all_kept(const Sequence& sequence) const { return sequence.partitions == 0 || keep == lag_size; }
-};
-
-template <class T>
-Batch<T> dense_batch(const CompressParams<T>& p) {
-  const int64_t rows = output_length(p.length, p.start, p.lag_size, p.keep);
-  const Sequence one{p.start, p.length, compressed_count(p.length, p.start, p.lag_size), nullptr, rows};
-  Batch<T> batch{
-      p.key,   p.value, p.key_out,  p.value_out, std::vector<Sequence>(static_cast<size_t>(p.batch), one),
-      p.heads, rows,    p.lag_size, p.keep,      p.value_weight,
-      p.score};
-  for (int64_t b = 0; b < p.batch; ++b) batch.sequences[b].index = p.index + b * p.heads * rows;
-  return batch;
-}
-
-/// Start and length of every sequence must have been checked. compress_varlen must have written new_offsets.
-template <class T>
-Batch<T> ragged_batch(const RaggedParams<T>& p) {
-  Batch<T> batch{p.key,      p.value,    p.key_out, p.value_out,    {},     p.heads,
-                 p.capacity, p.lag_size, p.keep,    p.value_weight, p.score};
-  batch.sequences.reserve(static_cast<size_t>(p.batch));
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const RaggedSequence from = p.sequence(b);
-    int64_t size = p.capacity;
-    if (p.is_packed()) size = b + 1 < p.batch ? from.new_length : p.capacity - p.new_offsets[b];
-    batch.sequences.push_back({from.start, from.length, from.compressed, p.index_of(b, 0), size});
-  }
-  return batch;
-}
 
 template <class T>
 class Driver {
  public:
   using Real = RealOf<T>;
 
-  Driver(const Batch<T>& batch, const Kernels<T>& kernels)
-      : p_(batch),
-        kernels_(kernels),
-        score_kernels_(batch.score == Score::kStd ? kernels.std : kernels.cosine) {
+  Driver(const Batch<T>& batch, const Kernels<T>& kernels) : p_(batch), kernels_(kernels) {
     for (const Sequence& s : p_.sequences) {
       const int64_t partitions = p_.all_kept(s) ? 0 : s.partitions;
       partitions_.push_back(partitions);
@@ -88,8 +35,8 @@ class Driver {
     const int64_t bytes = all_tokens_ * row_bytes();
     const int64_t chunk = std::max<int64_t>(1, kCopyBytes / std::max<int64_t>(row_bytes(), 1));
     const auto chunks = [&](int64_t rows) { return (rows + chunk - 1) / chunk; };
-    // Rows before and after the compressed partitions are all kept.
-    const auto prefix = [&](int64_t b) { return partitions_[b] ? sequence(b).start : sequence(b).length; };
+    // Rows before and after those that compete are all kept.
+    const auto prefix = [&](int64_t b) { return partitions_[b] ? sequence(b).sink : sequence(b).length; };
     const auto window = [&](int64_t b) { return partitions_[b] ? sequence(b).length - window_of(b) : 0; };
 
     int64_t most_tasks = all_partitions_;
@@ -103,15 +50,16 @@ class Driver {
     }
     workers = std::min(workers, tasks.size());
     // Within the caches, writing in ascending order is faster; beyond them, reading once is.
-    const bool forward = tile_bytes() <= kCachedTileBytes && bytes < kStreamBytes;
+    const bool forward = tile_bytes() <= kCachedTileBytes && bytes < kStreamBytes && !by_head();
     const Memory memory(*this, all_partitions_ == 0 ? 0 : workers);
+    const Rivals<T> rivals(p_, kernels_, partitions_);
     run_tasks(tasks.size(), workers, [&](int64_t worker, int64_t i) {
       const TaskList::Task task = tasks[i];
       const int64_t b = task.sequence;
       int64_t part = task.part;
       if (part < runs(b)) {
         const Upcoming upcoming = first_of_task(tasks, i + workers, run, forward);
-        return score_run(task, part * run, run, forward, memory, worker, true, upcoming);
+        return score_run(task, part * run, run, forward, memory, worker, true, upcoming, rivals);
       }
       part -= runs(b);
       if (part < chunks(prefix(b)))
@@ -119,6 +67,7 @@ class Driver {
       part = (part - chunks(prefix(b))) * chunk;
       copy_chunk(task, window_of(b) + part, window_out_of(b) + part, std::min(chunk, window(b) - part));
     });
+    if (by_head()) copy_chosen(rivals, chunk, workers);
     fill_index(false);
   }
 
@@ -134,13 +83,19 @@ class Driver {
         4 * all_partitions_ >= 3 * workers * longest_ && 4 * compressed_heads_ >= 3 * rounds * workers;
     TaskList heads;
     for (const int64_t b : longest_first()) heads.add(b, p_.heads, partitions_[b] > 0 ? 1 : 0);
-    if (heads_fill && tile_bytes() <= kCachedTileBytes) {
+    const Rivals<T> rivals(p_, kernels_, partitions_);
+    if (heads_fill && (by_head() || tile_bytes() <= kCachedTileBytes)) {
       workers = std::min(workers, compressed_heads_);
       const Memory memory(*this, workers);
       run_tasks(compressed_heads_, workers, [&](int64_t worker, int64_t i) {
         const TaskList::Task task = heads[i];
-        const Upcoming upcoming = first_of_task(heads, i + workers, longest_, true);
-        score_run(task, 0, longest_, true, memory, worker, true, upcoming);
+        const Upcoming upcoming = first_of_task(heads, i + workers, longest_, !by_head());
+        score_run(task, 0, longest_, !by_head(), memory, worker, true, upcoming, rivals);
+        if (by_head()) {
+          choose(rivals, task);
+          move_chosen(p_.key, p_.key_out, task);
+          move_chosen(p_.value, p_.value_out, task);
+        }
         if (stream_) kernels_.fence();
         move_window(p_.key, p_.key_out, task);
         move_window(p_.value, p_.value_out, task);
@@ -157,16 +112,15 @@ class Driver {
     run_tasks(runs.size(), workers, [&](int64_t worker, int64_t i) {
       const TaskList::Task task = runs[i];
       const Upcoming upcoming = first_of_task(runs, i + workers, run, false);
-      score_run(task, task.part * run, run, false, memory, worker, false, upcoming);
+      score_run(task, task.part * run, run, false, memory, worker, false, upcoming, rivals);
     });
+    if (by_head()) choose_all(rivals, heads, workers);
     run_tasks(2 * compressed_heads_, std::min(workers, 2 * compressed_heads_), [&](int64_t, int64_t i) {
       const TaskList::Task task = heads[i / 2];
       if (i % 2 == 0) fill_ends(task);
       const Rows<const T>& x = i % 2 ? p_.value : p_.key;
       const Rows<T>& out = i % 2 ? p_.value_out : p_.key_out;
-      const int64_t first = sequence(task.sequence).start, count = partitions_[task.sequence] * p_.keep;
-      gather_rows(kernels_, x.head(task.sequence, task.head), out.head(task.sequence, task.head),
-                  index(task) + first, first, count, stream_);
+      move_chosen(x, out, task);
       if (stream_) kernels_.fence();
       move_window(x, out, task);
     });
@@ -185,11 +139,14 @@ class Driver {
     Scratch<T> copies;
 
     Memory(const Driver& c, int64_t workers)
-        : scratch(workers, WalkScratch<Real>::size(c.p_.key.dim, c.p_.value.dim, c.p_.lag_size)),
+        : scratch(workers,
+                  WalkScratch<Real>::size(c.p_.key.dim, c.p_.value.dim, c.p_.lag_size, c.p_.method.smooth)),
           copies(workers, !c.p_.key.is_paged()
                               ? 0
                               : HeadTiles<T>::copies_size(c.p_.key.dim, c.p_.value.dim, c.p_.lag_size)) {}
   };
+
+  bool by_head() const { return p_.method.budget == Budget::kHead; }
 
   int64_t batch() const { return static_cast<int64_t>(p_.sequences.size()); }
   const Sequence& sequence(int64_t b) const { return p_.sequences[static_cast<size_t>(b)]; }
@@ -231,15 +188,17 @@ class Driver {
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(first + i);
   }
 
-  /// Scores the partitions begin .. begin+run-1 of a head, selects their rows and, with `move`, copies these.
+  /// Scores the partitions begin .. begin+run-1 of a head. Where each has a budget of its own, selects their
+  /// rows and, with `move`, copies these.
   void score_run(const TaskList::Task& task, int64_t begin, int64_t run, bool forward, const Memory& memory,
-                 int64_t worker, bool move, Upcoming upcoming) const {
+                 int64_t worker, bool move, Upcoming upcoming, const Rivals<T>& rivals) const {
     HeadTiles<T> tiles = tiles_of(task, memory.copies.of(worker));
     const int64_t end = std::min(begin + run, partitions_[task.sequence]);
     const int64_t start = sequence(task.sequence).start;
     const WalkScratch<Real> scratch(memory.scratch.of(worker), p_.key.dim, p_.value.dim, p_.lag_size);
-    walk(tiles, score_kernels_, scratch, begin, end, forward, p_.value_weight, upcoming,
+    walk(tiles, kernels_, p_.method, scratch, begin, end, forward, upcoming,
          [&](int64_t partition, Real* score) {
+           if (by_head()) return rivals.add(task, partition, score);
            const int64_t first_out = start + partition * p_.keep;
            kernels_.select(score, p_.lag_size, p_.keep, static_cast<int32_t>(start + partition * p_.lag_size),
                            index(task) + first_out);
@@ -252,6 +211,46 @@ class Driver {
                          index(task) + first_out, first_out, p_.keep, stream_);
            }
          });
+  }
+
+  void choose(const Rivals<T>& rivals, const TaskList::Task& task) const {
+    rivals.choose(task, index(task) + sequence(task.sequence).sink);
+  }
+  void choose_all(const Rivals<T>& rivals, const TaskList& heads, int64_t workers) const {
+    run_tasks(heads.size(), std::min(workers, heads.size()),
+              [&](int64_t, int64_t i) { choose(rivals, heads[i]); });
+  }
+
+  /// Chooses the rows of every head and copies them.
+  void copy_chosen(const Rivals<T>& rivals, int64_t chunk, int64_t workers) const {
+    const auto chosen = [&](int64_t b) { return window_out_of(b) - sequence(b).sink; };
+    TaskList heads, chunks;
+    for (const int64_t b : longest_first()) {
+      heads.add(b, p_.heads, partitions_[b] > 0 || p_.carried.exists ? 1 : 0);
+      if (partitions_[b] == 0) continue;
+      chunks.add(b, p_.heads, (chosen(b) + chunk - 1) / chunk);
+    }
+    choose_all(rivals, heads, workers);
+    run_tasks(chunks.size(), std::min(workers, chunks.size()), [&](int64_t, int64_t i) {
+      const TaskList::Task task = chunks[i];
+      const int64_t b = task.sequence, from = task.part * chunk, first = sequence(b).sink + from;
+      const int64_t count = std::min(chunk, chosen(b) - from);
+      gather(p_.key, p_.key_out, task, first, count);
+      gather(p_.value, p_.value_out, task, first, count);
+    });
+  }
+
+  /// Copies the rows that the index names to the rows first .. first+count-1.
+  void gather(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task, int64_t first,
+              int64_t count) const {
+    gather_rows(kernels_, x.head(task.sequence, task.head), out.head(task.sequence, task.head),
+                index(task) + first, first, count, stream_);
+  }
+
+  /// Moves the rows that a head's index names between the sink and the window.
+  void move_chosen(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task) const {
+    const int64_t first = sequence(task.sequence).sink;
+    gather(x, out, task, first, window_out_of(task.sequence) - first);
   }
 
   /// Copies consecutive rows and writes their positions to the index.
@@ -275,7 +274,7 @@ class Driver {
   /// Writes the index of the rows before and after the compressed partitions.
   void fill_ends(const TaskList::Task& task) const {
     const int64_t b = task.sequence;
-    iota(index(task), 0, sequence(b).start);
+    iota(index(task), 0, sequence(b).sink);
     iota(index(task) + window_out_of(b), window_of(b), sequence(b).length - window_of(b));
   }
 
@@ -300,7 +299,6 @@ class Driver {
 
   const Batch<T>& p_;
   const Kernels<T>& kernels_;
-  const ScoreKernels<T>& score_kernels_;
   std::vector<int64_t> partitions_;  // to compress, of every sequence; 0 where every row is kept
   int64_t longest_ = 0;              // the most of partitions_
   int64_t all_partitions_ = 0;       // of all heads of all sequences

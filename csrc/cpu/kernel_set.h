@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../params.h"
 #include "types.h"
 
 namespace lagkv::cpu {
@@ -42,7 +43,8 @@ struct Tile {
 /// the score computed from statistics.
 ///
 /// `reference` is an array of `reference_size(dim)` reals that only these functions read: the bounds for
-/// "std", the mean direction for "cosine". `statistic` has room for `padded(count)` reals.
+/// "std", the mean direction for "cosine", both for "blend". `statistic` has room for `statistic_size(count)`
+/// reals.
 template <class T>
 struct ScoreKernels {
   using Real = RealOf<T>;
@@ -57,13 +59,18 @@ struct ScoreKernels {
 template <class T>
 struct Kernels {
   using Real = RealOf<T>;
-  ScoreKernels<T> std, cosine;
+  ScoreKernels<T> std, cosine, blend;
+  /// Each score becomes the mean over the `smooth` (odd) tokens around it, as far as there are any. `memory`
+  /// has `smoothing_size(count, smooth)` reals.
+  void (*smooth)(Real* score, int64_t count, int64_t smooth, Real* memory);
   /// Minimum and maximum of every channel, NaN where a channel holds one; room for `padded(dim)` reals in
   /// each.
   void (*bounds)(const Tile<T>& tile, Real* lo, Real* hi);
   /// Ascending positions, plus `base`, of the `keep` highest scores. `score` (room for `padded(count)`) is
   /// overwritten.
   void (*select)(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* index);
+  /// Turns what `select` left in place of the scores into scores again; -0 comes back as +0.
+  void (*restore)(Real* score, int64_t count);
   /// A row of storage type to reals, for `select`.
   void (*widen)(const T* row, int64_t count, Real* out);
   /// Copies row index[i] - base of `rows` to row i of `out`; the two may overlap where no destination lies
@@ -72,6 +79,10 @@ struct Kernels {
                  int64_t dim, T* out, int64_t out_stride, bool stream);
   /// Makes streaming stores visible to other threads; called once after the last of them.
   void (*fence)();
+
+  const ScoreKernels<T>& of(Score score) const {
+    return score == Score::kStd ? std : score == Score::kCosine ? cosine : blend;
+  }
 };
 
 /// The kernels of one instruction set.
@@ -105,6 +116,18 @@ constexpr int64_t kPadding = 32;  // reals: two of the widest vectors
 
 constexpr int64_t padded(int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 
-constexpr int64_t reference_size(int64_t dim) { return 4 * padded(dim); }
+// Of each part of a blend there is room for one after the other.
+constexpr int64_t reference_part(int64_t dim) { return 4 * padded(dim); }
+constexpr int64_t reference_size(int64_t dim) { return 2 * reference_part(dim); }
+constexpr int64_t statistic_size(int64_t count) { return 2 * padded(count); }
+
+/// Tokens on each side of one over which its score is averaged.
+constexpr int64_t smoothing_reach(int64_t count, int64_t smooth) {
+  return smooth / 2 < count - 1 ? smooth / 2 : count - 1;
+}
+/// Scores with zeros before and after them.
+constexpr int64_t smoothing_size(int64_t count, int64_t smooth) {
+  return smooth == 1 ? 0 : padded(count) + 2 * padded(smoothing_reach(count, smooth)) + kPadding;
+}
 
 }  // namespace lagkv::cpu

@@ -76,7 +76,7 @@ class Backend {
   void compress_paged_(const RaggedParams<T>& p) const {
     const int64_t block_size = p.key.block_size, max_blocks = block_size > 0 ? p.capacity / block_size : 0;
     check_page_values({p.key.block_table, p.key.table_stride, max_blocks, p.start, p.length, p.batch,
-                       p.blocks, block_size, p.lag_size, p.keep});
+                       p.blocks, block_size, p.lag_size, p.keep, p.carried.exists, p.carried.sink});
     in_place(p);
   }
 

@@ -36,13 +36,13 @@ void run_lag_score(const ScoreParams<T, RealOf<T>>& p, const Kernels<T>& kernels
   int64_t workers = worker_count(heads * partitions, heads * p.length * row_bytes);
   const int64_t run = run_length({partitions}, heads, workers), runs = (partitions + run - 1) / run;
   workers = std::min(workers, heads * runs);
-  const Scratch<Real> scratch(workers, WalkScratch<Real>::size(p.key.dim, p.value.dim, p.lag_size));
-  const ScoreKernels<T>& score_kernels = p.kind == Score::kStd ? kernels.std : kernels.cosine;
+  const Scratch<Real> scratch(workers,
+                              WalkScratch<Real>::size(p.key.dim, p.value.dim, p.lag_size, p.method.smooth));
   run_tasks(heads * runs, workers, [&](int64_t worker, int64_t task) {
     const int64_t head = task / runs, begin = task % runs * run, b = head / p.heads, h = head % p.heads;
     HeadTiles<T> tiles(p.key.head(b, h), p.value.head(b, h), p.start, p.lag_size, nullptr);
     const WalkScratch<Real> memory(scratch.of(worker), p.key.dim, p.value.dim, p.lag_size);
-    walk(tiles, score_kernels, memory, begin, std::min(begin + run, partitions), false, p.value_weight, {},
+    walk(tiles, kernels, p.method, memory, begin, std::min(begin + run, partitions), false, {},
          [&](int64_t partition, const Real* score) {
            std::copy_n(score, p.lag_size, p.score + (head * partitions + partition) * p.lag_size);
          });

@@ -2,6 +2,7 @@
 // for other devices on copies of their numbers, on request (lagkv_ext/ragged.py, `validate`).
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "messages.h"
@@ -47,6 +48,8 @@ struct PageTable {
   int64_t stride, max_blocks;
   const int32_t *start, *length;  // [B]
   int64_t batch, blocks, block_size, lag_size, keep;
+  bool scored = false;  // scores are carried in pages of their own, from row `sink` on
+  int64_t sink = 0;
 
   /// Calls visit(b, j, block, written) for every block in use, in the order of the table. Written are those
   /// from the start to the new length of a sequence whose rows move.
@@ -54,9 +57,11 @@ struct PageTable {
   void visit(const Visit& visit) const {
     for (int64_t b = 0; b < batch; ++b) {
       const RaggedSequence s = ragged_sequence(start[b], length[b], max_blocks * block_size, lag_size, keep);
+      // Scores are written where no row moves, too.
+      const bool writes = scored ? s.compressed > 0 : s.new_length < s.length;
+      const int64_t first = scored ? std::min(sink, s.start) : s.start;
       for (int64_t j = 0; j * block_size < s.length; ++j) {
-        const bool written =
-            s.new_length < s.length && s.start < (j + 1) * block_size && j * block_size < s.new_length;
+        const bool written = writes && first < (j + 1) * block_size && j * block_size < s.new_length;
         visit(b, j, block_table[b * stride + j], written);
       }
     }

@@ -94,10 +94,11 @@ class HeadTiles {
   SideTiles sides_[2];
 };
 
-/// Scratch to score with: two references for each of key and value, and their statistics.
+/// Scratch to score with: two references for each of key and value, their statistics, and what smoothing
+/// needs.
 template <class Real>
 struct WalkScratch {
-  Real *key_now, *key_next, *value_now, *value_next, *key_statistic, *value_statistic;
+  Real *key_now, *key_next, *value_now, *value_next, *key_statistic, *value_statistic, *smoothing;
 
   WalkScratch(Real* memory, int64_t key_dim, int64_t value_dim, int64_t lag_size)
       : key_now(memory),
@@ -105,10 +106,12 @@ struct WalkScratch {
         value_now(key_next + reference_size(key_dim)),
         value_next(value_now + reference_size(value_dim)),
         key_statistic(value_next + reference_size(value_dim)),
-        value_statistic(key_statistic + padded(lag_size)) {}
+        value_statistic(key_statistic + statistic_size(lag_size)),
+        smoothing(value_statistic + statistic_size(lag_size)) {}
 
-  static int64_t size(int64_t key_dim, int64_t value_dim, int64_t lag_size) {
-    return 2 * (reference_size(key_dim) + reference_size(value_dim) + padded(lag_size));
+  static int64_t size(int64_t key_dim, int64_t value_dim, int64_t lag_size, int64_t smooth) {
+    return 2 * (reference_size(key_dim) + reference_size(value_dim) + statistic_size(lag_size)) +
+           smoothing_size(lag_size, smooth);
   }
 };
 
@@ -122,11 +125,14 @@ struct WalkScratch {
 /// one: the hardware's prefetcher stops at the end of each memory page. A tile beyond the cache's size
 /// prefetches its own rows.
 template <class T, class Consume>
-void walk(HeadTiles<T>& tiles, const ScoreKernels<T>& kernels, WalkScratch<RealOf<T>> scratch, int64_t begin,
-          int64_t end, bool forward, double value_weight, Upcoming upcoming, const Consume& consume) {
+void walk(HeadTiles<T>& tiles, const Kernels<T>& all, const Method& method, WalkScratch<RealOf<T>> scratch,
+          int64_t begin, int64_t end, bool forward, Upcoming upcoming, const Consume& consume) {
+  const ScoreKernels<T>& kernels = all.of(method.score);
   constexpr auto key = HeadTiles<T>::kKey, value = HeadTiles<T>::kValue;
   const auto score = [&](int64_t partition) {
-    kernels.score(scratch.key_statistic, scratch.value_statistic, tiles.lag_size(), value_weight);
+    kernels.score(scratch.key_statistic, scratch.value_statistic, tiles.lag_size(), method.value_weight);
+    if (method.smooth > 1)
+      all.smooth(scratch.key_statistic, tiles.lag_size(), method.smooth, scratch.smoothing);
     consume(partition, scratch.key_statistic);
   };
 

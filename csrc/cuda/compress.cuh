@@ -156,7 +156,7 @@ __device__ __forceinline__ void score_run(const Run& run) {
 
     const int count = run.count();
     combine_scores<kScore>(run.statistics(0), run.statistics(1), count, run.dim(0), run.dim(1),
-                           static_cast<Real>(args.value_weight), run.reduction);
+                           static_cast<Real>(args.method.value_weight), run.reduction);
     const Store<Real> scores = run.statistics(0);
     const Store<Bits> keys = scores.template as<Bits>();
     Real* wanted = ld_shared(&run.state->score);

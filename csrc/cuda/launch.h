@@ -5,6 +5,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "bounds.cuh"
@@ -15,6 +16,17 @@
 #include "topk.cuh"
 
 namespace lagkv::cuda {
+
+/// Refuses what these kernels lack, before anything is launched.
+inline void require_kernels(const char* op, const Method& method) {
+  const char* missing = method.score == Score::kBlend    ? "score='blend'"
+                        : method.smooth > 1              ? "smooth above 1"
+                        : method.budget == Budget::kHead ? "budget='head'"
+                                                         : nullptr;
+  if (missing == nullptr) return;
+  throw std::runtime_error(std::string("lagkv::") + op + ": the CUDA kernels do not have " + missing +
+                           "; the CPU's do");
+}
 
 template <class Layout>
 struct LayoutTag {
@@ -70,8 +82,8 @@ void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Devi
     launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
-    const auto kernel = args.score == Score::kStd ? compress_kernel<Layout, Score::kStd>
-                                                  : compress_kernel<Layout, Score::kCosine>;
+    const auto kernel = args.method.score == Score::kStd ? compress_kernel<Layout, Score::kStd>
+                                                         : compress_kernel<Layout, Score::kCosine>;
     run(kernel, grid, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }
@@ -192,8 +204,8 @@ void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, cons
   }
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
-    const auto kernel = args.score == Score::kStd ? ragged_kernel<Layout, Score::kStd>
-                                                  : ragged_kernel<Layout, Score::kCosine>;
+    const auto kernel = args.method.score == Score::kStd ? ragged_kernel<Layout, Score::kStd>
+                                                         : ragged_kernel<Layout, Score::kCosine>;
     run(kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }

@@ -25,12 +25,14 @@ class Backend {
 
   template <class T>
   void compress(const CompressParams<T>& p) {
+    require_kernels(p.carried.exists ? "compress_carried" : "compress", p.method);
     if (rows_of(p) == 0) return;
     run_compress<T, RealOf<T>>(launcher_, p, nullptr);
   }
 
   template <class T>
   void compress_(const CompressParams<T>& p) {
+    require_kernels("compress_", p.method);
     if (rows_of(p) == 0) return;
     CompressParams<T> select_only = p;
     select_only.key_out = select_only.value_out = {};
@@ -49,11 +51,11 @@ class Backend {
 
   template <class T>
   void lag_score(const ScoreParams<T, RealOf<T>>& p) {
+    require_kernels("lag_score", p.method);
     const int64_t partitions = compressed_count(p.length, p.start, p.lag_size);
     if (p.batch * p.heads * partitions == 0) return;
-    const CompressParams<T> score_only{p.key,      p.value,        {},       {},      nullptr,
-                                       p.batch,    p.heads,        p.length, p.start, p.lag_size,
-                                       p.lag_size, p.value_weight, p.kind};
+    const CompressParams<T> score_only{p.key,    p.value, {},         {},         nullptr,  p.batch, p.heads,
+                                       p.length, p.start, p.lag_size, p.lag_size, p.method, {}};
     run_compress<T, RealOf<T>>(launcher_, score_only, p.score);
   }
 
@@ -71,16 +73,19 @@ class Backend {
 
   template <class T>
   void compress_ragged_(const RaggedParams<T>& p) {
+    require_kernels("compress_ragged_", p.method);
     in_place(p);
   }
 
   template <class T>
   void compress_varlen(const RaggedParams<T>& p) {
+    require_kernels("compress_varlen", p.method);
     run_ragged<T>(launcher_, p, table_of(p));
   }
 
   template <class T>
   void compress_paged_(const RaggedParams<T>& p) {
+    require_kernels("compress_paged_", p.method);
     in_place(p);
   }
 

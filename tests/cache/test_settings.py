@@ -41,7 +41,7 @@ def settings_of(cache, layer=0):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"score": "attention"}, ValueError, "score must be 'std' or 'cosine', got 'attention'"),
+        ({"score": "attention"}, ValueError, "score must be 'std' or 'cosine' or 'blend', got 'attention'"),
         ({"score": None}, TypeError, "score must be a string, got None"),
         ({"keep_ratio": 0}, ValueError, r"keep_ratio must be in \(0, 1\], got 0"),
         ({"keep_ratio": 1.01}, ValueError, r"keep_ratio must be in \(0, 1\], got 1.01"),

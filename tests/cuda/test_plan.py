@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -307,3 +308,19 @@ def test_rows_along_one_channel_have_one_direction(executor, dim, lag_size, dtyp
     x[..., seed % dim] = (torch.rand(1, 1, 3 * lag_size, generator=generator) + 0.1).to(dtype)
     score = executor.lag_score(x, x, 0, lag_size, score="cosine")
     assert torch.equal(score, torch.zeros_like(score))
+
+
+LACKS = {
+    "score='blend'": (True, 1, False),
+    "smooth above 1": (False, 3, False),
+    "budget='head'": (False, 1, True),
+}
+
+
+@pytest.mark.parametrize("missing", LACKS)
+def test_options_that_the_kernels_lack_are_refused(planner, missing):
+    """Before anything is launched; a card refuses them by this function, too (tests/ops/test_option_errors.py)."""
+    planner.require_kernels("compress", False, 1, False)
+    text = f"lagkv::compress: the CUDA kernels do not have {missing}; the CPU's do"
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        planner.require_kernels("compress", *LACKS[missing])

@@ -17,7 +17,15 @@ import torch
 
 from lagkv_ext import reference
 
-OPERATORS = ("compress", "compress_", "partition_bounds", "lag_score", "topk_index", "compact")
+OPERATORS = (
+    "compress",
+    "compress_carried",
+    "compress_",
+    "partition_bounds",
+    "lag_score",
+    "topk_index",
+    "compact",
+)
 ISA_VARIABLE = "LAGKV_CPU_ISA"
 # Instructions that the kernels of each level may use; the names are those of /proc/cpuinfo.
 ISA_FLAGS = {
@@ -68,6 +76,9 @@ class Backend:
 
     def compress(self, key, value, start, lag_size, keep, **scoring):
         return self._call("compress", key, value, start, lag_size, keep, **scoring)
+
+    def compress_carried(self, key, value, carried, start, lag_size, keep, **scoring):
+        return self._call("compress_carried", key, value, carried, start, lag_size, keep, **scoring)
 
     def compress_(self, key, value, start, lag_size, keep, **scoring):
         return self._call("compress_", key, value, start, lag_size, keep, **scoring)
@@ -185,3 +196,4 @@ FACTORIES = {
 }
 KERNELS = tuple(name for name in FACTORIES if name != "reference")
 REGISTERED = tuple(name for name in KERNELS if name != "simt")
+OPTIONS = tuple(name for name in FACTORIES if name not in ("simt", "cuda"))

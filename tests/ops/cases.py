@@ -158,11 +158,19 @@ class Case:
     value_layout: Layout = Layout()
     score: str = "std"
     value_weight: float = 1.0
+    smooth: int = 1
+    budget: str = "partition"
     seed: int = 0
 
     @property
     def scoring(self) -> dict:
-        return {"value_weight": self.value_weight, "score": self.score}
+        """What lag_score takes; options only where they are not the defaults, which not every backend has."""
+        smooth = {} if self.smooth == 1 else {"smooth": self.smooth}
+        return {"value_weight": self.value_weight, "score": self.score} | smooth
+
+    @property
+    def method(self) -> dict:
+        return self.scoring | ({} if self.budget == "partition" else {"budget": self.budget})
 
     @property
     def compressed(self) -> int:
@@ -230,6 +238,18 @@ TRAPS = _traps()
 
 
 @st.composite
+def methods(draw: st.DrawFn, options: bool) -> dict:
+    """How tokens are scored and chosen; without ``options`` as every backend can."""
+    if not options:
+        return {"score": draw(st.sampled_from(["std", "cosine"]))}
+    return {
+        "score": draw(st.sampled_from(["blend", "std", "cosine"])),
+        "smooth": draw(st.sampled_from([3, 1, 5, 33, 99])),
+        "budget": draw(st.sampled_from(["head", "partition"])),
+    }
+
+
+@st.composite
 def layouts(draw: st.DrawFn, expanded: bool = True) -> Layout:
     if draw(st.booleans()):  # half of the time a layout that models have
         models = [
@@ -256,8 +276,10 @@ def cases(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     expanded: bool = True,
     compresses: bool = False,
+    options: bool = False,
 ) -> Case:
-    """Calls of every shape up to ``MAX_ELEMENTS`` elements of key; ``compresses``: with two partitions at least."""
+    """Calls of every shape up to ``MAX_ELEMENTS`` elements of key; ``compresses``: with two partitions at least;
+    ``options``: also with those that only some backends have."""
     batch = draw(st.sampled_from([1, 2, 3] if compresses else [1, 2, 0, 3]))
     heads = draw(st.sampled_from([1, 2, 3, 5] if compresses else [1, 2, 3, 5, 0]))
     lag_size = draw(
@@ -286,7 +308,7 @@ def cases(
         value_kind=draw(st.sampled_from(kinds)),
         key_layout=draw(layouts(expanded)),
         value_layout=draw(layouts(expanded)),
-        score=draw(st.sampled_from(["std", "cosine"])),
         value_weight=draw(st.sampled_from([1.0, 0.0, 0.5, -1.0, 3.0])),
+        **draw(methods(options)),
         seed=draw(st.integers(0, 1 << 16)),
     )

@@ -21,7 +21,7 @@ from tests.ops.cases import bits
 
 FACTOR = 2.0  # of plain PyTorch's own error
 # Units of eps, two roundings each. std: difference, reciprocal, product; mean, sum of squares, root.
-FLOOR = {"std": 3.0, "cosine": 1.0}
+FLOOR = {"std": 3.0, "cosine": 1.0, "blend": 3.0}
 # The arithmetic squares: beyond this, or below its inverse, it has no answer to compare.
 RANGE = {torch.float32: 1e18, torch.float64: 1e150}
 
@@ -50,9 +50,9 @@ class Band:
 
 
 def score_band(
-    key: Tensor, value: Tensor, start: int, lag_size: int, value_weight: float, score: str
+    key: Tensor, value: Tensor, start: int, lag_size: int, value_weight: float, score: str, smooth: int = 1
 ) -> Band:
-    scoring = {"value_weight": value_weight, "score": score}
+    scoring = {"value_weight": value_weight, "score": score, "smooth": smooth}
     exact = reference.lag_score(key.double(), value.double(), start, lag_size, **scoring)
     if key.dtype == torch.float64:  # the same sums in another order: what float64 itself is off
         plain = reference.lag_score(key.flip(-1), value.flip(-1), start, lag_size, **scoring)
@@ -61,13 +61,19 @@ def score_band(
 
     eps = torch.finfo(arithmetic_dtype(key.dtype)).eps
     tiny = torch.finfo(arithmetic_dtype(key.dtype)).smallest_normal
-    rounding = {"std": _std_rounding, "cosine": _cosine_rounding}[score]
+    rounding = {"std": _std_rounding, "cosine": _cosine_rounding, "blend": _blend_rounding}[score]
     limit = RANGE[arithmetic_dtype(key.dtype)]
     key_rounding, key_known = rounding(_tiles(key, start, lag_size), limit)
     value_rounding, value_known = rounding(_tiles(value, start, lag_size), limit)
     floor = FLOOR[score] * eps * (key_rounding + abs(value_weight) * value_rounding + exact.abs()) + tiny
+    known = key_known & value_known
+    if smooth > 1 and floor.numel():  # of what lies around a token the worst; and a unit for each sum
+        alone = reference.lag_score(key.double(), value.double(), start, lag_size, **scoring | {"smooth": 1})
+        sums = eps * min(smooth, lag_size) * alone.nan_to_num(0.0).abs()
+        floor = (floor.nan_to_num(math.inf) + sums).amax(-1, keepdim=True).expand_as(floor)
+        known = known.all(-1, keepdim=True).expand_as(known)
 
-    known = key_known & value_known & (exact.isnan() == plain.isnan())
+    known = known & (exact.isnan() == plain.isnan())
     error = (plain - exact).abs()
     worst = torch.where(known & ~exact.isnan(), error, 0.0)
     worst = worst.amax(-1, keepdim=True) if worst.numel() else worst
@@ -179,10 +185,27 @@ def _std_rounding(tiles: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def _cosine_rounding(tiles: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """As :func:`_std_rounding` for z = (s - mean) / std with s = -cos(x, a).
+    """As :func:`_std_rounding` for z = (s - mean) / std of s = -cos(x, a), an error of which moves z by that over the
+    deviation.
+    """
+    s, rounding, known = _direction_rounding(tiles, limit)
+    if s.shape[-1] == 1:
+        return torch.zeros_like(s), torch.ones_like(s, dtype=torch.bool)
+    deviation = s.std(dim=-1, keepdim=True)
+    z = (s - s.mean(dim=-1, keepdim=True)) / deviation
+    return (1 + z.abs()) * (1 + rounding / deviation), known
 
-    s moves by eps (1 + 1 / |a|), as the mean direction a of rows that point everywhere is short; z then by that over
-    the deviation.
+
+def _blend_rounding(tiles: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """As :func:`_std_rounding` for s + L p."""
+    std, std_known = _std_rounding(tiles, limit)
+    _, rounding, known = _direction_rounding(tiles, limit)
+    return tiles.shape[3] * std + rounding, std_known & known
+
+
+def _direction_rounding(tiles: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """s = -cos(x, a), its rounding bound eps (1 + 1 / |a|), as the mean direction a of rows that point everywhere is
+    short, and where the arithmetic has an answer.
     """
     norm = tiles.norm(dim=-1, keepdim=True)
     direction = torch.where(norm == 0, 0.0, tiles / norm)
@@ -190,12 +213,8 @@ def _cosine_rounding(tiles: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     length = anchor.norm(dim=-1, keepdim=True)  # [B, H, P-1, 1]
     s = -(direction[:, :, :-1] * anchor.unsqueeze(3)).sum(-1) / length
     s = torch.where(length == 0, 0.0, s)
-    if s.shape[-1] == 1:
-        return torch.zeros_like(s), torch.ones_like(s, dtype=torch.bool)
-    deviation = s.std(dim=-1, keepdim=True)
-    z = (s - s.mean(dim=-1, keepdim=True)) / deviation
     in_range = ((norm == 0) | ((norm > 1 / limit) & (norm < limit)) | norm.isnan() | norm.isinf())[
         ..., 0
     ].all(dim=-1)
     known = (in_range[:, :, :-1] & in_range[:, :, 1:]).unsqueeze(-1).expand_as(s)
-    return (1 + z.abs()) * (1 + (1 + 1 / length) / deviation), known
+    return s, (1 + 1 / length).expand_as(s), known

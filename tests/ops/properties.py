@@ -68,7 +68,7 @@ def check_compress(backend: Backend, case: Case) -> None:
     key, value = case.make(backend.device)
     with untouched(key, value):
         new_key, new_value, index = backend.compress(
-            key.view, value.view, case.start, case.lag_size, case.keep, **case.scoring
+            key.view, value.view, case.start, case.lag_size, case.keep, **case.method
         )
     assert_selection(index, band_of(case), case.length, case.start, case.lag_size, case.keep)
     assert_ties(key.view, value.view, index, case)
@@ -82,11 +82,15 @@ def check_staged(backend: Backend, case: Case) -> None:
     """compress is compact of topk_index of lag_score, with prefix and window, bit for bit on the same backend."""
     key, value = (placed.view for placed in case.make(backend.device))
     new_key, new_value, index = backend.compress(
-        key, value, case.start, case.lag_size, case.keep, **case.scoring
+        key, value, case.start, case.lag_size, case.keep, **case.method
     )
     scores = backend.lag_score(key, value, case.start, case.lag_size, **case.scoring)
-    kept = backend.topk_index(scores, case.keep)
-    staged = whole_index(kept, case)
+    if case.budget == "head":
+        staged = reference.head_index(
+            scores, scores.flatten(2)[:, :, :0], case.start, case.keep, case.length
+        )[0]
+    else:
+        staged = whole_index(backend.topk_index(scores, case.keep), case)
     assert_bits(index, staged, "index")
     assert_bits(new_key, backend.compact(key, staged), "key")
     assert_bits(new_value, backend.compact(value, staged), "value")
@@ -95,9 +99,9 @@ def check_staged(backend: Backend, case: Case) -> None:
 def check_in_place(backend: Backend, case: Case) -> None:
     """compress_ leaves what compress returns in the first rows, and writes nothing outside the tensors."""
     key, value = case.make(backend.device)
-    expected = backend.compress(key.view, value.view, case.start, case.lag_size, case.keep, **case.scoring)
+    expected = backend.compress(key.view, value.view, case.start, case.lag_size, case.keep, **case.method)
     outside = [placed.storage[placed.outside()] for placed in (key, value)]
-    index = backend.compress_(key.view, value.view, case.start, case.lag_size, case.keep, **case.scoring)
+    index = backend.compress_(key.view, value.view, case.start, case.lag_size, case.keep, **case.method)
     assert_bits(index, expected[2], "index")
     for placed, rows_expected, name, old in zip(
         (key, value), expected, ("key", "value"), outside, strict=False
@@ -116,7 +120,7 @@ def check_repeatable(backend: Backend, case: Case) -> None:
         arguments = (key, value, case.start, case.lag_size)
         scores = backend.lag_score(*arguments, **case.scoring)
         return (
-            *backend.compress(*arguments, case.keep, **case.scoring),
+            *backend.compress(*arguments, case.keep, **case.method),
             scores,
             backend.topk_index(scores, case.keep),
         )
@@ -147,7 +151,7 @@ CASE_CHECKS = (
 def band_of(case: Case) -> Band:
     """The scores a correct backend may return, computed on the CPU, once for all backends."""
     key, value = (placed.view for placed in case.make())
-    return score_band(key, value, case.start, case.lag_size, case.value_weight, case.score)
+    return score_band(key, value, case.start, case.lag_size, case.value_weight, case.score, case.smooth)
 
 
 def assert_ties(key: Tensor, value: Tensor, index: Tensor, case: Case) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.cases import CANARY, DIMS, DTYPES, KINDS, Layout, Placed, bits, make_values, place
+from tests.ops.cases import CANARY, DIMS, DTYPES, KINDS, Layout, Placed, bits, make_values, methods, place
 
 MAX_ELEMENTS = 1 << 14
 NHD, HND = Layout(), Layout(order=(0, 2, 1))  # memory orders of pages
@@ -35,6 +35,8 @@ class RaggedCase:
     value_layout: Layout = NHD
     score: str = "std"
     value_weight: float = 1.0
+    smooth: int = 1
+    budget: str = "partition"
     spare: int = 0  #: rows, or pages, that no sequence has
     block_size: int = 1
     shared: bool = False  #: pages before every start are the same for all sequences
@@ -42,7 +44,12 @@ class RaggedCase:
 
     @property
     def scoring(self) -> dict:
-        return {"value_weight": self.value_weight, "score": self.score}
+        smooth = {} if self.smooth == 1 else {"smooth": self.smooth}
+        return {"value_weight": self.value_weight, "score": self.score} | smooth
+
+    @property
+    def method(self) -> dict:
+        return self.scoring | ({} if self.budget == "partition" else {"budget": self.budget})
 
     @property
     def batch(self) -> int:
@@ -189,8 +196,9 @@ def ragged_cases(
     kinds: tuple[str, ...] = KINDS,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     compresses: bool = False,
+    options: bool = False,
 ) -> RaggedCase:
-    """Up to five sequences; ``compresses``: one at least has two partitions."""
+    """Up to five sequences; ``compresses``: one at least has two partitions; ``options``: as for `cases`."""
     heads = draw(st.sampled_from([1, 2, 3] if compresses else [1, 2, 0, 3]))
     lag_size = draw(st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 32, 33, 64])))
     batch = draw(st.integers(1, 5) if compresses else st.integers(0, 5))
@@ -217,8 +225,8 @@ def ragged_cases(
         value_kind=draw(st.sampled_from(kinds)),
         key_layout=draw(ragged_layouts()),
         value_layout=draw(ragged_layouts()),
-        score=draw(st.sampled_from(["std", "cosine"])),
         value_weight=draw(st.sampled_from([1.0, 0.0, 0.5, -1.0])),
+        **draw(methods(options)),
         spare=draw(st.integers(0, 4)),
         block_size=draw(st.one_of(st.integers(1, 5), st.sampled_from([8, 16, 32]))),
         shared=draw(st.booleans()),

@@ -18,7 +18,7 @@ def check_slots(backend: Backend, case: RaggedCase) -> None:
     start, length = case.numbers(backend.device)
     before = [(p.storage.clone(), p.outside()) for p in placed]
     index = backend.compress_ragged_(
-        *(p.view for p in placed), start, length, case.lag_size, case.keep, **case.scoring
+        *(p.view for p in placed), start, length, case.lag_size, case.keep, **case.method
     )
     assert index.shape == placed[0].view.shape[:3]
     assert_numbers(case, start, length)
@@ -39,7 +39,7 @@ def check_packed(backend: Backend, case: RaggedCase) -> None:
     numbers_before = start.clone(), cu_seqlens.clone()
     with untouched(*placed):
         new_key, new_value, index, new_cu_seqlens, new_start = backend.compress_varlen(
-            *(p.view[:, 0] for p in placed), cu_seqlens, start, case.lag_size, case.keep, **case.scoring
+            *(p.view[:, 0] for p in placed), cu_seqlens, start, case.lag_size, case.keep, **case.method
         )
     for actual, expected in zip((start, cu_seqlens), numbers_before, strict=True):
         assert_bits(actual, expected, "an input")
@@ -66,7 +66,7 @@ def check_pages(backend: Backend, case: RaggedCase) -> None:
     table_before = table.clone()
     before = [(p.storage.clone(), p.outside()) for p in (key, value)]
     index = backend.compress_paged_(
-        key.view, value.view, table, start, length, case.lag_size, case.keep, **case.scoring
+        key.view, value.view, table, start, length, case.lag_size, case.keep, **case.method
     )
     assert index.shape == (case.batch, case.heads, table.shape[1] * case.block_size)
     assert_bits(table, table_before, "block_table")
@@ -101,7 +101,7 @@ def assert_sequence(
         band = score_band(*(x.cpu() for x in pair), start, case.lag_size, case.value_weight, case.score)
         assert_selection(kept, band, length, start, case.lag_size, case.keep)
     else:
-        expected = backend.compress(*pair, start, case.lag_size, case.keep, **case.scoring)[2]
+        expected = backend.compress(*pair, start, case.lag_size, case.keep, **case.method)[2]
         assert_bits(kept, expected, f"index of sequence {b}")
     assert (index[:, :, count:] == -1).all(), "index past the new length is not -1"
     for x, mine, name in zip(pair, new, ("key", "value"), strict=True):

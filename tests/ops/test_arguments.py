@@ -21,18 +21,19 @@ from lagkv_ext import arguments, formulas
 from tests.ops import test_ragged_errors as ragged
 from tests.ops.test_errors import right
 
-INTEGERS = {"lag_size": 4, "sink_size": 2, "keep": 2, "length": 30, "start": 3}
+INTEGERS = {"lag_size": 4, "sink_size": 2, "keep": 2, "length": 30, "start": 3, "smooth": 3}
 NUMBERS = {"keep_ratio": 0.5, "value_weight": 1.0}
-METHOD = ("lag_size", "keep", "keep_ratio", "value_weight", "score")
+METHOD = ("lag_size", "keep", "keep_ratio", "value_weight", "score", "smooth", "budget")
 #: The scalar arguments of every public function.
 SCALARS = {
     "compress": (*METHOD, "sink_size"),
-    "compress_": (*METHOD, "sink_size"),
-    "compress_ragged_": (*METHOD, "validate"),
+    "compress_": (*METHOD, "sink_size", "start"),
+    "compress_carried": (*METHOD[:-1], "sink_size"),
+    "compress_ragged_": (*METHOD, "sink_size", "validate"),
     "compress_varlen": (*METHOD, "validate"),
-    "compress_paged_": (*METHOD, "validate"),
+    "compress_paged_": (*METHOD, "sink_size", "validate"),
     "partition_bounds": ("lag_size", "sink_size"),
-    "lag_score": ("lag_size", "sink_size", "value_weight", "score"),
+    "lag_score": ("lag_size", "sink_size", "value_weight", "score", "smooth"),
     "topk_index": ("keep",),
     "compact": (),
     "keep_count": ("keep_ratio", "lag_size"),
@@ -54,6 +55,8 @@ def function_of(name: str) -> Callable:
 def tensors_of(name: str) -> dict[str, Any]:
     if name in formulas.__dict__:
         return {}
+    if name == "compress_carried":
+        return tensors_of("compress") | {"carried": torch.zeros(2, 3, 1)}
     of = ragged.right if name in ragged.ARGUMENTS else right
     return {key: x for key, x in of(name).items() if isinstance(x, torch.Tensor)}
 
@@ -73,6 +76,7 @@ def wrong_types() -> list[tuple[str, str, Any]]:
         **dict.fromkeys(INTEGERS, NO_INTEGER),
         **dict.fromkeys(NUMBERS, NO_NUMBER),
         "score": NO_TEXT,
+        "budget": NO_TEXT,
         "validate": NO_BOOLEAN,
     }
     optional = ("keep", "keep_ratio")  # None: the default
@@ -80,7 +84,10 @@ def wrong_types() -> list[tuple[str, str, Any]]:
         (name, argument, value)
         for name, names in SCALARS.items()
         for argument in names
-        for value in (*kinds[argument], *([] if argument in optional else [None]))
+        for value in (
+            *kinds[argument],
+            *([] if argument in optional or (name, argument) == ("compress_", "start") else [None]),
+        )
     ]
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import lagkv_ext
 from lagkv_ext import reference
-from tests.ops import test_errors, test_ragged_errors
+from tests.ops import test_errors, test_option_errors, test_ragged_errors
 from tests.ops.backends import Backend, cpu_isa
 from tests.ops.cases import cases
 
@@ -114,6 +114,38 @@ def test_through_a_compression_of_a_compression(registered_backend):
         assert x.grad.sum() > 0
         assert x.grad.max() <= 3  # once as it is, once doubled
         assert new.requires_grad
+
+
+def test_gradcheck_compress_carried(option_kernel):
+    key, value = pair()
+    carried = torch.randn(2, 2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def rows(k, v):
+        return option_kernel.compress_carried(k, v, carried, 3, 4, 2, score="blend")[:2]
+
+    torch.autograd.gradcheck(rows, (key, value), fast_mode=False, **EVERY_MODE)
+    torch.autograd.gradgradcheck(rows, (key, value), **TWICE)
+    result = option_kernel.compress_carried(key, value, carried, 3, 4, 2)
+    assert [x.requires_grad for x in result] == [True, True, False, False]
+
+
+def test_a_gradient_of_carried_scores_is_refused():
+    key, value = (x.detach() for x in pair())
+    carried = torch.zeros(2, 2, 1, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="lagkv::compress_carried: the result has no gradient"):
+        torch.ops.lagkv.compress_carried(key, value, carried, 3, 4, 2)
+    with torch.no_grad():
+        torch.ops.lagkv.compress_carried(key, value, carried, 3, 4, 2)
+
+
+def test_scores_in_place_bump_their_version_and_record_nothing():
+    key, value = (x.detach() for x in pair())
+    scores = torch.zeros(2, 2, key.shape[2], dtype=torch.float64)
+    version = scores._version
+    torch.ops.lagkv.compress_(key, value, 2, 5, 2, budget="head", scores=scores)
+    assert scores._version > version
+    with pytest.raises(RuntimeError, match="lagkv::compress_: scores must not require grad"):
+        torch.ops.lagkv.compress_(key, value, 2, 5, 2, budget="head", scores=scores.clone().requires_grad_())
 
 
 def test_the_choice_has_no_gradient(registered_backend):
@@ -240,6 +272,8 @@ IN_PLACE = {
 
 
 def arguments_of(op: str) -> dict[str, Any]:
+    if op == "compress_carried":
+        return test_option_errors.right(op)
     return (test_ragged_errors.right if op in test_ragged_errors.ARGUMENTS else test_errors.right)(op)
 
 
@@ -330,7 +364,9 @@ def test_vmap_and_functionalize_refuse_in_place(op):
     assert torch.equal(arguments[name], before)
 
 
-@pytest.mark.parametrize("op", ["compress", "lag_score", "partition_bounds", "topk_index", "compact"])
+@pytest.mark.parametrize(
+    "op", ["compress", "compress_carried", "lag_score", "partition_bounds", "topk_index", "compact"]
+)
 def test_vmap_is_a_loop(op):
     arguments = arguments_of(op)
     first = next(iter(arguments))

@@ -74,6 +74,33 @@ def test_stages_over_many_lengths(compiler):
     assert compilations() <= 4, f"{compilations()} compilations for {len(LENGTHS)} lengths"
 
 
+HEAD = {"score": "blend", "smooth": 3}
+
+
+def recursion(key: Tensor, value: Tensor, carried: Tensor) -> tuple[Tensor, ...]:
+    """One budget for a head: alone, with carried scores, and in place with scores that go with the rows."""
+    alone = lagkv_ext.compress(key, value, **SIZES, **HEAD, budget="head")
+    new_key, new_value, index, new_carried = lagkv_ext.compress_carried(key, value, carried, **SIZES, **HEAD)
+    copies = key.clone(), value.clone()
+    scores = torch.zeros(key.shape[:3], device=key.device)
+    before = scores.sum()
+    start = SIZES["sink_size"]
+    again = lagkv_ext.compress_(*copies, **SIZES, **HEAD, budget="head", scores=scores, start=start)
+    return *alone, new_key * 2, new_value, index, new_carried + 1, before, again, scores + 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_options_over_many_lengths(compiler):
+    """Scores change under the compiled function as in eager; their number is that of rows kept before."""
+    function = compiled(recursion, compiler)
+    for length in LENGTHS:
+        for earlier in (8, 3):
+            key, value = pair(length + 8)
+            carried = torch.randn(1, 2, earlier, generator=torch.Generator().manual_seed(length))
+            assert_same(function(key, value, carried), recursion(key, value, carried))
+    assert compilations() <= 3, f"{compilations()} compilations for {len(LENGTHS)} lengths"
+
+
 def test_layouts_and_batches():
     """Other strides, batches and heads may cost a compilation each, never an answer."""
     function = compiled(compress_and_gather)

@@ -85,7 +85,15 @@ def expected() -> list[torch.Tensor]:
     out += [k[:valid], v[:valid], index, cu_seqlens, start]
     k, v = numbers(5, 16, 3, 16, step=0.37), numbers(5, 16, 3, 24, step=0.71)
     table, start, length = int32(3, 1, 4, 0, 2).reshape(1, 5), int32(4), int32(70)
-    return [*out, ops.compress_paged_(k, v, table, start, length, 16, 5), k, v, start, length]
+    out += [ops.compress_paged_(k, v, table, start, length, 16, 5), k, v, start, length]
+    options = {"score": "blend", "smooth": 3}
+    out += [
+        ops.lag_score(key, value, 4, 16, **options),
+        *ops.compress(key, value, 4, 16, 5, **options, budget="head"),
+        *ops.compress_carried(key, value, numbers(2, 3, 2, step=0.3), 6, 16, 5, **options),
+    ]
+    k, v, scores = key.clone(), value.clone(), numbers(2, 3, 70, step=0.3)
+    return [*out, ops.compress_(k, v, 6, 16, 5, **options, budget="head", scores=scores, sink_size=4), scores]
 
 
 @needs_compiler
@@ -129,7 +137,14 @@ def test_the_header_has_every_operator_with_its_arguments():
         if name.startswith("lagkv::") and not name.startswith("lagkv::_")
     }
     assert set(declared) == set(schemas)
-    defaults = {"value_weight": "double value_weight = 1.0", "score": 'std::string_view score = "std"'}
+    defaults = {
+        "value_weight": "double value_weight = 1.0",
+        "score": 'std::string_view score = "std"',
+        "smooth": "int64_t smooth = 1",
+        "budget": 'std::string_view budget = "partition"',
+        "scores": "const std::optional<at::Tensor>& scores = std::nullopt",
+        "sink_size": "int64_t sink_size = 0",
+    }
     for name, schema in schemas.items():
         wanted = [
             defaults[x.name]

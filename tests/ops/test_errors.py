@@ -32,7 +32,7 @@ ARGUMENTS = {
     "topk_index": ("score", "keep"),
     "compact": ("x", "index"),
 }
-SCORING = ("value_weight", "score")
+SCORING = ("value_weight", "score", "smooth", "budget", "scores", "sink_size")  # given by name
 TOO_LONG = 2**31
 FLOATS = "float16, bfloat16, float32 or float64"
 
@@ -122,7 +122,7 @@ def _wrong_pair(op: str) -> list[Wrong]:
             for weight in (math.nan, math.inf, -math.inf)
         ),
         *(
-            Wrong(op, "score", lambda a, score=score: score, f"score must be 'std' or 'cosine', got '{score}'")
+            Wrong(op, "score", lambda a, score=score: score, f"score must be 'std', 'cosine' or 'blend', got '{score}'")
             for score in ("median", "", "STD", "std ")
         ),
     ]  # fmt: skip
@@ -198,7 +198,10 @@ def name_of(wrong: Wrong) -> str:
 
 
 def call(target: Callable, arguments: dict[str, Any]) -> Any:
-    keywords = {name: x for name, x in arguments.items() if name in SCORING and not isinstance(x, Tensor)}
+    is_rows = "score" in arguments and isinstance(arguments["score"], Tensor)  # of topk_index
+    keywords = {
+        name: x for name, x in arguments.items() if name in SCORING and not (name == "score" and is_rows)
+    }
     return target(*[x for name, x in arguments.items() if name not in keywords], **keywords)
 
 
@@ -371,7 +374,7 @@ PYTHON_WRONG = {
     "lag_size": ({"lag_size": 0, "keep": 1}, RuntimeError, "lagkv::{op}: lag_size must be at least 1, got 0"),
     "lag_size of a ratio": ({"lag_size": 0}, ValueError, "lag_size must be at least 1, got 0"),
     "sink_size": ({"sink_size": -1}, RuntimeError, "lagkv::{op}: start must be at least 0, got -1"),
-    "score": ({"score": "mean"}, RuntimeError, "lagkv::{op}: score must be 'std' or 'cosine', got 'mean'"),
+    "score": ({"score": "mean"}, RuntimeError, "lagkv::{op}: score must be 'std', 'cosine' or 'blend', got 'mean'"),
     "value_weight": ({"value_weight": math.inf}, RuntimeError, "lagkv::{op}: value_weight must be finite, got inf"),
 }  # fmt: skip
 

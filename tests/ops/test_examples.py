@@ -13,7 +13,7 @@ import torch
 
 from lagkv_ext._library import _OPERATORS
 from lagkv_ext.arguments import SCORES
-from tests.ops import properties, ragged_properties
+from tests.ops import option_properties, properties, ragged_properties
 from tests.ops.backends import Backend
 from tests.ops.cases import DTYPES, Case, Layout, place
 from tests.ops.ragged_cases import RaggedCase
@@ -48,9 +48,14 @@ def compact(backend: Backend, changes: dict) -> None:
     properties.check_compact(backend, place(x, Layout(row_pad=8), backend.device), index.to(backend.device))
 
 
+def carried(backend: Backend, changes: dict) -> None:
+    option_properties.check_carried(backend, Case(**{**vars(DENSE), "key_kind": "offset", **changes}), 3)
+
+
 #: An example of each operator: called with a backend and what it must be tried with.
 EXAMPLES: dict[str, Callable[[Backend, dict], None]] = {
     "compress": dense(properties.check_compress),
+    "compress_carried": carried,
     "compress_": dense(properties.check_in_place),
     "partition_bounds": dense(properties.check_partition_bounds),
     "lag_score": dense(properties.check_lag_score),
@@ -60,6 +65,7 @@ EXAMPLES: dict[str, Callable[[Backend, dict], None]] = {
     "compress_varlen": ragged(ragged_properties.check_packed),
     "compress_paged_": ragged(ragged_properties.check_pages),
 }
+ON_THE_CPU = ("blend", "compress_carried")  # the CUDA kernels do not have these
 WITHOUT_SCORE = ("partition_bounds", "topk_index", "compact")
 
 
@@ -67,11 +73,23 @@ def test_every_operator_has_an_example():
     assert set(EXAMPLES) == set(_OPERATORS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    ("operator", "score"),
-    [(name, score) for name in EXAMPLES for score in (SCORES[:1] if name in WITHOUT_SCORE else SCORES)],
-)
+EVERY = [(name, score) for name in EXAMPLES for score in (SCORES[:1] if name in WITHOUT_SCORE else SCORES)]
+EVERYWHERE = [example for example in EVERY if not set(example) & set(ON_THE_CPU)]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@every_dtype
+@pytest.mark.parametrize(("operator", "score"), EVERYWHERE)
 def test_example(backend, operator, score, dtype):
+    run(backend, operator, score, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("operator", "score"), [example for example in EVERY if example not in EVERYWHERE])
+def test_example_on_the_cpu(option_backend, operator, score, dtype):
+    run(option_backend, operator, score, dtype)
+
+
+def run(backend: Backend, operator: str, score: str, dtype: torch.dtype) -> None:
     changes = {"dtype": dtype} | ({} if operator in WITHOUT_SCORE else {"score": score})
     EXAMPLES[operator](backend, changes)

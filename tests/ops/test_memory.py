@@ -24,25 +24,37 @@ def peak():
     # not ru_maxrss: that starts from the peak of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
 
-op, score = sys.argv[1:]
+op, method = sys.argv[1], json.loads(sys.argv[2])
 run = getattr(lagkv_ext, op)
 small = [torch.randn(1, 2, 2048, 128).bfloat16() for _ in range(2)]
-run(*small, score=score)  # threads, code and caches are there before the measurement
+run(*small, **method)  # threads, code and caches are there before the measurement
 key, value = (torch.full((1, 8, 49152, 128), 0.5, dtype=torch.bfloat16) for _ in range(2))
 cache = key.nbytes + value.nbytes
 before = peak()
-result = run(key, value, score=score)
+result = run(key, value, **method)
 grown = peak() - before
 outputs = sum(x.nbytes for x in (result if op == "compress" else [result]))
 print(json.dumps({"cache": cache, "grown": grown, "outputs": outputs}))
 """
 
 
-@pytest.mark.parametrize("score", ["std", "cosine"])
+METHODS = {
+    "std": {},
+    "cosine": {"score": "cosine"},
+    "blend-smooth": {"score": "blend", "smooth": 5},
+    "head": {"budget": "head"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("op", ["compress_", "compress"])
-def test_peak_memory(op, score):
+def test_peak_memory(op, method):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, op, score], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, "-c", PROGRAM, op, json.dumps(METHODS[method])],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
@@ -56,7 +68,7 @@ def test_peak_memory_would_show_a_copy():
     """The measurement sees a copy of the cache."""
     program = PROGRAM.replace("result = run(", "copy = key.clone(); result = run(")
     done = subprocess.run(
-        [sys.executable, "-c", program, "compress_", "std"],
+        [sys.executable, "-c", program, "compress_", "{}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -85,7 +97,8 @@ start, length, table = (torch.full(shape, x, dtype=torch.int32) for shape, x in 
 rows = torch.tensor([0, 8], dtype=torch.int32)
 calls = {
     "compress": lambda: ops.compress(key, value, 0, 2, 1),
-    "compress_": lambda: ops.compress_(key, value, 0, 2, 1, score="cosine"),
+    "compress_carried": lambda: ops.compress_carried(key, value, score[..., :1], 1, 2, 1, score="blend", smooth=3),
+    "compress_": lambda: ops.compress_(key, value, 0, 2, 1, score="cosine", budget="head", scores=score),
     "partition_bounds": lambda: ops.partition_bounds(key, 0, 2),
     "lag_score": lambda: ops.lag_score(key, value, 0, 2),
     "topk_index": lambda: ops.topk_index(score, 2),
@@ -99,6 +112,7 @@ calls = {
     "_cpu_isa": lambda: ops._cpu_isa(),
 }
 bad = {
+    "budget": lambda: ops.compress(key, value, 0, 2, 1, budget="x" * 64),
     "score": lambda: ops.compress(key, value, 0, 2, 1, score="x" * 64),
     "keep": lambda: ops.compress(key, value, 0, 2, 3, score="cosine"),
 }

@@ -33,6 +33,9 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
     def numbers(*values: int | list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
+    def scores(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
     return {
         "compress": ("compress", (rows(30, 8), rows(30, 5), 2, 7, 3), {}),
         "compress-cosine": (
@@ -46,6 +49,26 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
             "compress_",
             (rows(10, 8, False), rows(10, 5, False), 2, 7, 3),
             {"score": "cosine"},
+        ),
+        "compress-head": (
+            "compress",
+            (rows(30, 8), rows(30, 5), 2, 7, 3),
+            {"score": "blend", "smooth": 3, "budget": "head"},
+        ),
+        "compress_carried": (
+            "compress_carried",
+            (rows(30, 8), rows(30, 5), scores(2, 3, 4), 6, 7, 3),
+            {"smooth": 3},
+        ),
+        "compress_carried-short": (
+            "compress_carried",
+            (rows(10, 8), rows(10, 5), scores(2, 3, 4), 6, 7, 3),
+            {},
+        ),
+        "compress_-scores": (
+            "compress_",
+            (rows(30, 8, False), rows(30, 5, False), 4, 7, 3),
+            {"score": "blend", "budget": "head", "scores": scores(2, 3, 30), "sink_size": 2},
         ),
         # Going backward through these is refused (tests/ops/test_autograd.py), which opcheck would do.
         "partition_bounds": ("partition_bounds", (rows(30, 8, False), 2, 7), {}),
@@ -76,6 +99,21 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
             ),
             {},
         ),
+        "compress_ragged_-scores": (
+            "compress_ragged_",
+            (rows(30, 8, False), rows(30, 5, False), numbers(4, 0), numbers(30, 12), 7, 3),
+            {"smooth": 3, "budget": "head", "scores": scores(2, 3, 30), "sink_size": 2},
+        ),
+        "compress_varlen-head": (
+            "compress_varlen",
+            (packed(30, 8), packed(30, 5), numbers(0, 21, 30), numbers(2, 2), 7, 7),
+            {"score": "blend", "budget": "head"},
+        ),
+        "compress_paged_-scores": (
+            "compress_paged_",
+            (pages(6, 8), pages(6, 5), numbers([3, 0, 5], [1, 7, 7]), numbers(4, 0), numbers(21, 5), 7, 3),
+            {"budget": "head", "scores": scores(6, 8, 3), "sink_size": 2},
+        ),
     }
 
 
@@ -86,6 +124,8 @@ def test_opcheck(sample, requires_grad, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     op, arguments, keywords = samples(device, requires_grad)[sample]
+    if device == "cuda" and (op == "compress_carried" or {"smooth", "budget"} & set(keywords)):
+        return  # the CUDA kernels do not have these
     torch.library.opcheck(getattr(torch.ops.lagkv, op).default, arguments, keywords)
 
 
@@ -101,15 +141,16 @@ def test_every_operator_is_checked():
 
 
 SCHEMAS = {
-    "compress": "lagkv::compress(Tensor key, Tensor value, SymInt start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> (Tensor key, Tensor value, Tensor index)",
-    "compress_": "lagkv::compress_(Tensor(a!) key, Tensor(b!) value, SymInt start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> Tensor index",
+    "compress": "lagkv::compress(Tensor key, Tensor value, SymInt start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\") -> (Tensor key, Tensor value, Tensor index)",
+    "compress_carried": "lagkv::compress_carried(Tensor key, Tensor value, Tensor carried, SymInt start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1) -> (Tensor key, Tensor value, Tensor index, Tensor carried)",
+    "compress_": "lagkv::compress_(Tensor(a!) key, Tensor(b!) value, SymInt start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\", Tensor(c!)? scores=None, SymInt sink_size=0) -> Tensor index",
     "partition_bounds": "lagkv::partition_bounds(Tensor x, SymInt start, SymInt lag_size) -> Tensor",
-    "lag_score": "lagkv::lag_score(Tensor key, Tensor value, SymInt start, SymInt lag_size, *, float value_weight=1., str score=\"std\") -> Tensor",
+    "lag_score": "lagkv::lag_score(Tensor key, Tensor value, SymInt start, SymInt lag_size, *, float value_weight=1., str score=\"std\", int smooth=1) -> Tensor",
     "topk_index": "lagkv::topk_index(Tensor score, SymInt keep) -> Tensor",
     "compact": "lagkv::compact(Tensor x, Tensor index) -> Tensor",
-    "compress_ragged_": "lagkv::compress_ragged_(Tensor(a!) key, Tensor(b!) value, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> Tensor index",
-    "compress_varlen": "lagkv::compress_varlen(Tensor key, Tensor value, Tensor cu_seqlens, Tensor start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> (Tensor key, Tensor value, Tensor index, Tensor cu_seqlens, Tensor start)",
-    "compress_paged_": "lagkv::compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\") -> Tensor index",
+    "compress_ragged_": "lagkv::compress_ragged_(Tensor(a!) key, Tensor(b!) value, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> Tensor index",
+    "compress_varlen": "lagkv::compress_varlen(Tensor key, Tensor value, Tensor cu_seqlens, Tensor start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\") -> (Tensor key, Tensor value, Tensor index, Tensor cu_seqlens, Tensor start)",
+    "compress_paged_": "lagkv::compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> Tensor index",
 }  # fmt: skip
 
 

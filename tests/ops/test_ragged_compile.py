@@ -53,6 +53,29 @@ def test_a_decoding_step_is_compiled_once(compiler):
     assert compilations() == 1
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_scores_in_a_compiled_step(compiler):
+    """Scores in slots and in pages are written back to the caller's tensors."""
+
+    def step(key: Tensor, value: Tensor, start: Tensor, length: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+        before = scores + 0
+        method = {**SIZES, "score": "blend", "smooth": 3, "budget": "head", "sink_size": 2}
+        index = lagkv_ext.compress_ragged_(key, value, start, length, **method, scores=scores)
+        return before, index, scores * 2
+
+    function = torch.compile(step, fullgraph=True, backend=compiler)
+    for lengths in LENGTHS:
+        generator = torch.Generator().manual_seed(sum(lengths))
+        key, value = (torch.randn(2, 2, 64, 8, generator=generator) for _ in range(2))
+        scores = torch.randn(2, 2, 64, generator=generator)
+        states = [
+            (key.clone(), value.clone(), numbers(6, 3), numbers(*lengths), scores.clone()) for _ in "ab"
+        ]
+        assert_same(function(*states[0]), step(*states[1]))
+        assert_same(states[0], states[1])
+    assert compilations() == 1
+
+
 def varlen_step(key: Tensor, value: Tensor, cu_seqlens: Tensor, start: Tensor) -> tuple[Tensor, ...]:
     out = lagkv_ext.compress_varlen(key * 2, value, cu_seqlens, start, **SIZES)
     row = torch.arange(key.shape[0], device=key.device)

@@ -163,7 +163,9 @@ def _wrong_scalars(op: str) -> list[RaggedWrong]:
         RaggedWrong(op, "keep", lambda a: 0, "keep must be at least 1, got 0"),
         RaggedWrong(op, "keep", lambda a: 5, "keep must be at most lag_size (4), got 5"),
         RaggedWrong(op, "value_weight", lambda a: math.nan, "value_weight must be finite, got nan"),
-        RaggedWrong(op, "score", lambda a: "median", "score must be 'std' or 'cosine', got 'median'"),
+        RaggedWrong(
+            op, "score", lambda a: "median", "score must be 'std', 'cosine' or 'blend', got 'median'"
+        ),
     ]
 
 
@@ -365,7 +367,7 @@ PYTHON_WRONG = {
     "keep_ratio": ({"keep_ratio": 1.5}, ValueError, "keep_ratio must be in (0, 1], got 1.5"),
     "both": ({"keep_ratio": 0.5, "keep": 2}, ValueError, "give keep or keep_ratio, not both; got keep=2 and keep_ratio=0.5"),
     "keep": ({"keep": 9}, RuntimeError, "lagkv::{op}: keep must be at most lag_size (4), got 9"),
-    "score": ({"score": "mean"}, RuntimeError, "lagkv::{op}: score must be 'std' or 'cosine', got 'mean'"),
+    "score": ({"score": "mean"}, RuntimeError, "lagkv::{op}: score must be 'std', 'cosine' or 'blend', got 'mean'"),
 }  # fmt: skip
 
 

@@ -17,10 +17,11 @@ from tests.ops.test_ragged_properties import TRAPS
 FAULTS = {
     "slots: length ignored": ("value[b : b + 1, :, :tokens]", "value[b : b + 1]"),
     "slots: row past the length": ("key[b : b + 1, :, :tokens]", "key[b : b + 1, :, : tokens - 1]"),
-    "start of the first sequence": ("sequence, int(start[b])", "sequence, int(start[0])"),
+    "packed: start of the first sequence": ("sequence, int(start[b])", "sequence, int(start[0])"),
+    "start of the first sequence": ("first = int(start[b])", "first = int(start[0])"),
     "start not updated": ("start[b], length[b] = new_start, rows", "length[b] = rows"),
     "length not updated": ("start[b], length[b] = new_start, rows", "start[b] = new_start"),
-    "start is the sink for ever": ("new_start = start + keep *", "new_start = start + 0 *"),
+    "start is the sink for ever": ("formulas.next_start(tokens, first, lag_size, keep)", "first"),
     "index not padded": ("key.new_full(key.shape[:3], -1,", "key.new_full(key.shape[:3], 0,"),
     "packed: offset of the input": (
         "new_cu_seqlens[b + 1] = new_cu_seqlens[b] + one[2].shape[2]",
@@ -40,7 +41,10 @@ FAULTS = {
         "value_cache[block[moved], row[moved]] = new_value[0, :, moved].transpose(0, 1)",
         "pass",
     ),
-    "pages: the last row is not moved": ("position[int(start[b]) : rows]", "position[int(start[b]) : rows - 1]"),
+    "pages: the last row is not moved": (
+        "position[(first if scores is None else sink) : rows]",
+        "position[first : rows - 1]",
+    ),
     "pages: written past the length": (
         "    capacity = block_table.shape[1] * block_size",
         "    for b, n in enumerate(length.tolist()):\n"

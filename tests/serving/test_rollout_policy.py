@@ -143,7 +143,7 @@ def test_any_text_is_taken_or_refused(text):
         ({"keep_ratio": 0}, "keep_ratio must be in (0, 1], got 0"),
         ({"keep": 9, "lag_size": 8}, "keep must be at most lag_size (8), got 9"),
         ({"layer_keep_ratio": {3: 7}}, "layer_keep_ratio[3] must be in (0, 1], got 7"),
-        ({"score": "best"}, "score must be 'std' or 'cosine', got 'best'"),
+        ({"score": "best"}, "score must be 'std' or 'cosine' or 'blend', got 'best'"),
     ],
 )
 def test_values_that_no_model_takes(settings, message):

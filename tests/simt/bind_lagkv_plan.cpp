@@ -21,6 +21,11 @@ SIMT_BINDINGS(lagkv_plan, module) {
            py::arg("shared_per_block") = Device().shared_per_block,
            py::arg("shared_per_multiprocessor") = Device().shared_per_multiprocessor);
 
+  module.def("require_kernels", [](const char* op, bool blend, int64_t smooth, bool head) {
+    const auto score = blend ? lagkv::Score::kBlend : lagkv::Score::kCosine;
+    require_kernels(op, {1, score, smooth, head ? lagkv::Budget::kHead : lagkv::Budget::kPartition});
+  });
+
   module.def(
       "row_shape",
       [](int element_size, int64_t dim, bool aligned) {

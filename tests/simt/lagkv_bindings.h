@@ -87,6 +87,10 @@ struct Sizes {
   std::string score;
 };
 
+inline lagkv::Method method_of(const Sizes& sizes) {
+  return {sizes.value_weight, sizes.score == "cosine" ? Score::kCosine : Score::kStd};
+}
+
 template <class T>
 lagkv::CompressParams<T> params_of(const lagkv::Rows<const T>& key, const lagkv::Rows<const T>& value,
                                    const TensorArg& shape, const Sizes& sizes) {
@@ -99,8 +103,7 @@ lagkv::CompressParams<T> params_of(const lagkv::Rows<const T>& key, const lagkv:
   args.start = sizes.start;
   args.lag_size = sizes.lag_size;
   args.keep = sizes.keep;
-  args.value_weight = sizes.value_weight;
-  args.score = sizes.score == "cosine" ? Score::kCosine : Score::kStd;
+  args.method = method_of(sizes);
   return args;
 }
 

@@ -7,8 +7,6 @@
 
 namespace lagkv_simt {
 
-inline Score score_of(const Sizes& sizes) { return sizes.score == "cosine" ? Score::kCosine : Score::kStd; }
-
 template <class T>
 void run_ragged(Session& session, const lagkv::RaggedParams<T>& args, bool in_place, const Device& device) {
   int count = 0;
@@ -26,18 +24,17 @@ void run_ragged(Session& session, const lagkv::RaggedParams<T>& args, bool in_pl
 template <class T>
 void bind_ragged(py::module_& parent, const char* dtype) {
   py::module_ module = parent.def_submodule(dtype);
-  module.def("compress_ragged_",
-             [](Session& session, const TensorArg& key, const TensorArg& value, const TensorArg& start,
-                const TensorArg& length, const TensorArg& index, const Sizes& sizes, const Device& device) {
-               run_ragged(session,
-                          lagkv::slot_params<T>(bound_inout<T>(session, "key", key),
-                                                bound_inout<T>(session, "value", value),
-                                                bound_inout<int32_t>(session, "start", start),
-                                                bound_inout<int32_t>(session, "length", length),
-                                                bound_out<int32_t>(session, "index", index), sizes.lag_size,
-                                                sizes.keep, sizes.value_weight, score_of(sizes)),
-                          true, device);
-             });
+  module.def("compress_ragged_", [](Session& session, const TensorArg& key, const TensorArg& value,
+                                    const TensorArg& start, const TensorArg& length, const TensorArg& index,
+                                    const Sizes& sizes, const Device& device) {
+    run_ragged(
+        session,
+        lagkv::slot_params<T>(
+            bound_inout<T>(session, "key", key), bound_inout<T>(session, "value", value),
+            bound_inout<int32_t>(session, "start", start), bound_inout<int32_t>(session, "length", length),
+            bound_out<int32_t>(session, "index", index), sizes.lag_size, sizes.keep, method_of(sizes)),
+        true, device);
+  });
   module.def("compress_varlen", [](Session& session, const TensorArg& key, const TensorArg& value,
                                    const TensorArg& cu_seqlens, const TensorArg& start,
                                    const TensorArg& new_key, const TensorArg& new_value,
@@ -51,7 +48,7 @@ void bind_ragged(py::module_& parent, const char* dtype) {
                    bound_out<T>(session, "new_value", new_value), bound_out<int32_t>(session, "index", index),
                    bound_out<int32_t>(session, "new_cu_seqlens", new_cu_seqlens),
                    bound_out<int32_t>(session, "new_start", new_start), sizes.lag_size, sizes.keep,
-                   sizes.value_weight, score_of(sizes)),
+                   method_of(sizes)),
                false, device);
   });
   module.def("compress_paged_",
@@ -65,7 +62,7 @@ void bind_ragged(py::module_& parent, const char* dtype) {
                                                 bound_inout<int32_t>(session, "start", start),
                                                 bound_inout<int32_t>(session, "length", length),
                                                 bound_out<int32_t>(session, "index", index), sizes.lag_size,
-                                                sizes.keep, sizes.value_weight, score_of(sizes)),
+                                                sizes.keep, method_of(sizes)),
                           true, device);
              });
 }

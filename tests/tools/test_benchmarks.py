@@ -282,7 +282,7 @@ def test_lengths_are_drawn_as_lines_and_told_per_token(measured, tmp_path):
         (["--shapes", "llama-9"], "unknown shape 'llama-9'; known: llama-3.1-8b"),
         (["--dtype", "int8"], "unknown dtype 'int8'; known: float32, bfloat16, float16, float64"),
         (["--device", "tpu"], "unknown device 'tpu'; known: cpu, cuda"),
-        (["--score", "mean"], "unknown score 'mean'; known: std, cosine"),
+        (["--score", "mean"], "unknown score 'mean'; known: std, cosine, blend"),
         (["--contenders", "compress,magic"], "unknown contender 'magic'; known: compress_"),
         (["--threads", "4096"], "--threads must be between 1 and"),
         (["--keep-ratio", "0"], "keep_ratio must be in (0, 1], got 0.0"),

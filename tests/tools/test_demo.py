@@ -376,7 +376,7 @@ def test_command(files):
         (("--ratios", "2,few"), "must be numbers with commas"),
         (("--ratios", "0.5"), "every ratio must be over 1"),
         (("--ratios", "nan"), "every ratio must be over 1"),
-        (("--scores", "std,fame"), "every score must be one of std, cosine; got 'fame'"),
+        (("--scores", "std,fame"), "every score must be one of std, cosine, blend; got 'fame'"),
         (("--lag-size", "0"), "'--lag-size'"),
         (("--sink-size", "-1"), "'--sink-size'"),
         (("--lag-size", "1000"), "nothing is compressed below sink_size + 2 * lag_size = 2004"),

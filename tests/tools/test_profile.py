@@ -229,7 +229,7 @@ def test_a_gpu_shows_its_launches():
         (["--dtype", "int8"], "unknown dtype 'int8'; known: float16, bfloat16, float32, float64"),
         (["--device", "tpu"], "unknown device 'tpu'; known: cpu, cuda, cuda:INDEX"),
         (["--device", "cuda:x"], "unknown device 'cuda:x'"),
-        (["--score", "mean"], "score must be one of std, cosine; got 'mean'"),
+        (["--score", "mean"], "score must be one of std, cosine, blend; got 'mean'"),
         (["--keep", "0"], "keep must be at least 1, got 0"),
         (["--keep", "200"], "keep must be at most lag_size (128), got 200"),
         (["--keep-ratio", "1.5"], "keep_ratio must be in (0, 1], got 1.5"),

@@ -21,7 +21,7 @@ BLOCKS = [
 #: Python blocks of each page, and the tests that run them; those of README.md and docs/operators.md are `BLOCKS`.
 RUN_BY = {
     "README.md": (3, ["tests/tools/test_readme.py"]),
-    "docs/operators.md": (2, ["tests/tools/test_readme.py"]),
+    "docs/operators.md": (3, ["tests/tools/test_readme.py"]),
     "docs/quality.md": (1, ["tests/tools/test_readme.py"]),
     "docs/operations.md": (5, ["tests/serving/test_operations_page.py", "tests/vllm/test_server.py"]),
 }
@@ -105,6 +105,24 @@ def test_equivalent_to() -> None:
     assert torch.equal(scope["kept"].int(), torch.ops.lagkv.topk_index(score, 3))
 
 
+def test_carried_scores() -> None:
+    key, value = torch.randn(2, 3, 100, 16), torch.randn(2, 3, 100, 8)
+    before = key.clone()
+    scope = {
+        "lagkv_ext": lagkv_ext,
+        "key": key,
+        "value": value,
+        "carried": torch.randn(2, 3, 6),
+        "L": 8,
+        "keep": 3,
+    }
+    exec(BLOCKS[4], scope := scope | {"start": 10, "scores": torch.full((2, 3, 100), torch.nan)})
+    out = scope["out"]
+    assert torch.equal(out.key, lagkv_ext.compact(before, out.index))
+    assert torch.equal(key[:, :, : out.key.shape[2]], out.key)
+    assert torch.equal(scope["scores"][:, :, 4 : scope["start"]], out.carried)
+
+
 def test_ragged_equivalent_to() -> None:
     states = []
     for _ in range(2):
@@ -113,7 +131,7 @@ def test_ragged_equivalent_to() -> None:
         start, length = (torch.tensor(n, dtype=torch.int32) for n in ([4, 4, 0], [100, 7, 33]))
         states.append({"key": key, "value": value, "start": start, "length": length})
     scope = {"lagkv_ext": lagkv_ext, "L": 8, "keep": 3, **states[0]}
-    exec(BLOCKS[4], scope)
+    exec(BLOCKS[5], scope)
     torch.ops.lagkv.compress_ragged_(*states[1].values(), 8, 3)
     for name in ("start", "length"):
         assert torch.equal(states[0][name], states[1][name])

@@ -9,6 +9,8 @@
 #include "score.h"
 #include "select.h"
 #include "std_statistic.h"
+// After the statistics that it puts together.
+#include "blend_statistic.h"
 
 namespace lagkv::cpu::LAGKV_ISA {
 
@@ -17,8 +19,11 @@ constexpr Kernels<T> make_kernels() {
   using Real = RealOf<T>;
   return {{std_reference<T>, std_statistic<T>, std_advance<T>, std_score<Real>},
           {cosine_reference<T>, cosine_statistic<T>, cosine_advance<T>, cosine_score<Real>},
+          {blend_reference<T>, blend_statistic<T>, blend_advance<T>, blend_score<Real>},
+          smooth<Real>,
           bounds<T>,
           select<Real>,
+          restore<Real>,
           widen<T>,
           gather<T>,
           fence};

@@ -1,4 +1,5 @@
-// Scores of the tokens of a partition from their statistics: softmax ("std") or standardisation ("cosine").
+// Scores of the tokens of a partition from their statistics: softmax ("std"), standardisation ("cosine"), or
+// s + L softmax ("blend"); and their means over neighbours.
 
 namespace lagkv::cpu::LAGKV_ISA {
 
@@ -139,6 +140,48 @@ template <class Real>
 void cosine_score(Real* key, Real* value, int64_t count, double value_weight) {
   const double key_factor = centre(key, count), value_factor = centre(value, count);
   combine(key, key_factor, value, value_weight * value_factor, count);
+}
+
+/// Of each side the std statistic comes first, and the cosine statistic padded(count) reals after it.
+template <class Real>
+void blend_score(Real* key, Real* value, int64_t count, double value_weight) {
+  using Reg = RegOf<Real>;
+  const Real *key_cosine = key + padded(count), *value_cosine = value + padded(count);
+  const double tokens = static_cast<double>(count);
+  const Reg key_factor = set1<Real>(static_cast<Real>(tokens * exp_shifted(key, count))),
+            value_factor = set1<Real>(static_cast<Real>(tokens * exp_shifted(value, count))),
+            weight = set1<Real>(static_cast<Real>(value_weight));
+  for (int64_t i = 0; i < count; i += kWidth<Real>) {
+    const Reg of_key = load(key_cosine + i) + load(key + i) * key_factor;
+    const Reg of_value = load(value_cosine + i) + load(value + i) * value_factor;
+    store(key + i, of_key + weight * of_value);
+  }
+}
+
+/// Terms are added in ascending position, as the reference adds them.
+template <class Real>
+void smooth(Real* score, int64_t count, int64_t smooth, Real* memory) {
+  using Reg = RegOf<Real>;
+  constexpr int width = kWidth<Real>;
+  const int64_t reach = smoothing_reach(count, smooth), space = padded(reach);
+  if (reach <= 0) return;
+  Real* const scores = memory + space;
+  for (int64_t i = 0; i < space; i += width) store(memory + i, Reg{});
+  for (int64_t i = 0; i < count; ++i) scores[i] = score[i];
+  for (int64_t i = count; i < padded(count) + space + kPadding; ++i) scores[i] = 0;
+  const Reg inside = set1<Real>(static_cast<Real>(2 * reach + 1));
+  for (int64_t i = 0; i < count; i += width) {
+    Reg sum = {};
+    for (int64_t offset = -reach; offset <= reach; ++offset) sum += load(scores + i + offset);
+    Reg terms = inside;
+    if (i < reach || i + width > count - reach) {
+      for (int lane = 0; lane < width; ++lane) {
+        const int64_t before = i + lane < reach ? i + lane : reach, after = count - 1 - (i + lane);
+        terms[lane] = static_cast<Real>(before + (after < 0 ? 0 : after < reach ? after : reach) + 1);
+      }
+    }
+    store(score + i, sum / terms);
+  }
 }
 
 }  // namespace lagkv::cpu::LAGKV_ISA

@@ -79,6 +79,19 @@ void select(Real* score, int64_t count, int64_t keep, int32_t base, int32_t* ind
   }
 }
 
+/// The inverse of order_keys, but for the sign of a zero and what kind of NaN one is.
+template <class Real>
+void restore(Real* score, int64_t count) {
+  using Int = typename LanesOf<Real>::Int;
+  using IntReg = typename LanesOf<Real>::IntReg;
+  constexpr int bits = 8 * sizeof(Int);
+  constexpr Int highest = static_cast<Int>(~0ull >> (65 - bits));
+  for (int64_t i = 0; i < count; i += kWidth<Real>) {
+    const IntReg key = load_raw<IntReg>(score + i);
+    store_raw(score + i, key ^ ((key >> (bits - 1)) & highest));
+  }
+}
+
 template <class T>
 void widen(const T* row, int64_t count, RealOf<T>* out) {
   using Real = RealOf<T>;

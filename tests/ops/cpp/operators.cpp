@@ -54,6 +54,16 @@ void run(std::ofstream& out) {
                    page_length = int32({70});
   write({lagkv::compress_paged_(pool_key, pool_value, table, page_start, page_length, 16, 5), pool_key,
          pool_value, page_start, page_length});
+
+  write({lagkv::lag_score(key, value, 4, 16, 1.0, "blend", 3)});
+  const auto [head_key, head_value, head_index] =
+      lagkv::compress(key, value, 4, 16, 5, 1.0, "blend", 3, "head");
+  write({head_key, head_value, head_index});
+  const auto [next_key, next_value, next_index, carried] =
+      lagkv::compress_carried(key, value, numbers({2, 3, 2}, 0.3), 6, 16, 5, 1.0, "blend", 3);
+  write({next_key, next_value, next_index, carried});
+  const at::Tensor scores = numbers({2, 3, 70}, 0.3);
+  write({lagkv::compress_(key.clone(), value.clone(), 6, 16, 5, 1.0, "blend", 3, "head", scores, 4), scores});
 }
 
 }  // namespace
