@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a package of the checkout, not of the installation
 
-from benchmarks import baselines, cases, fixed_cost, report, run, verify  # noqa: E402
+from benchmarks import baselines, cases, fixed_cost, options, report, run, verify  # noqa: E402
 from lagkv_ext import reference  # noqa: E402
 from lagkv_ext.commands import timing  # noqa: E402
 from lagkv_ext.commands.traffic import Problem  # noqa: E402
@@ -519,3 +519,20 @@ def test_the_cache_benchmark_refuses(cache_benchmark, capsys):
     assert "GB for caches" in capsys.readouterr().err
     assert cache_benchmark.main(["decode", "--model", "/nowhere"]) == 2
     assert "/nowhere" in capsys.readouterr().err
+
+
+def test_the_options_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        options, "OPTIONS", {name: options.OPTIONS[name] for name in ("std", "blend smooth 3 head")}
+    )
+    path = tmp_path / "options.json"
+    small = ["--tokens", "600", "--heads", "1", "--rounds", "1", "--dtype", "float32"]
+    assert options.main([*small, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for call in ("in place", "into new tensors", "a step of the recursion"):
+        assert f"{call}: milliseconds and ratio to std" in printed
+        assert set(json.loads(path.read_text())[call]) == {"std", "blend smooth 3 head"}
+    assert options.main(["--tokens", "0"]) == 2
+    monkeypatch.setattr(options, "same_choice", lambda choice: 0.5)
+    assert options.main(small) == 1
+    assert "keeps 50.0% of the reference's rows" in capsys.readouterr().err
