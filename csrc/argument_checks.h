@@ -102,8 +102,9 @@ inline void check_lag_size(const char* op, int64_t lag_size) {
   check(lag_size >= 1, op, "lag_size must be at least 1, got ", lag_size);
 }
 
-inline void check_keep(const char* op, int64_t keep, const char* bound_name, int64_t bound) {
-  check(keep >= 1, op, "keep must be at least 1, got ", keep);
+inline void check_keep(const char* op, int64_t keep, const char* bound_name, int64_t bound,
+                       int64_t least = 1) {
+  check(keep >= least, op, "keep must be at least ", least, ", got ", keep);
   check(keep <= bound, op, "keep must be at most ", bound_name, " (", bound, "), got ", keep);
 }
 

@@ -84,7 +84,8 @@ inline Method check_compress_ragged_(const Tensor& key, const Tensor& value, con
   check_start_and_length(op, start, length, key.size(0));
   check_device(op, "start", start, "key", key);
   check_device(op, "length", length, "key", key);
-  const Method method = check_method(op, lag_size, keep, arguments);
+  // With carried scores 0 says: as many rows as before.
+  const Method method = check_method(op, lag_size, keep, arguments, scores ? 0 : 1);
   check_scores(op, kSlots, key, scores, sink_size, method);
   check_overlap(op, {{"key", &key, true},
                      {"value", &value, true},
@@ -118,7 +119,8 @@ inline Method check_compress_paged_(const Tensor& key_cache, const Tensor& value
   check_device(op, "block_table", block_table, "key_cache", key_cache);
   check_device(op, "start", start, "key_cache", key_cache);
   check_device(op, "length", length, "key_cache", key_cache);
-  const Method method = check_method(op, lag_size, keep, arguments);
+  // With carried scores 0 says: as many rows as before.
+  const Method method = check_method(op, lag_size, keep, arguments, scores ? 0 : 1);
   check_scores(op, kPages, key_cache, scores, sink_size, method);
   check_overlap(op, {{"key_cache", &key_cache, true},
                      {"value_cache", &value_cache, true},

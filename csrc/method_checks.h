@@ -40,9 +40,10 @@ inline Method check_scoring(const char* op, const MethodArguments& method) {
   return {method.value_weight, score, method.smooth, check_budget(op, method.budget)};
 }
 
-inline Method check_method(const char* op, int64_t lag_size, int64_t keep, const MethodArguments& method) {
+inline Method check_method(const char* op, int64_t lag_size, int64_t keep, const MethodArguments& method,
+                           int64_t least_keep = 1) {
   check_lag_size(op, lag_size);
-  check_keep(op, keep, "lag_size", lag_size);
+  check_keep(op, keep, "lag_size", lag_size, least_keep);
   return check_scoring(op, method);
 }
 

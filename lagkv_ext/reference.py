@@ -206,9 +206,10 @@ def compress_ragged_(
         new_key, new_value, kept, carried = _compress(
             *sequence, carried, first, lag_size, keep, budget, scoring
         )
-        rows, new_start = kept.shape[2], formulas.next_start(tokens, first, lag_size, keep)
+        compressed = formulas.compressed_count(tokens, first, lag_size)
+        rows, new_start = kept.shape[2], first + keep * compressed
         key[b, :, :rows], value[b, :, :rows], index[b, :, :rows] = new_key[0], new_value[0], kept[0]
-        if scores is not None and carried is not None and new_start > first:
+        if scores is not None and carried is not None and compressed:
             scores[b, :, sink:new_start] = carried[0]
         start[b], length[b] = new_start, rows
     return index
@@ -294,8 +295,9 @@ def compress_paged_(
         new_key, new_value, kept, carried = _compress(
             *sequence, carried, first, lag_size, keep, budget, scoring
         )
-        rows, new_start = kept.shape[2], formulas.next_start(tokens, first, lag_size, keep)
-        if new_start > first:
+        compressed = formulas.compressed_count(tokens, first, lag_size)
+        rows, new_start = kept.shape[2], first + keep * compressed
+        if compressed:
             moved = position[(first if scores is None else sink) : rows]
             key_cache[block[moved], row[moved]] = new_key[0, :, moved].transpose(0, 1)
             value_cache[block[moved], row[moved]] = new_value[0, :, moved].transpose(0, 1)

@@ -41,7 +41,7 @@ class Rivals {
     const auto in = p_.carried.in.head(b, task.head);
     for (int64_t i = 0; i < earlier(b); ++i) score[i] = *in.row(first + i);
     const auto out = p_.carried.out.head(b, task.head);
-    if (keep == earlier(b)) {
+    if (partitions_[static_cast<size_t>(b)] == 0) {
       for (int64_t i = 0; i < keep; ++i) *out.row(first + i) = score[i];
       return;
     }

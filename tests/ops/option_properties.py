@@ -185,9 +185,18 @@ def assert_alone(
         assert_bits(kept, torch.arange(count, dtype=torch.int32, device=kept.device).expand_as(kept), "index")
         assert_bits(scores, old_scores, f"scores of sequence {b}")
         return
+    # Keeping none more than before leaves the best of what keeping one more does.
     alone = backend.compress_carried(
-        *pair, old_scores[:, :, sink:start], start, case.lag_size, case.keep, **case.scoring
+        *pair, old_scores[:, :, sink:start], start, case.lag_size, max(case.keep, 1), **case.scoring
     )
+    if case.keep == 0:
+        best = reference.topk_index(alone[3], start - sink).long()
+        left = (
+            alone[2][:, :, :sink],
+            alone[2].gather(2, best + sink),
+            alone[2][:, :, sink + alone[3].shape[2] :],
+        )
+        alone = *alone[:2], torch.cat(left, dim=2), alone[3].gather(2, best)
     assert_bits(kept, alone[2], f"index of sequence {b}")
     assert_equal_scores(scores[:, :, sink:after], alone[3], f"scores of sequence {b}")
     assert_bits(scores[:, :, :sink], old_scores[:, :, :sink], "a score of the sink")

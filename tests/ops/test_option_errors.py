@@ -197,6 +197,15 @@ def test_scores_share_memory_with_nothing(op):
     assert torch.equal(key, before)
 
 
+@pytest.mark.parametrize("op", ["compress_ragged_", "compress_paged_"])
+def test_keeping_none_needs_scores(option_kernel, op):
+    arguments = right(op) | {"keep": 0}
+    test_errors.call(getattr(option_kernel, op), arguments)
+    for change, least in (({"scores": None, "sink_size": 0}, 1), ({"keep": -1}, 0)):
+        with pytest.raises(RuntimeError, match=f"lagkv::{op}: keep must be at least {least}, got"):
+            test_errors.call(getattr(option_kernel, op), arguments | change)
+
+
 def test_pages_of_rows_that_compete_must_not_be_shared(option_kernel):
     """Their rows before start move, and their scores are written: a page there is nobody else's."""
     # Both begin with page 8, which holds rows 0 .. 3; both start at row 4.

@@ -83,6 +83,14 @@ def test_pages_with_scores(option_backend, case, sink_size):
     option_properties.check_scored_pages(option_backend, dataclasses.replace(case, shared=False), sink_size)
 
 
+@given(case=ragged_cases(options=True), sink_size=st.integers(0, 14))
+def test_as_many_rows_as_before(option_backend, case, sink_size):
+    """``keep=0``, of slots and pages with carried scores."""
+    case = dataclasses.replace(case, keep=0)
+    option_properties.check_scored_slots(option_backend, case, sink_size)
+    option_properties.check_scored_pages(option_backend, dataclasses.replace(case, shared=False), sink_size)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("trap", [name for name in TRAPS if not name.endswith("-cosine")])
 def test_traps(option_backend, trap, option):
