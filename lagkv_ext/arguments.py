@@ -75,6 +75,14 @@ def ratio(name: str, value: Any) -> float:
     return found
 
 
+def smoothing(name: str, value: Any) -> int:
+    """``value`` as an odd int from 1 on."""
+    found = integer(name, value, minimum=1)
+    if found % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {value}")
+    return found
+
+
 def boolean(name: str, value: Any) -> bool:
     """``value``, which must be True or False and nothing that is merely true or false."""
     if not isinstance(value, bool):

@@ -18,6 +18,8 @@ NAMES = (
     "sink_size",
     "score",
     "value_weight",
+    "smooth",
+    "budget",
     "layer_keep_ratio",
     "skip_layers",
     "max_tokens",

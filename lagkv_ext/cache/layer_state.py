@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lagkv_ext import formulas
 from lagkv_ext.cache.compression.track import Track
 from lagkv_ext.cache.growing.buffer import plain_tensors
 from lagkv_ext.cache.growing.dense import DenseRows
@@ -72,8 +73,9 @@ def _read_lagkv(layer: LagKVLayer, state: LayerState) -> None:
     )
     if held.buffer is not None:
         state.tensors.update(key=held.buffer.key, value=held.buffer.value)
-        if track.chosen is not None:
-            state.tensors["chosen"] = track.chosen
+        for name in _TRACKED:
+            if (tensor := getattr(track, name)) is not None:
+                state.tensors[name] = tensor
     if isinstance(held, CodedRows) and held.codes is not None:
         tensors = [x for rows in held.codes for x in rows.storages]
         state.tensors.update(zip(_CODES, tensors, strict=True))
@@ -108,15 +110,34 @@ def _write_lagkv(layer: LagKVLayer, state: LayerState) -> set[str]:
             )
         if not bool(((chosen >= sink) & (chosen < seen)).all()) or not bool((chosen.diff(dim=2) > 0).all()):
             raise WrongState(f"chosen must hold ascending positions from {sink} to {seen - 1}")
-    track = Track.restored(layer.settings, seen, rows, start, compressions, chosen)
+    scores = _carried_scores(layer, state, key, chosen)
+    track = Track.restored(layer.settings, seen, rows, start, compressions, chosen, scores)
     LagKVLayer.lazy_initialization(layer, key, value)
     if layer.settings.quantization is None:
         layer.hold_rows(DenseRows.of_rows(layer.compressor, key, value, track))
     else:
         layer.hold_rows(CodedRows.of_rows(layer.compressor, key, value, track, quantized))
-    return {"key", "value", "chosen", *(_CODES if quantized is not None else ())}
+    return {"key", "value", *_TRACKED, *(_CODES if quantized is not None else ())}
 
 
+def _carried_scores(
+    layer: LagKVLayer, state: LayerState, key: Tensor, chosen: Tensor | None
+) -> Tensor | None:
+    scores = state.tensors.get("scores")
+    expected = chosen is not None and layer.settings.carries_scores
+    if (scores is not None) != expected:
+        raise WrongState(f"it has {'no ' * (scores is None)}scores of its chosen rows")
+    if scores is None or chosen is None:
+        return None
+    dtype = formulas.arithmetic_dtype(key.dtype)
+    if scores.shape != chosen.shape or scores.dtype != dtype:
+        raise WrongState(
+            f"scores must be {dtype} {list(chosen.shape)}, got {scores.dtype} {list(scores.shape)}"
+        )
+    return scores
+
+
+_TRACKED = ("chosen", "scores")
 _CODES = ("key_codes", "key_scale", "value_codes", "value_scale")
 
 
@@ -148,8 +169,12 @@ def _check_quantized(quantized: tuple[QuantizedRows, QuantizedRows], plain: tupl
                 )
 
 
+#: Settings that files of earlier versions lack, as those had them.
+_ADDED_SETTINGS = {"smooth": 1, "budget": "partition"}
+
+
 def _check_settings(ours: dict[str, Any], theirs: Any) -> None:
-    theirs = theirs if isinstance(theirs, dict) else {}
+    theirs = _ADDED_SETTINGS | (theirs if isinstance(theirs, dict) else {})
     different = [
         f"{name} {theirs.get(name)!r} (asked for: {value!r})"
         for name, value in ours.items()

@@ -23,10 +23,24 @@ class LayerSettings:
     max_tokens: int | None = None
     quantization: str | None = None  #: of the kept rows, one of `quantizer.FORMATS`
     boundary: int | None = None  #: compress only when the tokens seen are a multiple of it
+    smooth: int = 1
+    budget: str = "partition"
 
     @property
     def compresses(self) -> bool:
         return self.keep < self.lag_size
+
+    @property
+    def carries_scores(self) -> bool:
+        """Tells whether chosen rows compete again, with the scores that they were chosen by."""
+        return self.budget == "head"
+
+    @property
+    def most_chosen(self) -> int | None:
+        """Rows behind the sink that stay when a layer with ``max_tokens`` has carried scores and is full."""
+        if self.max_tokens is None or not self.carries_scores:
+            return None
+        return (self.max_tokens - 2 * self.lag_size - self.sink_size) // self.keep * self.keep
 
     @property
     def operator_arguments(self) -> dict[str, Any]:
@@ -36,6 +50,8 @@ class LayerSettings:
             "keep": self.keep,
             "value_weight": self.value_weight,
             "score": self.score,
+            "smooth": self.smooth,
+            "budget": self.budget,
         }
 
     def compressed_count(self, rows: int, start: int) -> int:
@@ -54,6 +70,8 @@ def layer_settings(
     max_tokens: int | None = None,
     quantization: str | None = None,
     boundary: int | None = None,
+    smooth: int = 1,
+    budget: str = "partition",
 ) -> LayerSettings:
     """The settings of every layer that has none of its own. ValueError or TypeError names what was wrong."""
     lag_size = arguments.integer("lag_size", lag_size, minimum=1)
@@ -72,9 +90,11 @@ def layer_settings(
         )
     value_weight = arguments.finite("value_weight", value_weight)
     arguments.one_of("score", score, arguments.SCORES)
+    smooth = arguments.smoothing("smooth", smooth)
+    arguments.one_of("budget", budget, arguments.BUDGETS)
     if max_tokens is not None:
         max_tokens = arguments.integer("max_tokens", max_tokens)
-        _check_budget("max_tokens", max_tokens, lag_size, keep, sink_size)
+        _check_budget("max_tokens", max_tokens, lag_size, keep, sink_size, budget)
     if quantization is not None:
         arguments.one_of("quantization", quantization, FORMATS)
     if boundary is not None:
@@ -86,7 +106,9 @@ def layer_settings(
                 f"give boundary or max_tokens, not both (a layer that starts again from the sink depends on every step "
                 f"so far), got boundary={boundary} and max_tokens={max_tokens}"
             )
-    return LayerSettings(lag_size, keep, sink_size, value_weight, score, max_tokens, quantization, boundary)
+    return LayerSettings(
+        lag_size, keep, sink_size, value_weight, score, max_tokens, quantization, boundary, smooth, budget
+    )
 
 
 def keep_count(name: str, keep_ratio: float, lag_size: int) -> int:
@@ -141,7 +163,9 @@ def with_capacity(settings: LayerSettings, capacity: int, step_tokens: int) -> L
             f"({settings.lag_size}) tokens + step_tokens ({step_tokens}) - 1, got {capacity}"
         )
     max_tokens = capacity - step_tokens + 1
-    _check_budget("capacity", max_tokens, settings.lag_size, settings.keep, settings.sink_size)
+    _check_budget(
+        "capacity", max_tokens, settings.lag_size, settings.keep, settings.sink_size, settings.budget
+    )
     # No compression drops less, so one is enough for a step.
     most = settings.lag_size - settings.keep
     if step_tokens > most:
@@ -165,7 +189,7 @@ def _layer_index(name: str, index: Any, layer_count: int, named: dict[int, str])
     return layer
 
 
-def _check_budget(name: str, max_tokens: int, lag_size: int, keep: int, sink_size: int) -> None:
+def _check_budget(name: str, max_tokens: int, lag_size: int, keep: int, sink_size: int, budget: str) -> None:
     """ValueError unless a layer of ``max_tokens`` rows has room for the sink and two partitions, and drops some."""
     least = sink_size + 2 * lag_size
     if max_tokens < least:
@@ -177,4 +201,9 @@ def _check_budget(name: str, max_tokens: int, lag_size: int, keep: int, sink_siz
         raise ValueError(
             f"{name} ({max_tokens}) needs a keep below lag_size ({lag_size}), got {keep}: where every token of a "
             "partition is kept, no number of compressions makes room"
+        )
+    if budget == "head" and max_tokens < least + keep:
+        raise ValueError(
+            f"{name} must be at least {least + keep} with budget='head': the sink, two partitions, and keep ({keep}) "
+            f"rows that stay, got {max_tokens}"
         )

@@ -90,7 +90,12 @@ if typer is not None:
         ratios: Annotated[
             str, typer.Option(help="How many tokens become one: 4 keeps a quarter of each partition.")
         ] = "2,4,8",
-        scores: Annotated[str, typer.Option(help="std (the paper) and cosine.")] = "std,cosine",
+        scores: Annotated[
+            str,
+            typer.Option(
+                help="std (the paper), cosine, and blend (recommended: smoothed, one budget for all of a head)."
+            ),
+        ] = "std,blend",
         lag_size: Annotated[int, typer.Option(help="Tokens per partition.", min=1)] = 128,
         sink_size: Annotated[int, typer.Option(help="Leading tokens that are always kept.", min=0)] = 16,
         settings_file: Annotated[

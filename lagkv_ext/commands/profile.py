@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from lagkv_ext._library import info
-from lagkv_ext.arguments import FLOATING, SCORES
+from lagkv_ext.arguments import BUDGETS, FLOATING, SCORES
 from lagkv_ext.commands import timing
 from lagkv_ext.commands.stages import COPY, Call, make_calls, needed_bytes
 from lagkv_ext.commands.traffic import Problem
@@ -376,6 +376,8 @@ def _arguments(p: Problem) -> list[str]:
         "keep": p.keep,
         "value-weight": p.value_weight,
         "score": p.score,
+        "smooth": p.smooth,
+        "budget": p.budget,
     }
     return [text for name, x in made.items() for text in (f"--{name}", str(x))]
 
@@ -403,6 +405,8 @@ def main(
             keep=resolve_keep(options.keep, options.keep_ratio, options.lag_size),
             value_weight=options.value_weight,
             score=options.score,
+            smooth=options.smooth,
+            budget=options.budget,
         )
         where = {"device": options.device, "threads": options.threads, "ragged": options.ragged}
         if options.once:
@@ -426,14 +430,15 @@ def main(
     return 0
 
 
+_METHOD = ("lag_size", "sink_size", "score", "value_weight", "smooth", "budget")
+
+
 def _with_settings(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, path: Path
 ) -> argparse.Namespace:
     """The options once more, with what the settings file says of a compression as their defaults."""
     given = read_settings(path)
-    defaults = {
-        name: given[name] for name in ("lag_size", "sink_size", "score", "value_weight") if name in given
-    }
+    defaults = {name: given[name] for name in _METHOD if name in given}
     parser.set_defaults(**defaults)
     options = parser.parse_args(arguments)
     if options.keep is None and options.keep_ratio is None:
@@ -465,6 +470,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     keeping.add_argument("--keep-ratio", type=float, help=f"share kept (default {DEFAULT_KEEP_RATIO})")
     add("--value-weight", type=float, default=1.0)
     add("--score", default="std", help=", ".join(SCORES))
+    add("--smooth", type=int, default=1, help="odd: mean over so many neighbours")
+    add("--budget", default="partition", help=", ".join(BUDGETS))
     add(
         "--settings",
         type=Path,

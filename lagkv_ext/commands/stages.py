@@ -58,7 +58,10 @@ def _dense(p: Problem, *pristine: Tensor) -> list[Call]:
     key, value = both = [x.clone() for x in pristine]
     run = (p.start, p.lag_size, p.keep)
     scores = lagkv.lag_score(key, value, p.start, p.lag_size, **p.scoring)
-    index: Tensor = lagkv.compress(key, value, *run, **p.scoring)[2]
+    rivals, places = (
+        (scores, p.keep) if p.budget == "partition" else (scores.flatten(2), p.compressed * p.keep)
+    )
+    index: Tensor = lagkv.compress(key, value, *run, **p.method)[2]
 
     def bounds() -> Any:
         return [lagkv.partition_bounds(x, p.start, p.lag_size) for x in pristine]
@@ -70,10 +73,10 @@ def _dense(p: Problem, *pristine: Tensor) -> list[Call]:
         return [lagkv.compact(x, index) for x in pristine]
 
     def compress() -> Any:
-        return lagkv.compress(*pristine, *run, **p.scoring)
+        return lagkv.compress(*pristine, *run, **p.method)
 
     def compress_() -> Any:
-        return lagkv.compress_(key, value, *run, **p.scoring)
+        return lagkv.compress_(key, value, *run, **p.method)
 
     def in_place(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return key[:, :, : p.rows], value[:, :, : p.rows], index
@@ -81,7 +84,7 @@ def _dense(p: Problem, *pristine: Tensor) -> list[Call]:
     return [
         Call("bounds", "partition_bounds of key and value", "partition_bounds", bounds),
         Call("score", "lag_score (bounds included)", "lag_score", score),
-        Call("select", "topk_index", "topk_index", lambda: lagkv.topk_index(scores, p.keep)),
+        Call("select", "topk_index", "topk_index", lambda: lagkv.topk_index(rivals, places)),
         Call("compact", "compact of key and value", "compact", compact),
         Call("compress", "everything, fused", "compress", compress, compressed=tuple),
         Call(
@@ -100,7 +103,7 @@ def _slots(p: Problem, *pristine: Tensor) -> Call:
     start, length = _starts_and_lengths(p, pristine[0].device)
 
     def run() -> Any:
-        return torch.ops.lagkv.compress_ragged_(*both, start, length, p.lag_size, p.keep, **p.scoring)
+        return torch.ops.lagkv.compress_ragged_(*both, start, length, p.lag_size, p.keep, **p.method)
 
     def restore() -> None:
         _copy(both, pristine)
@@ -122,7 +125,7 @@ def _packed(p: Problem, *pristine: Tensor) -> Call:
     start, _ = _starts_and_lengths(p, device)
 
     def run() -> Any:
-        return torch.ops.lagkv.compress_varlen(*both, ends, start, p.lag_size, p.keep, **p.scoring)
+        return torch.ops.lagkv.compress_varlen(*both, ends, start, p.lag_size, p.keep, **p.method)
 
     def compressed(result: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         key, value = (
@@ -151,7 +154,7 @@ def _paged(p: Problem, *pristine: Tensor) -> Call:
     start, length = _starts_and_lengths(p, device)
 
     def run() -> Any:
-        return torch.ops.lagkv.compress_paged_(*both, table, start, length, p.lag_size, p.keep, **p.scoring)
+        return torch.ops.lagkv.compress_paged_(*both, table, start, length, p.lag_size, p.keep, **p.method)
 
     def restore() -> None:
         _copy(both, before)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lagkv_ext import formulas
-from lagkv_ext.arguments import SCORES
+from lagkv_ext.arguments import BUDGETS, SCORES
 
 _INDEX_BYTES = 4
 
@@ -28,6 +28,8 @@ class Problem:
     keep: int = 32
     value_weight: float = 1.0
     score: str = "std"
+    smooth: int = 1
+    budget: str = "partition"
 
     def __post_init__(self) -> None:
         for name in ("heads", "tokens", "key_dim", "value_dim", "batch", "lag_size", "keep"):
@@ -39,6 +41,10 @@ class Problem:
             raise ValueError(f"keep must be at most lag_size ({self.lag_size}), got {self.keep}")
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}; got {self.score!r}")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise ValueError(f"smooth must be odd and at least 1, got {self.smooth}")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {', '.join(BUDGETS)}; got {self.budget!r}")
 
     @property
     def partitions(self) -> int:
@@ -56,7 +62,12 @@ class Problem:
 
     @property
     def scoring(self) -> dict:
-        return {"value_weight": self.value_weight, "score": self.score}
+        return {"value_weight": self.value_weight, "score": self.score, "smooth": self.smooth}
+
+    @property
+    def method(self) -> dict:
+        """Options of the operators that compress."""
+        return {**self.scoring, "budget": self.budget}
 
     @property
     def cache_bytes(self) -> int:

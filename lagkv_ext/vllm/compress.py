@@ -67,6 +67,7 @@ class Work:
                 settings.keep,
                 value_weight=settings.value_weight,
                 score=settings.score,
+                smooth=settings.smooth,
             )
             rows = target.row.shape[1]
             keys.write(target, key[:, :, :rows])

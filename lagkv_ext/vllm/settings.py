@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lagkv_ext import ops
+from lagkv_ext import arguments, ops
 from lagkv_ext.arguments import SCORES
 from lagkv_ext.settings_file import read_settings
 from lagkv_ext.vllm.plan import Plan
 
 KEY = "lagkv"
 #: The names of `LagKVCache` that mean the same here.
-NAMES = ("lag_size", "keep_ratio", "keep", "sink_size", "score", "value_weight", "boundary")
+NAMES = ("lag_size", "keep_ratio", "keep", "sink_size", "score", "value_weight", "smooth", "boundary")
 #: Further names of `LagKVCache`, which a settings file may hold, and the values that change nothing here.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "order": (None, "use_then_compress"),
+    "budget": ("partition",),
     "layer_keep_ratio": (None, {}),
     "skip_layers": (None, [], ()),
     "max_tokens": (None,),
@@ -38,6 +39,7 @@ class Settings:
     sink_size: int
     score: str
     value_weight: float
+    smooth: int
     boundary: int  #: tokens; the cache changes only where the tokens seen are a multiple of it
 
     def plan(self, block_size: int) -> Plan:
@@ -75,6 +77,11 @@ def parse(asked: Any) -> Settings:
             f"lagkv: {source} must be an object of settings or the path of a settings file, got {asked!r}"
         )
     values = dict(asked)
+    if values.get("budget") == "head":
+        raise ValueError(
+            f"lagkv: {source} sets budget to 'head', with which rows kept before are dropped again as a sequence "
+            "grows: blocks that other requests share through the prefix cache would change. Use budget 'partition'"
+        )
     for name, neutral in NEUTRAL.items():
         if name in values and (value := values.pop(name)) not in neutral:
             raise ValueError(
@@ -91,10 +98,13 @@ def parse(asked: Any) -> Settings:
     weight = values.get("value_weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"lagkv: value_weight must be a finite number, got {weight!r}")
+    smooth = arguments.smoothing("lagkv: smooth", values.get("smooth", 1))
     boundary = values.get("boundary")
     if boundary is None:
         boundary = -(-LEAST_BOUNDARY // lag_size) * lag_size
-    settings = Settings(lag_size, keep, sink_size, score, float(weight), _integer("boundary", boundary, 1))
+    settings = Settings(
+        lag_size, keep, sink_size, score, float(weight), smooth, _integer("boundary", boundary, 1)
+    )
     settings.plan(1).check()
     return settings
 

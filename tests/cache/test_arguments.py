@@ -31,6 +31,8 @@ SHARED = {
     "sink_size": [*NO_INTEGER, None],
     "value_weight": [*NO_NUMBER, None],
     "score": NO_TEXT,
+    "smooth": [*NO_INTEGER, None],
+    "budget": NO_TEXT,
 }
 GROWING = {
     **SHARED,

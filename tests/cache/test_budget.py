@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lagkv_ext import LagKVCache, reference
+from lagkv_ext import LagKVCache
 from lagkv_ext.cache.compression.plan import plan
 from lagkv_ext.cache.growing.layer import LagKVLayer
 from lagkv_ext.cache.settings import layer_settings
@@ -26,6 +26,7 @@ from tests.cache.models import (
     tiny_config,
     tiny_model,
 )
+from tests.cache.record import Record, states
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,16 +40,24 @@ def _one_thread():
 
 @st.composite
 def budgets(draw):
-    """Settings of a layer with a budget, from the least that is allowed on."""
+    """Settings of a layer with a token budget, from the least that is allowed on."""
     lag_size, sink_size = draw(st.integers(2, 9)), draw(st.integers(0, 5))
+    keep, shared = draw(st.integers(1, lag_size - 1)), draw(st.sampled_from(["partition", "head"]))
+    least = sink_size + 2 * lag_size + (keep if shared == "head" else 0)
+    # In smaller partitions all tokens, or those of all partitions, have one score but for rounding: a softmax adds up
+    # to 1, and two standardised numbers are always the same.
+    smooth = draw(st.sampled_from([1, 3])) if lag_size > 3 else 1
+    scores = ["std", "cosine", "blend"] if lag_size > 2 else ["std", "blend"]
     return layer_settings(
         lag_size=lag_size,
-        keep=draw(st.integers(1, lag_size - 1)),
+        keep=keep,
         keep_ratio=None,
         sink_size=sink_size,
-        value_weight=1.0,
-        score="std",
-        max_tokens=sink_size + 2 * lag_size + draw(st.integers(0, 40)),
+        value_weight=draw(st.sampled_from([1.0, 0.5])),
+        score=draw(st.sampled_from(scores)),
+        smooth=smooth,
+        budget=shared,
+        max_tokens=least + draw(st.integers(0, 40)),
     )
 
 
@@ -71,12 +80,15 @@ def test_any_steps_stay_within_the_budget(settings, steps):
             assert one.rows == at
             assert one.start in (start, settings.sink_size)
             assert one.count == settings.compressed_count(one.rows, one.start) > 0
-            at -= one.count * (settings.lag_size - settings.keep)
-            start = one.start + one.count * settings.keep
+            at -= one.count * (settings.lag_size - settings.keep) + one.shed
+            start = one.start + one.count * settings.keep - one.shed
+            assert one.shed >= 0
+            assert one.shed == 0 or settings.budget == "head"
         rows = planned.rows
         assert rows == at < settings.max_tokens
         assert planned.start in (start, settings.sink_size)
         # Either the next compression comes in time, or all that is held is up for it.
+        assert settings.budget == "partition" or planned.start == start
         start = planned.start
         assert start + 2 * settings.lag_size <= settings.max_tokens
     assert rows >= settings.lag_size
@@ -103,48 +115,6 @@ def test_a_budget_just_large_enough_rescoring_what_was_kept():
 
 
 # -- a layer
-
-
-def states(new, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(2, 2, new, dim, generator=generator) for dim in (8, 6))
-
-
-class Record:
-    """The rows of one layer and the positions of all of them, by the reference, one operation at a time."""
-
-    def __init__(self, settings):
-        self.settings, self.start = settings, settings.sink_size
-        self.rows = (*states(0, 0), torch.zeros(2, 2, 0, dtype=torch.int32))
-        self.seen = self.restarts = 0
-
-    @property
-    def length(self):
-        return self.rows[0].shape[2]
-
-    def append(self, key, value):
-        new = key.shape[2]
-        positions = torch.arange(self.seen, self.seen + new, dtype=torch.int32).expand(2, 2, new)
-        self.rows = tuple(torch.cat(x, dim=2) for x in zip(self.rows, (key, value, positions), strict=True))
-        self.seen += new
-        arrived, settings = self.rows, self.settings
-        while self.length >= self.start + 2 * settings.lag_size:
-            count = (self.length - self.start) // settings.lag_size - 1
-            key, value, index = reference.compress(
-                *self.rows[:2], self.start, settings.lag_size, settings.keep
-            )
-            self.rows = key, value, self.rows[2].gather(2, index.long())
-            self.start += count * settings.keep
-            if self.start + 2 * settings.lag_size > settings.max_tokens:
-                self.start = settings.sink_size
-                self.restarts += 1
-            if self.length < settings.max_tokens:
-                break
-        return arrived
-
-    def crop(self, removed):
-        self.rows = tuple(x[:, :, : self.length - removed] for x in self.rows)
-        self.seen -= removed
 
 
 @given(

@@ -141,11 +141,14 @@ ACTIONS = st.lists(
     keep=st.integers(1, 9),
     sink_size=st.integers(0, 9),
     room=st.one_of(st.none(), st.integers(0, 20)),
+    budget=st.sampled_from(["partition", "head"]),
     record_past=st.sampled_from([False, False, True]),
     first=st.lists(st.tuples(st.integers(0, 26), st.sampled_from([0, 0, 3])), min_size=1, max_size=4),
     actions=ACTIONS,
 )
-def test_any_life_of_a_padded_layer(batch, lag_size, keep, sink_size, room, record_past, first, actions):
+def test_any_life_of_a_padded_layer(
+    batch, lag_size, keep, sink_size, room, budget, record_past, first, actions
+):
     """Rows, values, positions and what attention sees, bit for bit those of every sequence alone."""
     keep = min(keep, lag_size)
     settings = layer_settings(
@@ -155,7 +158,8 @@ def test_any_life_of_a_padded_layer(batch, lag_size, keep, sink_size, room, reco
         sink_size=sink_size,
         value_weight=1.0,
         score="std",
-        max_tokens=None if room is None or keep == lag_size else sink_size + 2 * lag_size + room,
+        max_tokens=None if room is None or keep == lag_size else sink_size + 2 * lag_size + keep + room,
+        budget=budget,
     )
     state = Batch(settings, batch, record_past)
     state.step(first, 30, seed=1)

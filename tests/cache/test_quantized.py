@@ -136,17 +136,26 @@ def assert_holds(layer, given_states):
 
 @given(
     form=st.sampled_from(FORMATS),
-    score=st.sampled_from(["std", "cosine"]),
+    score=st.sampled_from(["std", "cosine", "blend"]),
+    budget=st.sampled_from(["partition", "head"]),
+    room=st.one_of(st.none(), st.integers(0, 20)),
     lag_size=st.integers(1, 9),
     keep=st.integers(1, 9),
     sink_size=st.integers(0, 5),
     dtype=st.sampled_from(DTYPES),
     steps=st.lists(st.one_of(st.just(1), st.integers(1, 60)), min_size=1, max_size=30),
 )
-def test_the_same_tokens_stay_as_without_quantisation(form, score, lag_size, keep, sink_size, dtype, steps):
+def test_the_same_tokens_stay_as_without_quantisation(
+    form, score, budget, room, lag_size, keep, sink_size, dtype, steps
+):
+    keep = min(keep, lag_size)
     shared = {
-        "lag_size": lag_size, "keep": min(keep, lag_size), "sink_size": sink_size, "score": score
+        "lag_size": lag_size, "keep": keep, "sink_size": sink_size, "score": score, "budget": budget
     }  # fmt: skip
+    if (
+        budget == "head" and room is not None and keep < lag_size
+    ):  # carried scores are those of the rows as they came
+        shared["max_tokens"] = sink_size + 2 * lag_size + keep + room
     layer, plain = LagKVLayer(settings(form, **shared)), LagKVLayer(settings(None, **shared))
     given_states = [x[:, :, :0] for x in states(1, 0, dtype)]
     for i, new in enumerate(steps):

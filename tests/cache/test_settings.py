@@ -56,6 +56,12 @@ def settings_of(cache, layer=0):
         ({"lag_size": True}, TypeError, "lag_size must be an integer, got True"),
         ({"sink_size": -1}, ValueError, "sink_size must be at least 0, got -1"),
         ({"value_weight": float("inf")}, ValueError, "value_weight must be finite, got inf"),
+        ({"smooth": 2}, ValueError, "smooth must be odd, got 2"),
+        ({"smooth": -1}, ValueError, "smooth must be at least 1, got -1"),
+        ({"smooth": 3.0}, TypeError, "smooth must be an integer, got 3.0"),
+        ({"budget": "layer"}, ValueError, "budget must be 'partition' or 'head', got 'layer'"),
+        ({"budget": "head", "max_tokens": 303}, ValueError,
+         r"max_tokens must be at least 304 with budget='head': the sink, two partitions, and keep \(32\) rows"),
         ({"value_weight": None}, TypeError, "value_weight must be a number, got None"),
         ({"order": "use_then_compress"}, TypeError, "unexpected keyword argument 'order'"),
         ({"skip_layers": [3]}, ValueError, "skip_layers must hold layer indices between -3 and 2, got 3"),
@@ -87,6 +93,8 @@ def test_defaults_are_the_papers():
         "max_tokens": None,
         "quantization": None,
         "boundary": None,
+        "smooth": 1,
+        "budget": "partition",
     }
 
 

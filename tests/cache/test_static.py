@@ -49,16 +49,20 @@ def static_layers(draw):
     """Any layer, from the least capacity on."""
     lag_size, sink_size = draw(st.integers(2, 9)), draw(st.integers(0, 6))
     keep = draw(st.integers(1, lag_size - 1))
+    budget = draw(st.sampled_from(["partition", "head"]))
     settings = layer_settings(
         lag_size=lag_size,
         keep=keep,
         keep_ratio=None,
         sink_size=sink_size,
         value_weight=draw(st.sampled_from([0.0, 1.0, 2.5])),
-        score=draw(st.sampled_from(["std", "cosine"])),
+        score=draw(st.sampled_from(["std", "cosine", "blend"])),
+        smooth=draw(st.sampled_from([1, 3])),
+        budget=budget,
     )
     step_tokens = draw(st.one_of(st.just(1), st.integers(1, lag_size - keep)))
     capacity = sink_size + 2 * lag_size + step_tokens - 1 + draw(st.integers(0, 30))
+    capacity += keep if budget == "head" else 0
     return LagKVStaticLayer(with_capacity(settings, capacity, step_tokens), capacity, step_tokens)
 
 
@@ -140,7 +144,8 @@ def test_lengths_on_the_device_follow_the_budgets_plan(layer, data):
         layer.settle()
         planned = plan(layer.settings, rows + new, start)
         assert len(planned.passes) <= 1
-        restarts += bool(planned.passes) and planned.start == layer.settings.sink_size
+        again = bool(planned.passes) and planned.start == layer.settings.sink_size
+        restarts += again and layer.settings.budget == "partition"
         rows, start = planned.rows, planned.start
         assert (int(layer.length[0]), int(layer.start[0]), int(layer.restarts)) == (rows, start, restarts)
 

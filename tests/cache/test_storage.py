@@ -70,13 +70,14 @@ def of_report(cache):
     before=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     after=st.lists(st.one_of(st.just(1), st.integers(1, 30)), min_size=1, max_size=12),
     keeps=st.tuples(*[st.integers(1, 8)] * 4),
-    score=st.sampled_from(["std", "cosine"]),
-    max_tokens=st.one_of(st.none(), st.integers(20, 60)),
+    score=st.sampled_from(["std", "cosine", "blend"]),
+    options=st.sampled_from([{}, {"smooth": 3}, {"budget": "head"}, {"smooth": 5, "budget": "head"}]),
+    max_tokens=st.one_of(st.none(), st.integers(28, 60)),
     batch=st.integers(1, 2),
     quantization=st.sampled_from([None, "int8", "int4", "fp8"]),
 )
 def test_any_split_goes_on_as_if_never_saved(
-    directory, kind, before, after, keeps, score, max_tokens, batch, quantization
+    directory, kind, before, after, keeps, score, options, max_tokens, batch, quantization
 ):
     """The states are given, so that everything must be equal bit by bit."""
     config = tiny_config(kind)
@@ -89,6 +90,7 @@ def test_any_split_goes_on_as_if_never_saved(
         value_weight=0.7,
         max_tokens=max_tokens,
         quantization=quantization,
+        **options,
         **SMALL,
     )
     generator = torch.Generator().manual_seed(sum(before))

@@ -136,8 +136,39 @@ class TestRecords:
         assert np.array_equal(~layer.kept, layer.rank > 4)
 
     def test_an_unknown_operator_is_an_error(self):
-        with Recorder(), pytest.raises(RuntimeError, match="does not know the operator lagkv::topk_index"):
-            torch.ops.lagkv.topk_index(torch.rand(1, 1, 2, 8), 2)
+        with (
+            Recorder(),
+            pytest.raises(RuntimeError, match="does not know the operator lagkv::partition_bounds"),
+        ):
+            torch.ops.lagkv.partition_bounds(torch.rand(1, 1, 20, 8), 0, 8)
+
+    @given(
+        st.sampled_from([{}, {"smooth": 3}, {"score": "blend"}]),
+        st.none() | st.integers(40, 90),
+        st.sampled_from([None, 7, 50]),
+        st.sampled_from([None, "int8"]),
+    )
+    def test_a_shared_budget_and_what_it_sheds(self, options, max_tokens, chunk, quantization):
+        """Rows that carry their scores compete again; a full cache sheds the lowest besides."""
+        settings = {
+            **SMALL,
+            **options,
+            "budget": "head",
+            "max_tokens": max_tokens,
+            "quantization": quantization,
+        }
+        found = explain(tiny_models.loaded(), TEXT, settings, chunk=chunk)
+        model, ids = tiny_models.model(), torch.tensor([found.tokens.ids])
+        cache, step = LagKVCache(model.config, **settings), chunk or ids.shape[1]
+        with torch.inference_mode():
+            for begin in range(0, ids.shape[1], step):
+                forward(model, ids[:, begin : begin + step], cache, position=begin, logits_to_keep=1)
+        for layer in found.layers:
+            held = cache.kept_positions(layer.index)[0].long()
+            assert np.array_equal(np.flatnonzero(layer.kept[0]), held[0].numpy())
+            between = slice(layer.sink, layer.window)
+            assert (layer.rank[:, between] > 0).all()
+            assert (layer.compared[:, between] >= layer.rank[:, between]).all()
 
     @given(
         st.sampled_from(["partition", "head"]),

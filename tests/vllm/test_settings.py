@@ -45,7 +45,7 @@ def test_without_the_setting_nothing_is_refused():
 
 
 def test_defaults_are_those_of_the_cache():
-    assert parse({}) == Settings(128, 32, 16, "std", 1.0, 256)
+    assert parse({}) == Settings(128, 32, 16, "std", 1.0, 1, 256)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_settings_file_is_read(tmp_path):
             {"keep_ratio": 0.25, "lag_size": 64, "score": "cosine", "skip_layers": [], "max_tokens": None}
         )
     )
-    assert settings.settings_from(config({"lagkv": str(path)})) == Settings(64, 16, 16, "cosine", 1.0, 256)
+    assert settings.settings_from(config({"lagkv": str(path)})) == Settings(64, 16, 16, "cosine", 1.0, 1, 256)
 
 
 def test_every_name_of_a_settings_file_is_known_here():
@@ -90,6 +90,8 @@ def test_every_name_of_a_settings_file_is_known_here():
         ({"sink_size": -1}, ValueError, ("sink_size must be at least 0", "-1")),
         ({"score": "best"}, ValueError, ("score must be 'std'", "'best'")),
         ({"value_weight": float("nan")}, ValueError, ("value_weight", "nan")),
+        ({"smooth": 2}, ValueError, ("lagkv: smooth must be odd", "2")),
+        ({"budget": "head"}, ValueError, ("budget to 'head'", "prefix cache", "Use budget 'partition'")),
         ({"boundary": 100}, ValueError, ("boundary must be a multiple of lag_size (128)", "100")),
         ({"max_tokens": 1000}, ValueError, ("max_tokens to 1000", "does not offer")),
         ({"skip_layers": [0]}, ValueError, ("skip_layers to [0]", "does not offer")),

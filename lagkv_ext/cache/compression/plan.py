@@ -14,11 +14,13 @@ Lengths = TypeVar("Lengths", int, Tensor)
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One call of the operator: of ``rows`` rows, ``count`` partitions from ``start`` on lose tokens."""
+    """One call of the operator: of ``rows`` rows, ``count`` partitions from ``start`` on lose tokens. Of the rows
+    chosen then, the ``shed`` with the lowest scores go too."""
 
     rows: int
     start: int
     count: int
+    shed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,17 @@ def plan(settings: LayerSettings, rows: int, start: int) -> Plan:
     if they were a new sequence. So after every step at least one token fits, and tokens given one by one set off at
     most one compression. Only many tokens at once can need several: where the first leaves as many rows as the budget
     or more, the next follows at once.
+
+    Rows that carry their scores never start again: those beyond ``settings.most_chosen`` are shed.
     """
     passes = []
     while count := settings.compressed_count(rows, start):
-        passes.append(Pass(rows, start, count))
-        rows -= count * (settings.lag_size - settings.keep)
-        start += count * settings.keep
-        if settings.max_tokens is None:
+        chosen = start - settings.sink_size + count * settings.keep
+        shed = max(0, chosen - most) if (most := settings.most_chosen) is not None else 0
+        passes.append(Pass(rows, start, count, shed))
+        rows -= count * (settings.lag_size - settings.keep) + shed
+        start += count * settings.keep - shed
+        if settings.max_tokens is None or settings.carries_scores:
             break
         if starts_again(start, settings.lag_size, settings.max_tokens):
             start = settings.sink_size

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lagkv_ext import arguments
+from lagkv_ext import arguments, formulas
 from lagkv_ext.cache.compression.plan import Pass, Plan, plan
 from lagkv_ext.cache.settings import LayerSettings
 
@@ -19,7 +19,8 @@ class Track:
     Two lengths, never mixed: ``seen`` is the number of tokens given (positions count it), ``rows`` the number of rows
     held. Rows come in this order: the sink; the rows that compressions chose; the most recent tokens, all of them.
     The next compression spares the rows before ``start``: the sink and the chosen rows, or (once a budget has made it
-    start again) the sink alone.
+    start again) the sink alone. With ``settings.carries_scores`` the chosen rows compete with the new ones, by the
+    scores that they were chosen by.
     """
 
     def __init__(self, settings: LayerSettings):
@@ -29,15 +30,26 @@ class Track:
         self.start = settings.sink_size
         self.compressions = 0
         self.chosen: Tensor | None = None  #: int32 [B, H, n]: positions of the rows that compressions chose
+        self.scores: Tensor | None = None  #: [B, H, n] of those rows, where they are carried
         self._chosen_count = 0  # n, known before the rows are compressed
 
     @classmethod
     def of_rows(
-        cls, settings: LayerSettings, positions: Tensor, *, start: int, seen: int, compressions: int
+        cls,
+        settings: LayerSettings,
+        positions: Tensor,
+        scores: Tensor | None,
+        *,
+        start: int,
+        seen: int,
+        compressions: int,
     ) -> Track:
-        """For rows at these positions ``[B, H, rows]``, which compressions (if any) chose."""
-        chosen = positions[:, :, settings.sink_size :] if compressions else None
-        return cls.restored(settings, seen, positions.shape[2], start, compressions, chosen)
+        """For rows at these positions ``[B, H, rows]``, which compressions (if any) chose, by these carried
+        ``scores [B, H, >= start]``."""
+        carries = compressions and settings.carries_scores
+        chosen = positions[:, :, settings.sink_size : start if carries else None] if compressions else None
+        carried = scores[:, :, settings.sink_size : start] if scores is not None and carries else None
+        return cls.restored(settings, seen, positions.shape[2], start, compressions, chosen, carried)
 
     @classmethod
     def restored(
@@ -48,11 +60,13 @@ class Track:
         start: int,
         compressions: int,
         chosen: Tensor | None,
+        scores: Tensor | None = None,
     ) -> Track:
         """With these values of the attributes of the same names."""
         track = cls(settings)
         track.seen, track.rows, track.start, track.compressions = seen, rows, start, compressions
         track.chosen, track._chosen_count = chosen, 0 if chosen is None else chosen.shape[2]
+        track.scores = scores
         return track
 
     @property
@@ -144,8 +158,16 @@ class Track:
         for done in planned.passes:
             self._chosen_count = self._chosen_after(done, self._chosen_count)
 
-    def record(self, index: Tensor, done: Pass) -> None:
-        """Store the positions of the rows that ``done`` left, from the operator's ``index [B, H, >= rows left]``."""
+    def carried(self, key: Tensor) -> Tensor:
+        """Scores of the chosen rows ``[B, H, n]``, float32, or float64 for such keys."""
+        dtype = formulas.arithmetic_dtype(key.dtype)
+        return (
+            key.new_empty((*key.shape[:2], 0), dtype=dtype) if self.scores is None else self.scores.to(dtype)
+        )
+
+    def record(self, index: Tensor, done: Pass, scores: Tensor | None) -> None:
+        """Store the positions of the rows that ``done`` left, from the operator's ``index [B, H, >= rows left]``, and
+        the ``scores`` of those that it chose, where they are carried."""
         sink = self.settings.sink_size
         before = 0 if self.chosen is None else self.chosen.shape[2]
         rows = index[:, :, sink : sink + self._chosen_after(done, before)]
@@ -154,12 +176,15 @@ class Track:
             earlier = self.chosen.gather(2, (rows - sink).clamp(max=before - 1).long())
             positions = torch.where(rows < sink + before, earlier, positions)
         self.chosen = positions
+        if scores is not None:
+            self.scores = scores.clone(memory_format=torch.contiguous_format)
 
     def _chosen_after(self, done: Pass, before: int) -> int:
         """Chosen rows after a compression of ``before``: up to where it chose, or beyond where it started again and
         its last partition, which stays whole, has some of them."""
         dropped = done.count * (self.settings.lag_size - self.settings.keep)
-        return max(done.start - self.settings.sink_size + done.count * self.settings.keep, before - dropped)
+        chosen = done.start - self.settings.sink_size + done.count * self.settings.keep - done.shed
+        return max(chosen, before - dropped)
 
     def positions(self, batch: int, heads: int, device: torch.device) -> Tensor:
         """int32 ``[batch, heads, rows]``: the position of every row, ascending."""
@@ -181,11 +206,18 @@ class Track:
     def split(self, batch: int) -> list[Track]:
         """One track for each of ``batch`` sequences that were compressed together."""
         tracks = [self.copy() for _ in range(batch)]
-        if self.chosen is not None:
-            for track, chosen in zip(tracks, self.chosen.split(1), strict=True):
-                track.chosen = chosen
+        for b, track in enumerate(tracks):
+            track.map(lambda x, b=b: x[b : b + 1])  # type: ignore[misc]
         return tracks
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.chosen is not None:
             self.chosen = change(self.chosen)
+        if self.scores is not None:
+            # As integers: what converts keys and values must not round scores.
+            bits = self.scores.view(torch.int32 if self.scores.dtype == torch.float32 else torch.int64)
+            self.scores = change(bits).view(self.scores.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """Safe in another thread while steps run."""
+        return [x for x in (self.chosen, self.scores) if x is not None]

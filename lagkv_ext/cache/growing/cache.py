@@ -43,16 +43,20 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             ever dropped and generation is that of `DynamicCache`.
         keep: tokens kept of each partition, ``1 <= keep <= lag_size``.
         sink_size: leading tokens that are always kept, at least 0.
-        score: "std" (the paper) or "cosine".
+        score: "std" (the paper), "cosine" or "blend" (both together).
         value_weight: weight of the value score against the key score, finite.
+        smooth: odd; the score of a token is the mean over so many neighbours in its partition.
+        budget: "partition" (the paper): ``keep`` tokens of each partition. "head": the partitions of a head share what
+            is kept, and rows that earlier compressions chose compete again, with the scores that they were chosen by.
         layer_keep_ratio: layers with a ``keep_ratio`` of their own, ``{layer: ratio}``; a negative index counts from
             the last layer of the model; only full-attention layers.
         skip_layers: layers that are never compressed; negative indices as above.
         max_tokens: rows that a compressed layer may hold, at least ``sink_size + 2 lag_size``; by default there is
             no bound, and a layer grows by ``keep`` rows for every ``lag_size`` tokens. A compression that leaves
             no room for the next one makes the layer start again from the sink: the next one chooses among
-            all rows after it, as if they were a new sequence. Tokens given one by one never take a layer over it;
-            many at once do for the step that brings them.
+            all rows after it, as if they were a new sequence. With ``budget="head"`` it drops the rows with the lowest
+            scores instead. Tokens given one by one never take a layer over it; many at once do for the step that
+            brings them.
         boundary: compress only when the tokens seen are a multiple of it, itself a multiple of ``lag_size``. Keys and
             values of a token then depend on the tokens up to it and on the settings alone, not on the steps in which
             they came, as in the vLLM plugin. A step that reaches over a boundary at which a compression comes due is
@@ -96,6 +100,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
         sink_size: int = 16,
         score: str = "std",
         value_weight: float = 1.0,
+        smooth: int = 1,
+        budget: str = "partition",
         layer_keep_ratio: Mapping[int, float] | None = None,
         skip_layers: Iterable[int] = (),
         max_tokens: int | None = None,
@@ -114,6 +120,8 @@ class LagKVCache(ReportsLayers, StoredInFiles, DynamicCache):
             sink_size=sink_size,
             value_weight=value_weight,
             score=score,
+            smooth=smooth,
+            budget=budget,
             max_tokens=max_tokens,
             quantization=quantization,
             boundary=boundary,

@@ -139,9 +139,8 @@ class DenseRows(Rows):
         return 0 if buffer is None else buffer.bytes_per_row
 
     def tensors(self) -> list[Tensor]:
-        buffer, chosen = self.buffer, self.track.chosen  # read once, as above
-        tensors = [] if buffer is None else buffer.storages
-        return tensors if chosen is None else [*tensors, chosen]
+        buffer = self.buffer  # read once, as above
+        return [*([] if buffer is None else buffer.storages), *self.track.tensors()]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.buffer is None:

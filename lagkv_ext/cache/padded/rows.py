@@ -243,8 +243,8 @@ class PaddedRows(Rows):
 
     def tensors(self) -> list[Tensor]:
         buffer, tracks = self._buffer, self._tracks  # read once, as above
-        chosen = [track.chosen for track in tracks if track.chosen is not None]
-        return chosen if buffer is None else [*buffer.storages, *chosen]
+        held = [x for track in tracks for x in track.tensors()]
+        return held if buffer is None else [*buffer.storages, *held]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffer is None:

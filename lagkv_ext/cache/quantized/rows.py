@@ -24,7 +24,8 @@ class CodedRows(Rows):
     Rows are compressed first and quantised after that. The rows after the chosen ones, at most two partitions and a
     remainder, are held as they came, so every partition is scored once with the given numbers: the same tokens are kept
     as without quantisation. A row is quantised once, when it has been chosen; later its code moves with it. Under a
-    token budget, where chosen rows are scored again, their dequantised numbers are scored.
+    token budget, where chosen rows are scored again, their dequantised numbers are scored; carried scores stay those
+    of the rows as they came.
 
     A layer that drops nothing quantises all but its last ``lag_size`` to ``2 lag_size`` rows.
 
@@ -159,10 +160,9 @@ class CodedRows(Rows):
         return 0 if buffer is None else buffer.bytes_per_row
 
     def tensors(self) -> list[Tensor]:
-        buffer, codes, chosen = self.buffer, self.codes, self.track.chosen  # read once, as above
+        buffer, codes = self.buffer, self.codes  # read once, as above
         tensors = [] if buffer is None else buffer.storages
-        tensors = tensors if chosen is None else [*tensors, chosen]
-        return tensors + [x for rows in codes or () for x in rows.storages]
+        return [*tensors, *self.track.tensors(), *(x for rows in codes or () for x in rows.storages)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.buffer is None:
@@ -201,7 +201,8 @@ class CodedRows(Rows):
         """Compress all rows and quantise those that are settled then; ``before`` is the track of the old rows."""
         coded, codes = self.coded, self.codes
         old = None
-        if codes is not None and min(done.start for done in passes) < coded:
+        again = self.settings.carries_scores or min(done.start for done in passes) < coded
+        if codes is not None and again:  # coded rows may go
             old = self._positions(before, key)[:, :, :coded].contiguous()
         self.buffer = None  # the old rows are free before the new ones come
         rows = self.compressor.into_new(self.track, passes, key, value)

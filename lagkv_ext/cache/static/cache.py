@@ -52,8 +52,8 @@ class LagKVStaticCache(ReportsLayers, Cache):
             torch's default device.
         step_tokens: most tokens of a step at fixed addresses, at most ``lag_size - keep``. Room for such a step is kept
             free: what is held is what ``LagKVCache`` holds with ``max_tokens=capacity - step_tokens + 1``.
-        lag_size, keep_ratio, keep, sink_size, score, value_weight: as for ``LagKVCache``; ``keep`` must be below
-            ``lag_size``, and all full-attention layers are treated alike.
+        lag_size, keep_ratio, keep, sink_size, score, value_weight, smooth, budget: as for ``LagKVCache``; ``keep`` must
+            be below ``lag_size``, and all full-attention layers are treated alike.
 
     Raises:
         TypeError, ValueError: when made: a wrong argument, a model it does not serve (see ``LagKVCache``), or an
@@ -84,6 +84,8 @@ class LagKVStaticCache(ReportsLayers, Cache):
         sink_size: int = 16,
         score: str = "std",
         value_weight: float = 1.0,
+        smooth: int = 1,
+        budget: str = "partition",
     ):
         check_config(config)
         arguments.storage_type("dtype", dtype)
@@ -96,6 +98,8 @@ class LagKVStaticCache(ReportsLayers, Cache):
             sink_size=sink_size,
             value_weight=value_weight,
             score=score,
+            smooth=smooth,
+            budget=budget,
         )
         settings = with_capacity(settings, capacity, step_tokens)
         self._text_config = config.get_text_config(decoder=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lagkv_ext import arguments
+from lagkv_ext import arguments, formulas
 from lagkv_ext.cache.compression.compressor import Compressor
 from lagkv_ext.cache.compression.plan import starts_again
 from lagkv_ext.cache.compression.timer import CompressionTimer
@@ -53,6 +53,11 @@ class LagKVStaticLayer(SlotLayer):
         self.positions = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.int32)
         self.start = self.keys.new_full((self.batch_size,), self.settings.sink_size, dtype=torch.int32)
         self.length = torch.zeros_like(self.start)
+        self.scores = None  # of the chosen rows, where they are carried
+        if self.settings.carries_scores:
+            self.scores = self.keys.new_zeros(
+                self.keys.shape[:3], dtype=formulas.arithmetic_dtype(self.keys.dtype)
+            )
         # Tokens seen, without padding; compressions that have run; times that a layer started again from the sink.
         self.tokens, self.settled, self.restarts = (torch.zeros_like(self.start) for _ in range(3))
         # True once a step came since the last compression: each has its compression once.
@@ -60,7 +65,7 @@ class LagKVStaticLayer(SlotLayer):
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         by_sequence = [self.positions, self.start, self.length, self.tokens, self.settled, self.restarts]
-        return by_sequence, [self.due]
+        return by_sequence if self.scores is None else [*by_sequence, self.scores], [self.due]
 
     def reset(self) -> None:
         super().reset()
@@ -155,19 +160,30 @@ class LagKVStaticLayer(SlotLayer):
 
         This is ``compression/plan.py`` on the device. A step of up to ``step_tokens`` tokens sets off one pass at most.
         """
-        # Behind the last row there are no partitions: with start there, the operator changes nothing.
-        start = torch.where(self.due, self.start, self.length)
         rows = self.length.clone()
-        index = torch.ops.lagkv.compress_ragged_(
-            self.keys, self.values, start, self.length, **self.settings.operator_arguments
-        )
-        self.positions.copy_(self.positions.gather(2, index.clamp(min=0).long()))
-        again = starts_again(start, self.settings.lag_size, self.max_tokens) & self.due
+        if self.scores is None:
+            start = self._compress(self.due, self.settings.keep)
+            again = starts_again(start, self.settings.lag_size, self.max_tokens) & self.due
+            self.restarts.add_(again)
+            self.start.copy_(torch.where(again, self.settings.sink_size, self.start))
+        else:  # a full layer keeps as many rows as before
+            full = self._full()
+            self._compress(self.due & ~full, self.settings.keep)
+            self._compress(self.due & full, 0)
         self.settled.add_(self.length != rows)
-        self.restarts.add_(again)
-        start = torch.where(again, self.settings.sink_size, start)
-        self.start.copy_(torch.where(self.due, start, self.start))
         self.due.zero_()
+
+    def _compress(self, takes_part: Tensor, keep: int) -> Tensor:
+        """Compress the sequences that take part; returns their new ``start``."""
+        # Behind the last row there are no partitions: with start there, the operator changes nothing.
+        start = torch.where(takes_part, self.start, self.length)
+        options = {**self.settings.operator_arguments, "keep": keep}
+        if self.scores is not None:
+            options.update(scores=self.scores, sink_size=self.settings.sink_size)
+        index = torch.ops.lagkv.compress_ragged_(self.keys, self.values, start, self.length, **options)
+        self.positions.copy_(self.positions.gather(2, index.clamp(min=0).long()))
+        self.start.copy_(torch.where(takes_part, start, self.start))
+        return start
 
     def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         growing = self._as_growing()
@@ -185,6 +201,9 @@ class LagKVStaticLayer(SlotLayer):
                     (self.positions, positions),
                 ):
                     slots[b, :, : track.rows].copy_(kept[b, :, kept.shape[2] - track.rows :])
+                if self.scores is not None and track.scores is not None:
+                    carried = track.scores[b if len(tracks) == 1 else 0]
+                    self.scores[b, :, self.settings.sink_size : track.start].copy_(carried)
                 self.length[b], self.start[b] = track.rows, track.start
                 self.tokens[b], self.settled[b] = track.seen, track.compressions
             self.seen.add_(new)
@@ -204,6 +223,7 @@ class LagKVStaticLayer(SlotLayer):
         track = Track.of_rows(
             self.settings,
             self.kept_positions(),
+            self.scores,
             start=int(self.start[0]),
             seen=int(self.seen),
             compressions=self.compressions,
@@ -215,7 +235,14 @@ class LagKVStaticLayer(SlotLayer):
     def _dropped(self, rows: Tensor) -> Tensor:
         """Rows that a compression of so many rows drops, by sequence."""
         count = ((rows - self.start) // self.settings.lag_size - 1).clamp(min=0)
-        return count * (self.settings.lag_size - self.settings.keep)
+        kept = self.settings.keep if self.scores is None else self.settings.keep * ~self._full()
+        return count * (self.settings.lag_size - kept)
+
+    def _full(self) -> Tensor:
+        """bool by sequence: with carried scores, whether no more rows can be chosen."""
+        most = self.settings.most_chosen
+        assert most is not None
+        return (self.start - self.settings.sink_size).eq(most)
 
     def _rows_left(self) -> Tensor:
         """Rows by sequence, once the compression that is due has run."""

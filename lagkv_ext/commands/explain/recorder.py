@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from lagkv_ext import LagKVCache
 from lagkv_ext.commands.explain.explanation import Layer
 
-_COMPRESS = ("compress", "compress_", "compress_carried", "compress_carried_")
-_CHOOSING = {"keep", "budget", "carried"}  # options that say how scores decide
+_COMPRESS = ("compress", "compress_", "compress_carried")
+_CHOOSING = {"keep", "budget", "carried", "scores", "sink_size"}  # options that say how scores decide
 _MISMATCH = "explain does not understand how this cache chooses, please report it"
 
 
@@ -48,7 +48,7 @@ class LayerRecord:
     def add(self, arguments: Mapping[str, Any], scores: Tensor, index: Tensor) -> None:
         """One compression: ``scores [1, H, P - 1, L]`` of the partitions, ``index [1, H, rows left]``.
 
-        ``budget="head"``: all rows from the ``carried`` ones on compete; else those of each partition.
+        ``budget="head"``: all rows from the carried ones on compete; else those of each partition.
         """
         rows = arguments["key"].shape[2]
         start, keep = int(arguments["start"]), int(arguments["keep"])
@@ -61,6 +61,8 @@ class LayerRecord:
         known[:, start : start + partitions * lag] = new.flatten(1)
         carried = arguments.get("carried")
         begin, end = start - (0 if carried is None else carried.shape[2]), start + partitions * lag
+        if arguments.get("scores") is not None:
+            begin = int(arguments["sink_size"])
         shared = carried is not None or arguments.get("budget") == "head"
         groups = known[:, begin:end].unflatten(1, (1, end - begin) if shared else (partitions, lag))
         places = end - begin - partitions * (lag - keep) if shared else keep
@@ -78,6 +80,11 @@ class LayerRecord:
         self.held, self.scores = positions.gather(1, kept), known.gather(1, kept)
         self.seen += fresh
 
+    def shed(self, left: Tensor) -> None:
+        """Of the rows held only those at ``left [1, H, n]`` stay: a full cache sheds the lowest carried scores."""
+        rows = left[0].cpu().long()
+        self.held, self.scores = self.held.gather(1, rows), self.scores.gather(1, rows)
+
 
 class Recorder(TorchFunctionMode):
     """While open, records the compressions of the layer that `layer` names."""
@@ -86,11 +93,17 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.records: dict[int, LayerRecord] = {}
         self.layer = -1
+        self._left: Tensor | None = None  # rows that the last shedding left
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = _operator(func)
         if name is None:
+            return func(*args, **kwargs)
+        if name in ("topk_index", "compact"):
+            if name == "compact" and args[1] is not self._left:  # of keys, then of values
+                self._left = args[1]
+                self.records[self.layer].shed(args[1])
             return func(*args, **kwargs)
         if name not in _COMPRESS:
             raise RuntimeError(f"explain does not know the operator lagkv::{name}, which this cache calls")
