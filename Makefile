@@ -2,8 +2,9 @@
 # Each creates its environment (.venv), installs, builds and runs. Another torch: make test TORCH='torch==2.13.0'
 # (give another VENV too to keep both). Other targets: test-vllm (the plugin in vLLM, in an environment of its own),
 # test-oldest (the caches with the oldest transformers that pyproject.toml admits, also in one of its own), build, lint,
-# format, kernel-report, check-headers (do the sources compile with the oldest torch?), clean, and gpu-check, which on a
-# machine with a GPU checks and measures everything with the python3 and the torch that are there, offline.
+# format, kernel-report, check-headers (do the sources compile with the oldest torch?), wheel (both wheels, checked and
+# run with several releases of torch), clean, and gpu-check, which on a machine with a GPU checks and measures everything
+# with the python3 and the torch that are there, offline.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch
@@ -21,7 +22,7 @@ export PATH := /usr/lib/ccache:$(PATH)
 export PYTORCH_NVCC ?= ccache $(CUDA_HOME)/bin/nvcc
 endif
 
-.PHONY: demo test test-vllm test-oldest lint format env build kernel-report check-headers gpu-check clean
+.PHONY: demo test test-vllm test-oldest lint format env build kernel-report check-headers wheel gpu-check clean
 
 # The stamp's name holds the torch that was asked for, so that asking for another one installs it.
 ENV_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,-,$(TORCH)))
@@ -104,6 +105,10 @@ kernel-report: build
 
 check-headers: env
 	$(BIN)/python tools/check_headers.py
+
+# Into dist/cuda and dist/cpu. Downloads three releases of torch; half an hour on two idle cores.
+wheel: env
+	$(BIN)/python -m tools.wheels $(WHEEL)
 
 # With the torch of $(PYTHON), not of .venv: a machine with a card may have no network. MINUTES: for everything.
 MINUTES ?= 60

@@ -53,6 +53,13 @@ def load() -> None:
         _cuda_status = "not loaded: this torch has no CUDA"
     elif not build["built"]:
         _cuda_status = f"not loaded: {build['reason']}"
+    elif build["nvcc"].split(".")[0] != torch.version.cuda.split(".")[0]:
+        # Two CUDA runtimes in one process, if the other one is there at all.
+        raise ImportError(
+            f"{_FOLDER} was built with CUDA {build['nvcc']}, torch {torch.__version__} has CUDA {torch.version.cuda}. "
+            f"Install a torch with CUDA {build['nvcc'].split('.')[0]}, or a wheel of lagkv_ext without CUDA. "
+            f"{_BUILD_AGAIN}"
+        )
     else:
         _load_library("_cuda")
         _cuda_status = "loaded"

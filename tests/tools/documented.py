@@ -143,6 +143,9 @@ def _pip(arguments: list[str]) -> None:
     parser.add_argument("--no-deps", action="store_true")
     parser.add_argument("packages", nargs="+")
     for package in parser.parse_args(arguments).packages:
+        if package.endswith(".whl"):  # of `make wheel`
+            assert re.fullmatch(r"dist/(cuda|cpu)/lagkv_ext-\*\.whl", package), package
+            continue
         # "." is a folder: the requirement is that of the project itself.
         wanted = Requirement(re.sub(r"^\.", project["name"], package))
         if wanted.name == project["name"]:

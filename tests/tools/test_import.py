@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import torch
 
 import lagkv_ext
 
@@ -75,6 +78,29 @@ def test_a_library_older_than_its_python_is_said(tmp_path):
         in done.stderr
     )
     assert "make build" in done.stderr
+
+
+def test_a_torch_with_another_cuda_is_refused_by_name(tmp_path):
+    """A wheel built with CUDA 13 beside a torch with CUDA 12: no program waits for a symbol that is not there."""
+    copy = tmp_path / "lagkv_ext"
+    shutil.copytree(ROOT / "lagkv_ext", copy, ignore=shutil.ignore_patterns("__pycache__", "_cuda.*", "data"))
+    info = json.loads((copy / "_build_info.json").read_text(encoding="utf-8"))
+    info["cuda"] = {"built": True, "reason": "", "nvcc": "13.0", "architectures": ["9.0"]}
+    (copy / "_build_info.json").write_text(json.dumps(info), encoding="utf-8")
+    done = run(
+        f"""
+        import sys, torch
+        torch.version.cuda = "12.8"
+        sys.path.insert(0, {str(tmp_path)!r})
+        import lagkv_ext
+        """
+    )
+    assert done.returncode == 1
+    assert (
+        f"ImportError: {copy} was built with CUDA 13.0, torch {torch.__version__} has CUDA 12.8."
+        in done.stderr
+    )
+    assert "a wheel of lagkv_ext without CUDA" in done.stderr
 
 
 def test_info_reports_what_runs():
