@@ -101,7 +101,7 @@ $(BUILD_STAMP): $(ENV_STAMP) $(SOURCES)
 	touch $@
 
 kernel-report: build
-	$(BIN)/python tools/kernel_report.py
+	$(BIN)/python -m tools.kernel_report
 
 check-headers: env
 	$(BIN)/python tools/check_headers.py

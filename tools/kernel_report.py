@@ -1,9 +1,9 @@
-"""Reports on the compiled CUDA kernels: registers, shared memory, spills, occupancy, width of loads.
+"""Reports on the compiled CUDA kernels: registers, shared memory, spills, occupancy, loads, instructions per byte.
 
-``python tools/kernel_report.py [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture,
-reads ``ptxas -v`` and the disassembly, and prints a table (``--out``: also to a file). No GPU is needed. Ends with
-status 1 where a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, or where fewer
-blocks than the planner counts on fit a multiprocessor.
+``python -m tools.kernel_report [--arch sm_80 sm_90] [--out FILE]``: compiles csrc/cuda/*.cu for each architecture,
+reads ``ptxas -v`` and the disassembly, and prints two tables (``--out``: also to a file). No GPU is needed. Ends with
+status 1 where a kernel spills, where the streaming loads of a vector layout are not 128 bits wide, where fewer blocks
+than the planner counts on fit a multiprocessor, or where a streaming loop exceeds its budget of instructions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections import Counter
 from pathlib import Path
 
 from torch.utils.cpp_extension import CUDA_HOME, include_paths
+
+from tools import instruction_budget, sass
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -41,7 +43,8 @@ class Kernel:
     static_shared: int
     stack: int
     spills: int  #: bytes, stores and loads
-    loads: Counter[str] = dataclasses.field(default_factory=Counter)  #: streaming loads by bits
+    loads: Counter[int] = dataclasses.field(default_factory=Counter)  #: streaming loads by bits
+    per_kib: float = 0  #: instructions of the streaming loop; 0: it has none
     dynamic_shared: int = 0
     blocks: int = 0  #: per multiprocessor
     planned: int = 0  #: per multiprocessor, as the launch planner counts
@@ -66,7 +69,7 @@ class Kernel:
         if self.spills or self.stack:
             found.append(f"{self.spills} bytes of spills, {self.stack} bytes of stack")
         if self.layout and self.layout[1] > 1:
-            narrow = [f"{count} of {bits}" for bits, count in self.loads.items() if bits != "128"]
+            narrow = [f"{count} of {bits}" for bits, count in self.loads.items() if bits != 128]
             if narrow or not self.loads:
                 found.append(
                     f"streaming loads are not all 128 bits wide: {', '.join(narrow) or 'none found'}"
@@ -146,23 +149,16 @@ def short_name(symbol: str) -> str:
     return name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
 
 
-def read_loads(target: Path, kernels: list[Kernel]) -> None:
-    """Streaming loads: those that pass L1 by (ld_global_nc_stream)."""
+def read_code(target: Path, kernels: list[Kernel]) -> None:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]]),
     }
-    by_symbol = {kernel.symbol: kernel for kernel in kernels}
-    current = None
-    for line in run([tool("cuobjdump"), "-sass", str(target)], env=environment).splitlines():
-        function = re.search(r"Function : (\w+)", line)
-        if function:
-            current = by_symbol[function[1]]
-        load = re.search(r"\bLDG\.E((?:\.\w+)*)", line)
-        if load and current and ".NA" in load[1]:
-            width = re.search(r"\.(64|128)(?=\.|$)", re.sub(r"LTC\d+B", "", load[1]))
-            small = re.search(r"\.[US](8|16)\b", load[1])
-            current.loads[width[1] if width else small[1] if small else "32"] += 1
+    code = sass.functions(run([tool("cuobjdump"), "-sass", str(target)], env=environment))
+    for kernel in kernels:
+        kernel.loads = Counter(x.load_bits for x in code[kernel.symbol] if x.load_bits)
+        if loop := sass.streaming_loop(code[kernel.symbol]):
+            kernel.per_kib = sass.per_kib(loop)
 
 
 def add_occupancy(kernels: list[Kernel], folder: Path) -> None:
@@ -199,16 +195,18 @@ def table(kernels: list[Kernel]) -> str:
     rows = [
         f"Shared memory: static + dynamic, for L = {LAG_SIZE} and the widest D of the layout. "
         "Row<T, elements, lanes, chunks>: a lane reads `chunks` times `elements` elements of a row.\n",
-        "| kernel | GPU | registers | shared bytes | spill bytes | blocks per SM | occupancy | streaming loads |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | GPU | registers | shared bytes | spill bytes | blocks per SM | occupancy | streaming loads "
+        "| instructions per KiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    cards = {"sm_80": "A100", "sm_90": "H100"}
     for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch)):
         loads = ", ".join(f"{count} x {bits} bit" for bits, count in sorted(kernel.loads.items())) or "-"
+        card = instruction_budget.CARDS[kernel.arch].name
         rows.append(
-            f"| `{kernel.name}` | {cards[kernel.arch]} | {kernel.registers} "
+            f"| `{kernel.name}` | {card} | {kernel.registers} "
             f"| {kernel.static_shared} + {kernel.dynamic_shared} | {kernel.spills} "
-            f"| {kernel.blocks} | {kernel.occupancy} % | {loads} |"
+            f"| {kernel.blocks} | {kernel.occupancy} % | {loads} "
+            f"| {kernel.per_kib:.1f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -236,16 +234,21 @@ def main() -> int:
                 raise SystemExit(f"kernel_report: the compiler reported no kernel for {source.name}")
             for kernel in found:
                 kernel.name = short_name(kernel.symbol)
-            read_loads(target, found)
+            read_code(target, found)
             kernels += found
             print(f"{arch} {source.name}: {len(found)} kernels", file=sys.stderr)
     add_occupancy(kernels, folder)
 
-    text = table(kernels)
+    budgets = instruction_budget.load()
+    counts: dict[str, dict[str, float]] = {arch: {} for arch in options.arch}
+    for kernel in kernels:
+        counts[kernel.arch][kernel.name] = kernel.per_kib
+    text = table(kernels) + "\n" + instruction_budget.table(counts, budgets)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")
     print(text)
     faults = [f"{kernel.arch} {kernel.name}: {fault}" for kernel in kernels for fault in kernel.faults()]
+    faults += instruction_budget.faults(counts, budgets)
     for fault in faults:
         print(f"FAULT {fault}")
     print(f"{len(kernels)} kernels, {len(faults)} faults; table in {options.out}")
