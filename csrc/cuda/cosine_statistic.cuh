@@ -48,7 +48,6 @@ struct CosineStatistic {
   // 65,536 directions one by one would show in the scores.
   static constexpr unsigned kPanel = 32;
   static constexpr bool kRepairs = false;
-  static constexpr int kTogether = Layout::kFlight;  // rows of a round that are summed together
 
   Real anchor[Layout::kChannels], total[Layout::kChannels];
 
@@ -77,11 +76,12 @@ struct CosineStatistic {
   /// this lane owns; 0 where rows are not scored. A missing row is all zeros, has no direction and adds
   /// nothing.
   template <bool kScored>
-  __device__ __forceinline__ Real visit(const typename Layout::Values (&x)[kTogether],
-                                        const bool (& /*exists*/)[kTogether], int /*dim*/, const Seat& seat) {
-    Real row[kTogether][Layout::kChannels], squares[kTogether], cosine[kTogether];
+  __device__ __forceinline__ Real visit(const typename Layout::Values (&x)[Layout::kFlight],
+                                        const bool (& /*exists*/)[Layout::kFlight], int /*dim*/,
+                                        const Seat& seat) {
+    Real row[Layout::kFlight][Layout::kChannels], squares[Layout::kFlight], cosine[Layout::kFlight];
 #pragma unroll
-    for (int n = 0; n < kTogether; ++n) {
+    for (int n = 0; n < Layout::kFlight; ++n) {
       Layout::unpack_row(x[n], row[n]);
       squares[n] = 0;
 #pragma unroll
@@ -89,9 +89,9 @@ struct CosineStatistic {
     }
     const Norm<Real> owned(Layout::row_sum(squares, seat));
 #pragma unroll
-    for (int n = 0; n < kTogether; ++n) {
-      const Norm<Real> norm(Layout::template of_row<kTogether>(owned.norm, n),
-                            Layout::template of_row<kTogether>(owned.inverse, n));
+    for (int n = 0; n < Layout::kFlight; ++n) {
+      const Norm<Real> norm(Layout::template of_row<Layout::kFlight>(owned.norm, n),
+                            Layout::template of_row<Layout::kFlight>(owned.inverse, n));
       cosine[n] = 0;
 #pragma unroll
       for (int c = 0; c < Layout::kChannels; ++c) {

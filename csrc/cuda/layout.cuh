@@ -100,16 +100,11 @@ struct Row {
       first = thread / kLanes;
     }
     __device__ __forceinline__ int channel(int chunk) const { return (chunk * kLanes + lane) * kElements; }
-    /// Index among `rows` rows summed together (row_sum) of the one whose sum this lane gets; one lane of
-    /// those owns it.
-    template <int rows>
+    /// Index in a round of the row whose sum this lane gets (row_sum); one lane of those `owns` it.
     __device__ __forceinline__ int owned_row() const {
-      return first + lane / (kLanes / rows) * kRowsPerPass;
+      return first + lane / (kLanes / kFlight) * kRowsPerPass;
     }
-    template <int rows>
-    __device__ __forceinline__ bool owns() const {
-      return lane % (kLanes / rows) == 0;
-    }
+    __device__ __forceinline__ bool owns() const { return lane % (kLanes / kFlight) == 0; }
   };
 
   /// The lane's channels of a row, in arithmetic's type.

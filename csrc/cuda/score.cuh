@@ -45,7 +45,7 @@ struct StridedTile {
         : own(tile.rows + first * tile.row_stride + channel), stride(step * tile.row_stride) {}
     __device__ __forceinline__ const T* next(int /*channel*/, bool /*exists*/) {
       const T* const now = own;
-      own += opaque(stride);
+      own = opaque(own + stride);  // one addition a row, not one of its multiple to the round's first row
       return now;
     }
   };
@@ -101,7 +101,7 @@ struct Stream {
   __device__ __forceinline__ Stream(const Tile& tile, const PassStores<Real>& stores)
       : statistic(tile.inverse_dim),
         rows(tile, seat.first, seat.channel(0)),
-        result(stores.statistics + seat.template owned_row<Statistic::kTogether>()),
+        result(stores.statistics + seat.owned_row()),
         dim(static_cast<int>(tile.dim)),
         check(0) {
     if constexpr (kScored) statistic.load(stores.reference, dim, seat);
@@ -110,27 +110,18 @@ struct Stream {
   /// The next kRowsPerRound rows, of which `left` exist; `whole`: all of them.
   template <bool whole>
   __device__ __forceinline__ void round(int left) {
-    constexpr int kGroups = Layout::kFlight / Statistic::kTogether;
-    typename Layout::Values x[kGroups][Statistic::kTogether];
-    bool exists[kGroups][Statistic::kTogether];
+    typename Layout::Values x[Layout::kFlight];
+    bool exists[Layout::kFlight];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int n = 0; n < Statistic::kTogether; ++n) {
-        exists[g][n] = whole || seat.first + (g * Statistic::kTogether + n) * Layout::kRowsPerPass < left;
-        x[g][n] = Layout::load(rows.next(opaque(seat.lane) * Layout::kElements, exists[g][n]), dim,
-                               exists[g][n], seat);
-      }
+    for (int n = 0; n < Layout::kFlight; ++n) {
+      exists[n] = whole || seat.first + n * Layout::kRowsPerPass < left;
+      x[n] = Layout::load(rows.next(opaque(seat.lane) * Layout::kElements, exists[n]), dim, exists[n], seat);
     }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const Real s = statistic.template visit<kScored>(x[g], exists[g], dim, seat);
-      if constexpr (kScored) {
-        constexpr int kRows = Statistic::kTogether * Layout::kRowsPerPass;
-        const bool owned = whole || seat.template owned_row<Statistic::kTogether>() + g * kRows < left;
-        if (owned && seat.template owns<Statistic::kTogether>()) result.set(g * kRows, s);
-        if (Statistic::kRepairs && owned) check = fused(s, Real(0), check);
-      }
+    const Real s = statistic.template visit<kScored>(x, exists, dim, seat);
+    if constexpr (kScored) {
+      const bool owned = whole || seat.owned_row() < left;
+      if (owned && seat.owns()) result.set(0, s);
+      if (Statistic::kRepairs && owned) check = fused(s, Real(0), check);
     }
     result = result + Layout::kRowsPerRound;
   }

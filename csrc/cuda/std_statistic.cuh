@@ -117,47 +117,23 @@ struct StdStatistic {
   /// Rows of a round, which widen the bounds of their own partition. Returns sum_c (y_c - mean y)^2 of the
   /// row that this lane owns; 0 where rows are not scored.
   template <bool kScored>
-  __device__ __forceinline__ Real visit(const typename Layout::Values (&x)[kTogether],
-                                        const bool (&exists)[kTogether], int dim, const Seat& seat) {
+  __device__ __forceinline__ Real visit(const typename Layout::Values (&x)[Layout::kFlight],
+                                        const bool (&exists)[Layout::kFlight], int dim, const Seat& seat) {
+    Real squares[Layout::kFlight];
 #pragma unroll
-    for (int n = 0; n < kTogether; ++n) {
-      if (!exists[n]) continue;
+    for (int first = 0; first < Layout::kFlight; first += kTogether) {
 #pragma unroll
-      for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-        least[chunk] = extreme<false, T, Layout::kElements>(least[chunk], x[n].chunk[chunk]);
-        most[chunk] = extreme<true, T, Layout::kElements>(most[chunk], x[n].chunk[chunk]);
+      for (int n = first; n < first + kTogether; ++n) {
+        if (!exists[n]) continue;
+#pragma unroll
+        for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+          least[chunk] = extreme<false, T, Layout::kElements>(least[chunk], x[n].chunk[chunk]);
+          most[chunk] = extreme<true, T, Layout::kElements>(most[chunk], x[n].chunk[chunk]);
+        }
       }
+      if constexpr (kScored) sum_squares(x + first, squares + first, dim, seat);
     }
     if constexpr (!kScored) return Real(0);
-
-    Real y[kTogether][Layout::kChannels], sum[kTogether];
-#pragma unroll
-    for (int n = 0; n < kTogether; ++n) {
-      Layout::unpack_row(x[n], y[n]);
-      sum[n] = 0;
-#pragma unroll
-      for (int c = 0; c < Layout::kChannels; ++c) {
-        y[n][c] = (y[n][c] - lo[c]) * scale[c];
-        sum[n] += y[n][c];
-      }
-    }
-    const Real owned_mean = Layout::row_sum(sum, seat) * inverse_dim;
-    Real squares[kTogether];
-#pragma unroll
-    for (int n = 0; n < kTogether; ++n) {
-      const Real mean = Layout::template of_row<kTogether>(owned_mean, n);
-#pragma unroll
-      for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-        Real part = 0;
-#pragma unroll
-        for (int c = chunk * Layout::kElements; c < (chunk + 1) * Layout::kElements; ++c) {
-          const Real off = y[n][c] - mean;
-          part += off * off;
-        }
-        part = seat.channel(chunk) < dim ? part : Real(0);
-        squares[n] = chunk == 0 ? part : squares[n] + part;
-      }
-    }
     return Layout::row_sum(squares, seat);
   }
 
@@ -188,6 +164,39 @@ struct StdStatistic {
   }
 
  private:
+  /// The lane's part of sum_c (y_c - mean y)^2 of kTogether rows. y is a product that is never rounded:
+  /// four instructions per channel.
+  __device__ __forceinline__ void sum_squares(const typename Layout::Values* x, Real* squares, int dim,
+                                              const Seat& seat) {
+    Real above[kTogether][Layout::kChannels], sum[kTogether];  // x - lo; sum of y
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      Layout::unpack_row(x[n], above[n]);
+      sum[n] = 0;
+#pragma unroll
+      for (int c = 0; c < Layout::kChannels; ++c) {
+        above[n][c] -= lo[c];
+        sum[n] = fused(above[n][c], scale[c], sum[n]);
+      }
+    }
+    const Real owned_mean = Layout::row_sum(sum, seat) * inverse_dim;
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      const Real mean = Layout::template of_row<kTogether>(owned_mean, n);
+#pragma unroll
+      for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
+        Real part = 0;
+#pragma unroll
+        for (int c = chunk * Layout::kElements; c < (chunk + 1) * Layout::kElements; ++c) {
+          const Real off = fused(above[n][c], scale[c], -mean);
+          part = fused(off, off, part);
+        }
+        part = seat.channel(chunk) < dim ? part : Real(0);
+        squares[n] = chunk == 0 ? part : squares[n] + part;
+      }
+    }
+  }
+
   static __device__ __forceinline__ Access shuffled(Access x, int offset) {
 #pragma unroll
     for (auto& word : x.data) word = __shfl_xor_sync(kFullWarp, word, offset);
