@@ -45,7 +45,11 @@ struct StridedTile {
         : own(tile.rows + first * tile.row_stride + channel), stride(step * tile.row_stride) {}
     __device__ __forceinline__ const T* next(int /*channel*/, bool /*exists*/) {
       const T* const now = own;
-      own = opaque(own + stride);  // one addition a row, not one of its multiple to the round's first row
+      if constexpr (sizeof(T) < sizeof(double)) {
+        own = opaque(own + stride);  // one addition a row, not one of its multiple to the round's first row
+      } else {
+        own += opaque(stride);  // with addresses that wait for one another bounds_kernel spills on sm_80
+      }
       return now;
     }
   };
