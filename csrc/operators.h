@@ -13,6 +13,7 @@
 //   topk_index(TopkParams<T>)
 //   compact(CompactParams<T>)
 //   compress_ragged_(RaggedParams<T>), compress_varlen(RaggedParams<T>), compress_paged_(RaggedParams<T>)
+//   compress_blocks(BlocksParams<T>)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,6 +22,7 @@
 #include <tuple>
 #include <vector>
 
+#include "block_checks.h"
 #include "checks.h"
 #include "ragged_tensors.h"
 #include "tensors.h"
@@ -266,6 +268,27 @@ struct Operators {
     return index;
   }
 
+  static Tensor compress_blocks(const Tensor& key_cache, const Tensor& value_cache,
+                                const Tensor& source_table, const Tensor& target_table,
+                                const Tensor& m_before, const Tensor& m_after, int64_t sink_size,
+                                int64_t lag_size, int64_t keep, double value_weight, StringHandle score,
+                                int64_t smooth) {
+    const Method method =
+        check_compress_blocks(key_cache, value_cache, source_table, target_table, m_before, m_after,
+                              sink_size, lag_size, keep, taken(value_weight, score, smooth));
+    Backend backend(key_cache);
+    const PoolSizes pool = pool_sizes(key_cache);
+    const Tensor index =
+        new_tensor(key_cache, {source_table.size(0), pool.heads, target_table.size(1) * pool.block_size},
+                   ScalarType::Int);
+    with_storage_type(key_cache, [&](auto type) {
+      backend.compress_blocks(block_params<decltype(type)>(key_cache, value_cache, source_table, target_table,
+                                                           m_before, m_after, index, sink_size, lag_size,
+                                                           keep, method));
+    });
+    return index;
+  }
+
   static void register_with(torch::stable::detail::StableLibrary& library) {
     library.impl("compress", TORCH_BOX(&Operators::compress));
     library.impl("compress_carried", TORCH_BOX(&Operators::compress_carried));
@@ -277,6 +300,7 @@ struct Operators {
     library.impl("compress_ragged_", TORCH_BOX(&Operators::compress_ragged_));
     library.impl("compress_varlen", TORCH_BOX(&Operators::compress_varlen));
     library.impl("compress_paged_", TORCH_BOX(&Operators::compress_paged_));
+    library.impl("compress_blocks", TORCH_BOX(&Operators::compress_blocks));
   }
 };
 

@@ -19,7 +19,7 @@ namespace lagkv {
 /// element are left out, those that continue one another are one.
 class Footprint {
  public:
-  static constexpr int64_t kMaxDims = 5;
+  static constexpr int64_t kMaxDims = 6;
 
   struct Dim {
     int64_t size, stride;  // at least 2 runs; bytes

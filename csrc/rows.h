@@ -22,7 +22,16 @@ struct PlainLoad {
   LAGKV_HOST_DEVICE int32_t operator()(const int32_t* number) const { return *number; }
 };
 
-/// Strides and sizes are in elements; a row of `dim` elements is contiguous.
+/// Where the elements of pages lie whose rows are not contiguous, as some engines have them on a CPU: row r
+/// of a page begins at r / span row_stride + r % span span_stride, its channel c lies c / group group_stride
+/// + c % group element_stride behind that. span = 0: rows are contiguous.
+struct Tiling {
+  int64_t span = 0, span_stride = 0;
+  int64_t group = 0, group_stride = 0, element_stride = 0;
+};
+
+/// Strides and sizes are in elements; a row of `dim` elements is contiguous, but for pages with a tiling,
+/// which only copies on the CPU know (cpu/copy_rows.h).
 ///
 ///   slots   sequence b begins at b block_stride (dense tensors too)    offsets null, block_size 0
 ///   packed  sequence b begins at row offsets[b]                        offsets = cu_seqlens [B + 1]
@@ -43,7 +52,9 @@ struct Rows {
   const int32_t* block_table = nullptr;  // contiguous in its last dimension
   int64_t table_stride = 0;
   int64_t block_size = 0;
+  Tiling tiling = {};
 
+  bool is_tiled() const { return tiling.span > 0; }
   LAGKV_HOST_DEVICE bool is_packed() const { return offsets != nullptr; }
   LAGKV_HOST_DEVICE bool is_paged() const { return block_size > 0; }
 
@@ -96,7 +107,8 @@ struct Rows {
   }
 
   LAGKV_HOST_DEVICE Rows<const T> readable() const {
-    return {data, block_stride, head_stride, row_stride, dim, offsets, block_table, table_stride, block_size};
+    return {data,    block_stride, head_stride,  row_stride, dim,
+            offsets, block_table,  table_stride, block_size, tiling};
   }
 };
 

@@ -35,12 +35,19 @@ STABLE_TORCH_LIBRARY(lagkv, m) {
       "Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1.0, str score=\"std\", "
       "int smooth=1, str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> "
       "Tensor index");
+  m.def(
+      "compress_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source_table, Tensor "
+      "target_table, Tensor m_before, Tensor m_after, SymInt sink_size, SymInt lag_size, SymInt keep, *, "
+      "float value_weight=1.0, str score=\"std\", int smooth=1) -> Tensor index");
   // Checks of validate=True of the ragged functions on numbers that were copied to the host.
   m.def("_check_slots(Tensor start, Tensor length, int capacity) -> ()");
   m.def("_check_packed(Tensor cu_seqlens, Tensor start, int rows) -> ()");
   m.def(
       "_check_pages(Tensor block_table, Tensor start, Tensor length, int lag_size, int keep, int blocks, int "
       "block_size) -> ()");
+  m.def(
+      "_check_blocks(Tensor source_table, Tensor target_table, Tensor m_before, Tensor m_after, int "
+      "sink_size, int lag_size, int keep, int blocks, int block_size) -> ()");
   // Instruction set the CPU kernels use: "portable", "avx2" or "avx512" (LAGKV_CPU_ISA overrides the choice).
   m.def("_cpu_isa() -> str");
 }

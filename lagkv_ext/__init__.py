@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lagkv_ext._library import info
+from lagkv_ext.blocks import compress_blocks
 from lagkv_ext.ops import (
     Carried,
     Compressed,
@@ -44,6 +45,7 @@ __all__ = [
     "compact",
     "compress",
     "compress_",
+    "compress_blocks",
     "compress_carried",
     "compress_paged_",
     "compress_ragged_",

@@ -24,6 +24,7 @@ _OPERATORS = (
     "compress_ragged_",
     "compress_varlen",
     "compress_paged_",
+    "compress_blocks",
 )
 _BUILD_AGAIN = "Run 'pip install .' (or 'make build' for a checkout) in the source folder."
 

@@ -170,14 +170,57 @@ def _(
     return key_cache.new_empty((batch, heads, width * block_size), dtype=torch.int32)
 
 
+@torch.library.register_fake("lagkv::compress_blocks")
+def _(
+    key_cache,
+    value_cache,
+    source_table,
+    target_table,
+    m_before,
+    m_after,
+    sink_size,
+    lag_size,
+    keep,
+    *,
+    value_weight=1.0,
+    score="std",
+    smooth=1,
+):
+    op = "compress_blocks"
+    for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if x.dim() not in (4, 6):
+            layouts = "[blocks, block_size, H, D], or 6 [blocks, block_size / r, r, H, D / c, c]"
+            _refuse(op, f"{name} must have 4 dimensions {layouts}, got shape {list(x.shape)}")
+        _check_dtype(op, name, x)
+    _check_rank(op, "source_table", source_table, "[B, max_source]")
+    _check_rank(op, "target_table", target_table, "[B, max_target]")
+    _check_devices(
+        op,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        source_table=source_table,
+        target_table=target_table,
+        m_before=m_before,
+        m_after=m_after,
+    )
+    split = key_cache.dim() == 6
+    block_size = key_cache.shape[1] * key_cache.shape[2] if split else key_cache.shape[1]
+    shape = (source_table.shape[0], key_cache.shape[3 if split else 2], target_table.shape[1] * block_size)
+    return key_cache.new_empty(shape, dtype=torch.int32)
+
+
 def _check_rows(op: str, layout: str, **tensors: Tensor) -> None:
     """Ranks, dtypes and devices of tensors that hold rows."""
     for name, x in tensors.items():
         _check_rank(op, name, x, layout)
-        dtype = str(x.dtype).removeprefix("torch.")
-        if x.dtype not in arguments.FLOATING:
-            _refuse(op, f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
+        _check_dtype(op, name, x)
     _check_devices(op, **tensors)
+
+
+def _check_dtype(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in arguments.FLOATING:
+        dtype = str(x.dtype).removeprefix("torch.")
+        _refuse(op, f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
 def _check_devices(op: str, **tensors: Tensor) -> None:

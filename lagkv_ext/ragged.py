@@ -78,7 +78,7 @@ def compress_ragged_(
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
     method |= _scores(scores, sink_size)
     if arguments.boolean("validate", validate):
-        _validate(torch.ops.lagkv._check_slots, key, (start, length), key.shape[2])
+        validate_numbers(torch.ops.lagkv._check_slots, key, (start, length), key.shape[2])
     return torch.ops.lagkv.compress_ragged_(key, value, start, length, **method)
 
 
@@ -123,7 +123,7 @@ def compress_varlen(
     """
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
     if arguments.boolean("validate", validate):
-        _validate(torch.ops.lagkv._check_packed, key, (cu_seqlens, start), key.shape[0])
+        validate_numbers(torch.ops.lagkv._check_packed, key, (cu_seqlens, start), key.shape[0])
     return PackedCompressed(*torch.ops.lagkv.compress_varlen(key, value, cu_seqlens, start, **method))
 
 
@@ -187,7 +187,7 @@ def compress_paged_(
     method |= _scores(scores, sink_size)
     if arguments.boolean("validate", validate):
         sizes = (method["lag_size"], method["keep"], *key_cache.shape[:2])
-        _validate(torch.ops.lagkv._check_pages, key_cache, (block_table, start, length), *sizes)
+        validate_numbers(torch.ops.lagkv._check_pages, key_cache, (block_table, start, length), *sizes)
     return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
 
 
@@ -197,7 +197,7 @@ def _scores(scores: Tensor | None, sink_size: int) -> dict[str, Any]:
     return {} if scores is None else {"scores": arguments.tensor("scores", scores), "sink_size": sink_size}
 
 
-def _validate(check: Any, key: Tensor, numbers: tuple[Tensor, ...], *sizes: int) -> None:
+def validate_numbers(check: Any, key: Tensor, numbers: tuple[Tensor, ...], *sizes: int) -> None:
     """The CPU operator's checks of values, on copies of a device's numbers: one copy, so one wait. On the CPU the
     operator itself checks them; what has another device or dtype it refuses on any device."""
     if key.is_cpu or any(x.device != key.device or x.dtype != torch.int32 for x in numbers):

@@ -309,6 +309,81 @@ def compress_paged_(
     return index
 
 
+def compress_blocks(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    source_table: Tensor,
+    target_table: Tensor,
+    m_before: Tensor,
+    m_after: Tensor,
+    sink_size: int,
+    lag_size: int,
+    keep: int,
+    *,
+    value_weight: float = 1.0,
+    score: str = "std",
+    smooth: int = 1,
+) -> Tensor:
+    """Kept rows of the partitions ``m_before[b] .. m_after[b] - 1`` of sequence ``b``, from its source blocks to its
+    target blocks of the same pools (see `block_rows`); returns the token of every target row.
+
+    Partition ``p`` begins at token ``sink_size + p * lag_size``. Behind the kept rows, where the sink ends inside a
+    block, lies the mixed block: the sink's rows in that block, then the tokens behind the last compressed partition.
+    """
+    (block_size, heads), batch = _pool_sizes(key_cache), source_table.shape[0]
+    index = torch.full(
+        (batch, heads, target_table.shape[1] * block_size), -1, dtype=torch.int32, device=key_cache.device
+    )
+    part = sink_size % block_size
+    for b, (before, after) in enumerate(zip(m_before.tolist(), m_after.tolist(), strict=True)):
+        if after == before:
+            continue
+        first, window = (sink_size + m * lag_size for m in (before, after))
+        read = [*range(sink_size - part, sink_size), *range(first, window + lag_size)]
+        token = torch.tensor(read, device=key_cache.device)
+        key, value = (block_rows(x, source_table[b], token) for x in (key_cache, value_cache))
+        scores = lag_score(key, value, part, lag_size, value_weight=value_weight, score=score, smooth=smooth)
+        begin = torch.arange(part, part + window - first, lag_size, device=key_cache.device)
+        kept = (topk_index(scores, keep) + begin[:, None]).flatten(2)
+        behind = range(part + window - first, window - first + block_size if part else 0)
+        mixed = torch.tensor([*range(part), *behind], device=key_cache.device).expand(1, heads, -1)
+        rows = torch.cat([kept, mixed], dim=2).long()
+        for pool, x in ((key_cache, key), (value_cache, value)):
+            write_block_rows(pool, target_table[b], compact(x, rows)[0])
+        index[b, :, : rows.shape[2]] = token[rows[0]]
+    return index
+
+
+def block_rows(pool: Tensor, table: Tensor, row: Tensor) -> Tensor:
+    """Rows ``row [n]`` of a sequence with the blocks ``table``: ``[1, H, n, D]``, a copy.
+
+    ``pool`` is ``[blocks, block_size, H, D]``, or ``[blocks, block_size / r, r, H, D / c, c]`` where no view has rows
+    and channels in one dimension each.
+    """
+    found = pool[_block_places(pool, table, row)]
+    return (found if pool.dim() == 4 else found.flatten(2)).transpose(0, 1)[None]
+
+
+def write_block_rows(pool: Tensor, table: Tensor, rows: Tensor) -> None:
+    """Write ``rows [H, n, D]`` to the first rows of a sequence with the blocks ``table``."""
+    places = _block_places(pool, table, torch.arange(rows.shape[1], device=pool.device))
+    rows = rows.transpose(0, 1)
+    pool[places] = rows if pool.dim() == 4 else rows.unflatten(2, pool.shape[4:])
+
+
+def _block_places(pool: Tensor, table: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+    block_size, _ = _pool_sizes(pool)
+    block, row = table[row // block_size].long(), row % block_size
+    return (block, row) if pool.dim() == 4 else (block, row // pool.shape[2], row % pool.shape[2])
+
+
+def _pool_sizes(pool: Tensor) -> tuple[int, int]:
+    """Rows of a block, and heads."""
+    if pool.dim() == 4:
+        return pool.shape[1], pool.shape[2]
+    return pool.shape[1] * pool.shape[2], pool.shape[3]
+
+
 def _compress(
     key: Tensor,
     value: Tensor,

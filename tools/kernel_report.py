@@ -58,11 +58,12 @@ class Kernel:
 
     @property
     def scores(self) -> bool:
-        return self.name.startswith(("compress_kernel", "ragged_kernel"))
+        return self.name.startswith(("compress_kernel", "ragged_kernel", "blocks_kernel"))
 
     @property
     def ragged(self) -> bool:
-        return self.name.startswith("ragged")
+        """Looks up where rows lie."""
+        return self.name.startswith(("ragged", "blocks"))
 
     def faults(self) -> list[str]:
         found = []

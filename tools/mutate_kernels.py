@@ -64,8 +64,8 @@ import tests.simt.build
 tests.simt.build.build_module = lambda **_: Path({module!r})
 import tests.conftest  # its Hypothesis profile must be there when the tests below are decorated: without deadlines
 import pytest
-from tests.cuda import test_plan, test_ragged_plan, test_ragged_traffic, test_traffic
-plans = test_plan.CASES, test_ragged_plan.CASES
+from tests.cuda import test_blocks_plan, test_plan, test_ragged_plan, test_ragged_traffic, test_traffic
+plans = test_plan.CASES, test_ragged_plan.CASES, test_blocks_plan.CASES
 for of_module in (*plans, test_ragged_traffic.CASES, test_traffic.SHAPES, cases.TRAPS):
     of_module.update({{name: dataclasses.replace(case, dtype=torch.{dtype}) for name, case in of_module.items()}})
 for arguments in {selections!r}:
@@ -92,6 +92,9 @@ TESTS = {
         ("tests/ops/test_ragged_properties.py", "not traps"),
         ("tests/cuda/test_ragged_traffic.py", "in_place"),
         ("tests/ops/test_ragged_errors.py", "wrong_values or shared"),
+        ("tests/cuda/test_blocks_plan.py", ""),
+        ("tests/ops/test_blocks_properties.py", "not traps"),
+        ("tests/ops/test_blocks_errors.py", "wrong_values"),
     ],
 }
 FIRST = {
@@ -108,6 +111,8 @@ FIRST = {
     "ragged": {
         "schedule.cuh": ("tests/cuda/test_ragged_plan.py", "any or pages or more"),
         "../ragged.h": ("tests/cuda/test_ragged_plan.py", "any or pages"),
+        "blocks.cuh": ("tests/cuda/test_blocks_plan.py", ""),
+        "../blocks.h": ("tests/cuda/test_blocks_plan.py", ""),
     },
 }
 BY_BACKEND = (
@@ -117,7 +122,7 @@ BY_BACKEND = (
     "test_metamorphic",
     "test_large",
 )
-BY_BACKEND += ("test_ragged_errors",)
+BY_BACKEND += ("test_ragged_errors", "test_blocks_properties", "test_blocks_errors")
 
 
 def rules() -> list[Rule]:

@@ -20,13 +20,14 @@ class Driver {
 
   Driver(const Batch<T>& batch, const Kernels<T>& kernels) : p_(batch), kernels_(kernels) {
     for (const Sequence& s : p_.sequences) {
-      const int64_t partitions = p_.all_kept(s) ? 0 : s.partitions;
+      const int64_t partitions = s.partitions;
+      const int64_t moved = partitions > 0 ? s.after.first + s.after.count - s.sink : 0;
       partitions_.push_back(partitions);
       longest_ = std::max(longest_, partitions);
       all_partitions_ += p_.heads * partitions;
       compressed_heads_ += partitions > 0 ? p_.heads : 0;
-      all_tokens_ += p_.heads * s.length;
-      compressed_tokens_ += partitions > 0 ? p_.heads * (s.length - s.start) : 0;
+      all_tokens_ += p_.heads * (s.before.count + moved);
+      compressed_tokens_ += p_.heads * moved;
     }
   }
 
@@ -35,18 +36,17 @@ class Driver {
     const int64_t bytes = all_tokens_ * row_bytes();
     const int64_t chunk = std::max<int64_t>(1, kCopyBytes / std::max<int64_t>(row_bytes(), 1));
     const auto chunks = [&](int64_t rows) { return (rows + chunk - 1) / chunk; };
-    // Rows before and after those that compete are all kept.
-    const auto prefix = [&](int64_t b) { return partitions_[b] ? sequence(b).sink : sequence(b).length; };
-    const auto window = [&](int64_t b) { return partitions_[b] ? sequence(b).length - window_of(b) : 0; };
+    const auto before = [&](int64_t b) { return chunks(sequence(b).before.count); };
+    const auto after = [&](int64_t b) { return chunks(sequence(b).after.count); };
 
     int64_t most_tasks = all_partitions_;
-    for (int64_t b = 0; b < batch(); ++b) most_tasks += p_.heads * (chunks(prefix(b)) + chunks(window(b)));
+    for (int64_t b = 0; b < batch(); ++b) most_tasks += p_.heads * (before(b) + after(b));
     int64_t workers = worker_count(most_tasks, bytes);
     const int64_t run = run_length(partitions_, p_.heads, workers);
     const auto runs = [&](int64_t b) { return (partitions_[b] + run - 1) / run; };
     TaskList tasks;
     for (const int64_t b : longest_first()) {
-      tasks.add(b, p_.heads, runs(b) + chunks(prefix(b)) + chunks(window(b)));
+      tasks.add(b, p_.heads, runs(b) + before(b) + after(b));
     }
     workers = std::min(workers, tasks.size());
     // Within the caches, writing in ascending order is faster; beyond them, reading once is.
@@ -62,10 +62,10 @@ class Driver {
         return score_run(task, part * run, run, forward, memory, worker, true, upcoming, rivals);
       }
       part -= runs(b);
-      if (part < chunks(prefix(b)))
-        return copy_chunk(task, part * chunk, part * chunk, std::min(chunk, prefix(b) - part * chunk));
-      part = (part - chunks(prefix(b))) * chunk;
-      copy_chunk(task, window_of(b) + part, window_out_of(b) + part, std::min(chunk, window(b) - part));
+      const bool is_before = part < before(b);
+      const Copied& rows = is_before ? sequence(b).before : sequence(b).after;
+      part = (is_before ? part : part - before(b)) * chunk;
+      copy_chunk(task, {rows.first + part, rows.first_out + part, std::min(chunk, rows.count - part)});
     });
     if (by_head()) copy_chosen(rivals, chunk, workers);
     fill_index(false);
@@ -97,8 +97,8 @@ class Driver {
           move_chosen(p_.value, p_.value_out, task);
         }
         if (stream_) kernels_.fence();
-        move_window(p_.key, p_.key_out, task);
-        move_window(p_.value, p_.value_out, task);
+        copy_between(p_.key, p_.key_out, task, sequence(task.sequence).after);
+        copy_between(p_.value, p_.value_out, task, sequence(task.sequence).after);
         fill_ends(task);
       });
       return fill_index(true);
@@ -122,7 +122,7 @@ class Driver {
       const Rows<T>& out = i % 2 ? p_.value_out : p_.key_out;
       move_chosen(x, out, task);
       if (stream_) kernels_.fence();
-      move_window(x, out, task);
+      copy_between(x, out, task, sequence(task.sequence).after);
     });
     fill_index(true);
   }
@@ -150,8 +150,6 @@ class Driver {
 
   int64_t batch() const { return static_cast<int64_t>(p_.sequences.size()); }
   const Sequence& sequence(int64_t b) const { return p_.sequences[static_cast<size_t>(b)]; }
-  int64_t window_of(int64_t b) const { return sequence(b).start + partitions_[b] * p_.lag_size; }
-  int64_t window_out_of(int64_t b) const { return sequence(b).start + partitions_[b] * p_.keep; }
   int64_t row_bytes() const { return (p_.key.dim + p_.value.dim) * static_cast<int64_t>(sizeof(T)); }
   int64_t tile_bytes() const {
     return p_.lag_size * std::max(p_.key.dim, p_.value.dim) * static_cast<int64_t>(sizeof(T));
@@ -171,7 +169,7 @@ class Driver {
 
   HeadTiles<T> tiles_of(const TaskList::Task& task, T* memory) const {
     const int64_t b = task.sequence;
-    return {p_.key.head(b, task.head), p_.value.head(b, task.head), sequence(b).start, p_.lag_size, memory};
+    return {p_.key.head(b, task.head), p_.value.head(b, task.head), sequence(b).first, p_.lag_size, memory};
   }
 
   /// The rows that task i reads first. A worker's next task is most likely `workers` tasks further.
@@ -194,13 +192,13 @@ class Driver {
                  int64_t worker, bool move, Upcoming upcoming, const Rivals<T>& rivals) const {
     HeadTiles<T> tiles = tiles_of(task, memory.copies.of(worker));
     const int64_t end = std::min(begin + run, partitions_[task.sequence]);
-    const int64_t start = sequence(task.sequence).start;
+    const Sequence& own = sequence(task.sequence);
     const WalkScratch<Real> scratch(memory.scratch.of(worker), p_.key.dim, p_.value.dim, p_.lag_size);
     walk(tiles, kernels_, p_.method, scratch, begin, end, forward, upcoming,
          [&](int64_t partition, Real* score) {
            if (by_head()) return rivals.add(task, partition, score);
-           const int64_t first_out = start + partition * p_.keep;
-           kernels_.select(score, p_.lag_size, p_.keep, static_cast<int32_t>(start + partition * p_.lag_size),
+           const int64_t first_out = own.first_out + partition * p_.keep;
+           kernels_.select(score, p_.lag_size, p_.keep, static_cast<int32_t>(tiles.first(partition)),
                            index(task) + first_out);
            if (!move) return;
            for (const auto side : {HeadTiles<T>::kKey, HeadTiles<T>::kValue}) {
@@ -223,7 +221,7 @@ class Driver {
 
   /// Chooses the rows of every head and copies them.
   void copy_chosen(const Rivals<T>& rivals, int64_t chunk, int64_t workers) const {
-    const auto chosen = [&](int64_t b) { return window_out_of(b) - sequence(b).sink; };
+    const auto chosen = [&](int64_t b) { return sequence(b).after.first_out - sequence(b).sink; };
     TaskList heads, chunks;
     for (const int64_t b : longest_first()) {
       heads.add(b, p_.heads, partitions_[b] > 0 || p_.carried.exists ? 1 : 0);
@@ -249,33 +247,28 @@ class Driver {
 
   /// Moves the rows that a head's index names between the sink and the window.
   void move_chosen(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task) const {
-    const int64_t first = sequence(task.sequence).sink;
-    gather(x, out, task, first, window_out_of(task.sequence) - first);
+    const Sequence& own = sequence(task.sequence);
+    gather(x, out, task, own.sink, own.after.first_out - own.sink);
   }
 
   /// Copies consecutive rows and writes their positions to the index.
-  void copy_chunk(const TaskList::Task& task, int64_t first, int64_t first_out, int64_t count) const {
-    iota(index(task) + first_out, first, count);
-    copy_between(p_.key, p_.key_out, task, first, first_out, count);
-    copy_between(p_.value, p_.value_out, task, first, first_out, count);
+  void copy_chunk(const TaskList::Task& task, const Copied& rows) const {
+    iota(index(task) + rows.first_out, rows.first, rows.count);
+    copy_between(p_.key, p_.key_out, task, rows);
+    copy_between(p_.value, p_.value_out, task, rows);
   }
 
-  void copy_between(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task, int64_t first,
-                    int64_t first_out, int64_t count) const {
-    copy_rows(x.head(task.sequence, task.head), out.head(task.sequence, task.head), first, first_out, count);
-  }
-
-  /// Moves the last full partition and the rows after it.
-  void move_window(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task) const {
-    const int64_t b = task.sequence, window = window_of(b);
-    copy_between(x, out, task, window, window_out_of(b), sequence(b).length - window);
+  void copy_between(const Rows<const T>& x, const Rows<T>& out, const TaskList::Task& task,
+                    const Copied& rows) const {
+    copy_rows(x.head(task.sequence, task.head), out.head(task.sequence, task.head), rows.first,
+              rows.first_out, rows.count);
   }
 
   /// Writes the index of the rows before and after the compressed partitions.
   void fill_ends(const TaskList::Task& task) const {
-    const int64_t b = task.sequence;
-    iota(index(task), 0, sequence(b).sink);
-    iota(index(task) + window_out_of(b), window_of(b), sequence(b).length - window_of(b));
+    const Sequence& own = sequence(task.sequence);
+    for (const Copied& rows : {own.before, own.after})
+      iota(index(task) + rows.first_out, rows.first, rows.count);
   }
 
   /// Writes -1 past every new length and, with `whole`, the index of sequences that are not compressed.
@@ -283,7 +276,7 @@ class Driver {
     TaskList tasks;
     int64_t numbers = 0;
     for (int64_t b = 0; b < batch(); ++b) {
-      const int64_t filled = whole && partitions_[b] == 0 ? 0 : p_.new_length(sequence(b));
+      const int64_t filled = whole && partitions_[b] == 0 ? 0 : sequence(b).new_length();
       if (filled < sequence(b).index_size) tasks.add(b, p_.heads, 1);
       numbers += p_.heads * (sequence(b).index_size - filled);
     }
@@ -291,7 +284,7 @@ class Driver {
     run_tasks(tasks.size(), workers, [&](int64_t, int64_t i) {
       const TaskList::Task task = tasks[i];
       const Sequence& s = sequence(task.sequence);
-      const int64_t rows = p_.new_length(s);
+      const int64_t rows = s.new_length();
       if (whole && partitions_[task.sequence] == 0) iota(index(task), 0, rows);
       std::fill(index(task) + rows, index(task) + s.index_size, -1);
     });

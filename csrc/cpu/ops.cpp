@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "blocks.h"
 #include "driver.h"
 #include "isa.h"
 #include "operators.h"
@@ -80,6 +81,14 @@ class Backend {
     in_place(p);
   }
 
+  template <class T>
+  void compress_blocks(const BlocksParams<T>& p) const {
+    check_blocks_values({p.key.block_table, p.key_out.block_table, p.key.table_stride, p.key_out.table_stride,
+                         p.m_before, p.m_after, p.batch, p.tokens, p.capacity, p.blocks, p.key.block_size,
+                         p.sink, p.lag_size, p.keep});
+    Driver<T>(blocks_batch(p), kernels_.of<T>()).copy();
+  }
+
  private:
   /// Rows first, then the numbers: the driver reads the old ones.
   template <class T>
@@ -120,6 +129,17 @@ void check_page_numbers(const Tensor& block_table, const Tensor& start, const Te
                      numbers(length), start.size(0), blocks, block_size, lag_size, keep});
 }
 
+void check_block_numbers(const Tensor& source_table, const Tensor& target_table, const Tensor& m_before,
+                         const Tensor& m_after, int64_t sink_size, int64_t lag_size, int64_t keep,
+                         int64_t blocks, int64_t block_size) {
+  check_block_sizes("key_cache", block_size, sink_size, lag_size, keep);
+  check_block_tables(source_table, target_table, m_before, m_after, block_size);
+  check_blocks_values({numbers(source_table), numbers(target_table), source_table.stride(0),
+                       target_table.stride(0), numbers(m_before), numbers(m_after), source_table.size(0),
+                       source_table.size(1) * block_size, target_table.size(1) * block_size, blocks,
+                       block_size, sink_size, lag_size, keep});
+}
+
 }  // namespace
 }  // namespace lagkv::cpu
 
@@ -128,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(lagkv, CPU, m) {
   m.impl("_check_slots", TORCH_BOX(&lagkv::cpu::check_slot_numbers));
   m.impl("_check_packed", TORCH_BOX(&lagkv::cpu::check_packed_numbers));
   m.impl("_check_pages", TORCH_BOX(&lagkv::cpu::check_page_numbers));
+  m.impl("_check_blocks", TORCH_BOX(&lagkv::cpu::check_block_numbers));
 }
 
 // No tensor tells the dispatcher where to go.

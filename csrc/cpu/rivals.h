@@ -52,7 +52,7 @@ class Rivals {
 
  private:
   const Sequence& sequence(int64_t b) const { return p_.sequences[static_cast<size_t>(b)]; }
-  int64_t earlier(int64_t b) const { return sequence(b).start - sequence(b).sink; }
+  int64_t earlier(int64_t b) const { return sequence(b).first - sequence(b).sink; }
   int64_t rivals(int64_t b) const { return earlier(b) + partitions_[static_cast<size_t>(b)] * p_.lag_size; }
 
   Real* scores(const TaskList::Task& task) const {

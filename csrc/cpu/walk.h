@@ -11,8 +11,8 @@ namespace lagkv::cpu {
 /// Up to this size of a tile, a tile and its neighbours fit the L2 cache.
 constexpr int64_t kCachedTileBytes = 128 * 1024;
 
-/// The partitions of key and value of one head. A partition that lies in several pages is assembled in
-/// `memory` (copies_size(...) elements; null where there are no pages).
+/// The partitions of key and value of one head. A partition that lies in several pages, or tiled, is
+/// assembled in `memory` (copies_size(...) elements; null where there are no pages).
 template <class T>
 class HeadTiles {
  public:
@@ -35,6 +35,7 @@ class HeadTiles {
   /// kLists calls.
   Upcoming upcoming(Side side, int64_t partition) {
     const Rows<const T>& x = sides_[side].rows;
+    if (x.is_tiled()) return {};
     if (x.together(first(partition), lag_size_) < lag_size_) return list_of(x, first(partition));
     return upcoming_from(x, first(partition));
   }
@@ -42,7 +43,7 @@ class HeadTiles {
   Tile<T> tile(Side side, int64_t partition, Upcoming next) {
     const Rows<const T>& x = sides_[side].rows;
     const int64_t row_bytes = x.dim * static_cast<int64_t>(sizeof(T)), position = first(partition);
-    if (x.together(position, lag_size_) < lag_size_)
+    if (x.is_tiled() || x.together(position, lag_size_) < lag_size_)
       return {copy_of(sides_[side], partition), x.dim, lag_size_, x.dim, next};
     if (lag_size_ * row_bytes > kCachedTileBytes && !x.is_paged())
       next = upcoming_from(x, position + kPrefetchBytes / row_bytes + 4);

@@ -118,6 +118,20 @@ struct RunBlock {
     return partition > ld_shared(&state->first);
   }
 
+  /// Output row of the first kept row of a partition.
+  __device__ __forceinline__ int64_t first_out(int partition) const {
+    return ld_shared(&state->start) + partition * launch.args.keep;
+  }
+  /// Rows of the run's head.
+  __device__ __forceinline__ Rows<const T> source(int side) const {
+    const auto& own = state->side[side];
+    return strided_rows(ld_shared(&own.rows), ld_shared(&own.row_stride), ld_shared(&own.dim));
+  }
+  __device__ __forceinline__ Rows<T> target(int side) const {
+    const auto& own = state->side[side];
+    return strided_rows(ld_shared(&own.out), ld_shared(&own.out_stride), ld_shared(&own.dim));
+  }
+
   __device__ __forceinline__ int count() const { return static_cast<int>(launch.args.lag_size); }
   __device__ __forceinline__ int64_t dim(int side) const { return ld_shared(&state->side[side].dim); }
   __device__ __forceinline__ Real inverse_dim(int side) const {
@@ -170,17 +184,15 @@ __device__ __forceinline__ void score_run(const Run& run) {
     if (args.index == nullptr) continue;
 
     const int keep = static_cast<int>(args.keep);
-    const int64_t start = ld_shared(&run.state->start), first_out = start + partition * args.keep;
+    const int64_t first = ld_shared(&run.state->start) + partition * args.lag_size;
+    const int64_t first_out = run.first_out(partition);
     int32_t* index = ld_shared(&run.state->index) + first_out;
-    select<Bits>(keys, count, keep, {counts, histogram}, {index, start + partition * args.lag_size});
+    select<Bits>(keys, count, keep, {counts, histogram}, {index, first});
     __syncthreads();
     if (!run.launch.copies) continue;
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-      const auto& own = run.state->side[side];
-      const int64_t dim = ld_shared(&own.dim);
-      copy_rows<Layout>(strided_rows(ld_shared(&own.out), ld_shared(&own.out_stride), dim),
-                        strided_rows(ld_shared(&own.rows), ld_shared(&own.row_stride), dim), keep,
+      copy_rows<Layout>(run.target(side), run.source(side), keep,
                         KeptRows{index, static_cast<int32_t>(first_out)});
     }
   }

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "blocks.cuh"
 #include "bounds.cuh"
 #include "compact.cuh"
 #include "compress.cuh"
@@ -207,6 +208,26 @@ void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, cons
     const auto kernel = args.method.score == Score::kStd ? ragged_kernel<Layout, Score::kStd>
                                                          : ragged_kernel<Layout, Score::kCosine>;
     run(kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch);
+  });
+}
+
+/// compress_blocks, in one launch.
+template <class T, class Scratch, class Run>
+void launch_blocks(const BlocksParams<T>& args, const Device& device, const Scratch& scratch,
+                   const Run& run) {
+  BlocksLaunch<T> launch{args, nullptr, {}};
+  launch.plan = plan_blocks(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
+                            args.batch * args.heads, args.capacity, args.lag_size, args.keep, device);
+  if (launch.plan.blocks == 0 || args.capacity == 0) return;
+  const int64_t grid = grid_of(launch.plan.blocks);
+  if (launch.plan.scratch_bytes > 0) {
+    launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
+  }
+  with_layout<T>(launch.plan.shape, [&](auto tag) {
+    using Layout = typename decltype(tag)::Type;
+    const auto kernel = args.method.score == Score::kStd ? blocks_kernel<Layout, Score::kStd>
+                                                         : blocks_kernel<Layout, Score::kCosine>;
+    run(kernel, grid, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }
 

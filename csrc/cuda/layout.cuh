@@ -169,6 +169,11 @@ struct WideRow {
   static constexpr int kRaggedBlocks = kBlocks;
 };
 
+/// A number of `offsets` or `block_table` that nobody writes during the kernel.
+struct LoadNc {
+  __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global_nc(number); }
+};
+
 /// Copies `count` rows bit for bit: the j-th from row moves.from(j) of `source` to row moves.to(j) of
 /// `target`, each the rows of one head. Source and target do not overlap.
 template <class Layout, class Moves>
@@ -178,8 +183,8 @@ __device__ __forceinline__ void copy_rows(const Rows<typename Layout::T>& target
   if constexpr (Layout::kWide) {
     const Place place;
     for (int j = place.warp; j < count; j += kWarps) {
-      const auto* in = source.row(moves.from(j));
-      auto* out = target.row(moves.to(j));
+      const auto* in = source.row(moves.from(j), LoadNc{});
+      auto* out = target.row(moves.to(j), LoadNc{});
       for (int64_t c = place.lane; c < source.dim; c += 32) st_global(out + c, ld_global_nc(in + c));
     }
   } else {
@@ -194,13 +199,14 @@ __device__ __forceinline__ void copy_rows(const Rows<typename Layout::T>& target
       for (int n = 0; n < Layout::kFlight; ++n) {
         const int j = base + n * step;
         const bool exists = j < count;
-        x[n] = Layout::load(source.row(exists ? moves.from(j) : 0) + seat.channel(0), dim, exists, seat);
+        x[n] = Layout::load(source.row(exists ? moves.from(j) : 0, LoadNc{}) + seat.channel(0), dim, exists,
+                            seat);
       }
 #pragma unroll
       for (int n = 0; n < Layout::kFlight; ++n) {
         const int j = base + n * step;
         if (j >= count) break;
-        auto* out = target.row(moves.to(j));
+        auto* out = target.row(moves.to(j), LoadNc{});
 #pragma unroll
         for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
           const int channel = seat.channel(chunk);

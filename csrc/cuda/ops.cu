@@ -11,6 +11,9 @@ namespace lagkv::cuda {
 template <class T>
 void run_ragged(Launcher& launcher, const RaggedParams<T>& args, const SequenceTable& table);
 
+template <class T>
+void run_blocks(Launcher& launcher, const BlocksParams<T>& args);
+
 namespace {
 
 /// Each launcher goes the same way: device guard and current stream (made with the backend), empty, launches.
@@ -87,6 +90,12 @@ class Backend {
   void compress_paged_(const RaggedParams<T>& p) {
     require_kernels("compress_paged_", p.method);
     in_place(p);
+  }
+
+  template <class T>
+  void compress_blocks(const BlocksParams<T>& p) {
+    require_kernels("compress_blocks", p.method);
+    run_blocks<T>(launcher_, p);
   }
 
  private:

@@ -306,4 +306,31 @@ inline RaggedPlan plan_ragged(RowShape shape, int element_size, int64_t key_dim,
   return plan;
 }
 
+/// The launch of compress_blocks: from the room in the target tables alone, the numbers are the device's.
+struct BlocksPlan {
+  RowShape shape;
+  Storage storage;
+  int64_t run, runs, run_blocks;  // partitions per run, runs per head, blocks that score
+  int64_t blocks;                 // and one per head for its mixed block
+  int64_t scratch_bytes;          // of the whole launch
+};
+
+/// `heads`: of all sequences; `capacity`: target rows of a sequence.
+inline BlocksPlan plan_blocks(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
+                              int64_t heads, int64_t capacity, int64_t lag_size, int64_t keep,
+                              const Device& device) {
+  BlocksPlan plan{};
+  plan.shape = shape;
+  plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device);
+  const int64_t concurrent =
+      device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device);
+  const int64_t partitions = std::max<int64_t>(1, capacity / keep);
+  plan.run = run_length(heads, partitions, lag_size, keep, concurrent);
+  plan.runs = ceil_div(partitions, plan.run);
+  plan.run_blocks = heads * plan.runs;
+  plan.blocks = plan.run_blocks + heads;
+  plan.scratch_bytes = plan.run_blocks * plan.storage.scratch_bytes;
+  return plan;
+}
+
 }  // namespace lagkv::cuda

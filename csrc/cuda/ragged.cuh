@@ -2,16 +2,14 @@
 // one head of one length, for sequences that each have their own (schedule.cuh assigns the work).
 //
 // A grid of as many blocks as the device holds goes through the jobs: runs of partitions to be scored, and
-// tiles of the index, with the rows of key and value where packed rows go to a new tensor. Where the rows of
-// a partition lie is looked up once per row, before they stream: slots, packed rows and pages then look the
-// same, and the block table costs the streaming loop nothing.
+// tiles of the index, with the rows of key and value where packed rows go to a new tensor.
 //
 // Traffic: as compress.cuh; and per partition and tensor the block table entries of its rows, per job the
 // table of the sequences. The index is written to the capacity, -1 past the new length. Limits: as
 // compress.cuh.
 #pragma once
 
-#include "compress.cuh"
+#include "scattered.cuh"
 #include "schedule.cuh"
 
 namespace lagkv::cuda {
@@ -27,17 +25,14 @@ struct RaggedLaunch {
 
 /// A run, and the job after it.
 template <class T>
-struct RaggedState : RunState<T> {
+struct RaggedState : ScatteredState<T> {
   int64_t job;
-  int64_t head;
-  int32_t sequence;
 };
 
 /// A run of a head of one sequence of a ragged batch.
 template <class Layout>
-struct RaggedRun : RunBlock<Layout, RaggedLaunch<typename Layout::T>, RaggedState<typename Layout::T>> {
+struct RaggedRun : ScatteredRun<Layout, RaggedLaunch<typename Layout::T>, RaggedState<typename Layout::T>> {
   using T = typename Layout::T;
-  using Tile = ScatteredTile<T>;
 
   /// By one thread: the run_of_all-th run, which is one of this sequence.
   __device__ __forceinline__ void begin(int sequence, int64_t head, int64_t run_of_all) const {
@@ -65,31 +60,6 @@ struct RaggedRun : RunBlock<Layout, RaggedLaunch<typename Layout::T>, RaggedStat
     st_shared(&this->state->score, nullptr);
     st_shared(&this->state->sequence, sequence);
     st_shared(&this->state->head, head);
-  }
-
-  /// Looks up where the rows of a partition lie. All threads have passed a barrier since the last tile was
-  /// read; ends with one.
-  __device__ __forceinline__ void stage(int side, int partition) const {
-    const auto& args = this->launch.args;
-    const Rows<const T> x = side_of(side, args.key, args.value);
-    const auto rows = staged_rows();
-    const int64_t first = ld_shared(&this->state->start) + partition * args.lag_size;
-#pragma unroll 1
-    for (int64_t t = thread_of_block(); t < args.lag_size; t += kThreads) {
-      rows.set(t,
-               x.row(ld_shared(&this->state->sequence), ld_shared(&this->state->head), first + t, LoadNc{}));
-    }
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ Tile tile(int side, int /*partition*/) const {
-    return {staged_rows(), this->dim(side), this->inverse_dim(side), this->count()};
-  }
-
- private:
-  __device__ __forceinline__ Store<const T*> staged_rows() const {
-    const Storage& storage = this->launch.plan.storage;
-    return this->template store<const T*>(storage.rows, storage.rows_in_scratch);
   }
 };
 
@@ -134,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, Layout::kRaggedBlocks)
   LAGKV_DYNAMIC_SHARED(shared);
   LAGKV_SHARED(RaggedState<typename Layout::T>, state, 1);
   LAGKV_SHARED(typename Layout::Real, reduction, 6 * kWarps);
-  const RaggedRun<Layout> run{{launch, state, shared, reduction}};
+  const RaggedRun<Layout> run{{{launch, state, shared, reduction}}};
   const auto& args = launch.args;
   const SequenceTable& table = launch.table;
   // The job is read again where it is wanted: in registers it would be there for the whole run.

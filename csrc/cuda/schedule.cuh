@@ -11,15 +11,10 @@
 #pragma once
 
 #include "../ragged.h"
-#include "block.cuh"
-#include "plan.h"
+#include "layout.cuh"
 
 namespace lagkv::cuda {
 
-/// A number that nobody writes during the kernel.
-struct LoadNc {
-  __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global_nc(number); }
-};
 /// A number that this kernel may write: start and length become the new ones in place.
 struct LoadCoherent {
   __device__ __forceinline__ int32_t operator()(const int32_t* number) const { return ld_global(number); }

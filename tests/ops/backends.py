@@ -106,6 +106,12 @@ class Backend:
             "compress_paged_", key_cache, value_cache, block_table, start, length, lag_size, keep, **scoring
         )
 
+    def compress_blocks(
+        self, key_cache, value_cache, source, target, m_before, m_after, sink_size, lag_size, keep, **scoring
+    ):
+        tensors = key_cache, value_cache, source, target, m_before, m_after
+        return self._call("compress_blocks", *tensors, sink_size, lag_size, keep, **scoring)
+
     def _call(self, operator: str, *args, **kwargs):
         with cpu_isa(self.isa), poisoned_allocations():
             return getattr(self._operators, operator)(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 import lagkv_ext
 from lagkv_ext import arguments, formulas
+from tests.ops import test_blocks_errors as blocks
 from tests.ops import test_ragged_errors as ragged
 from tests.ops.test_errors import right
 
@@ -32,6 +33,7 @@ SCALARS = {
     "compress_ragged_": (*METHOD, "sink_size", "validate"),
     "compress_varlen": (*METHOD, "validate"),
     "compress_paged_": (*METHOD, "sink_size", "validate"),
+    "compress_blocks": (*METHOD[:-1], "sink_size", "validate"),
     "partition_bounds": ("lag_size", "sink_size"),
     "lag_score": ("lag_size", "sink_size", "value_weight", "score", "smooth"),
     "topk_index": ("keep",),
@@ -57,6 +59,8 @@ def tensors_of(name: str) -> dict[str, Any]:
         return {}
     if name == "compress_carried":
         return tensors_of("compress") | {"carried": torch.zeros(2, 3, 1)}
+    if name == blocks.OP:
+        return {key: blocks.right()[key] for key in blocks.TENSORS}
     of = ragged.right if name in ragged.ARGUMENTS else right
     return {key: x for key, x in of(name).items() if isinstance(x, torch.Tensor)}
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import lagkv_ext
 from lagkv_ext import reference
-from tests.ops import test_errors, test_option_errors, test_ragged_errors
+from tests.ops import test_blocks_errors, test_errors, test_option_errors, test_ragged_errors
 from tests.ops.backends import Backend, cpu_isa
 from tests.ops.cases import cases
 
@@ -268,12 +268,15 @@ IN_PLACE = {
     "compress_": ("key", "value"),
     "compress_ragged_": ("key", "value"),
     "compress_paged_": ("key_cache", "value_cache"),
+    "compress_blocks": ("key_cache", "value_cache"),
 }
 
 
 def arguments_of(op: str) -> dict[str, Any]:
     if op == "compress_carried":
         return test_option_errors.right(op)
+    if op == test_blocks_errors.OP:
+        return test_blocks_errors.right()
     return (test_ragged_errors.right if op in test_ragged_errors.ARGUMENTS else test_errors.right)(op)
 
 
@@ -301,8 +304,9 @@ def test_in_place_refuses_what_is_recorded(op, name):
     with pytest.raises(RuntimeError, match=text):
         torch.compile(lambda x: call(x * 1), fullgraph=True, backend="aot_eager")(leaf)
     tensors = {which: value for which, value in arguments.items() if isinstance(value, Tensor)}
+    sizes = {"lag_size": 4, "keep": 2} | ({"sink_size": 3} if op == test_blocks_errors.OP else {})
     with pytest.raises(RuntimeError, match=text):
-        getattr(lagkv_ext, op)(**(tensors | {name: leaf}), lag_size=4, keep=2)
+        getattr(lagkv_ext, op)(**(tensors | {name: leaf}), **sizes)
     for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(RuntimeError, match=text):
             transform(lambda x: call(x * 1).sum() + x.sum())(x)

@@ -93,7 +93,10 @@ def expected() -> list[torch.Tensor]:
         *ops.compress_carried(key, value, numbers(2, 3, 2, step=0.3), 6, 16, 5, **options),
     ]
     k, v, scores = key.clone(), value.clone(), numbers(2, 3, 70, step=0.3)
-    return [*out, ops.compress_(k, v, 6, 16, 5, **options, budget="head", scores=scores, sink_size=4), scores]
+    out += [ops.compress_(k, v, 6, 16, 5, **options, budget="head", scores=scores, sink_size=4), scores]
+    k, v = numbers(9, 16, 3, 16, step=0.37), numbers(9, 16, 3, 24, step=0.71)
+    tables = table, int32(5, 7, 8)[None], int32(0), int32(1)
+    return [*out, ops.compress_blocks(k, v, *tables, 4, 32, 16, **options), k, v]
 
 
 @needs_compiler

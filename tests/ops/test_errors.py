@@ -199,9 +199,8 @@ def name_of(wrong: Wrong) -> str:
 
 def call(target: Callable, arguments: dict[str, Any]) -> Any:
     is_rows = "score" in arguments and isinstance(arguments["score"], Tensor)  # of topk_index
-    keywords = {
-        name: x for name, x in arguments.items() if name in SCORING and not (name == "score" and is_rows)
-    }
+    positional = {"score"} if is_rows else {"sink_size"} if "source_table" in arguments else set()
+    keywords = {name: x for name, x in arguments.items() if name in SCORING and name not in positional}
     return target(*[x for name, x in arguments.items() if name not in keywords], **keywords)
 
 

@@ -13,8 +13,9 @@ import torch
 
 from lagkv_ext._library import _OPERATORS
 from lagkv_ext.arguments import SCORES
-from tests.ops import option_properties, properties, ragged_properties
+from tests.ops import blocks_properties, option_properties, properties, ragged_properties
 from tests.ops.backends import Backend
+from tests.ops.blocks_cases import BlocksCase
 from tests.ops.cases import DTYPES, Case, Layout, place
 from tests.ops.ragged_cases import RaggedCase
 
@@ -24,6 +25,11 @@ DENSE = Case(batch=2, heads=2, length=4 + 4 * 32 + 7, key_dim=64, value_dim=20, 
 RAGGED = RaggedCase(
     ((4, 4 + 3 * 32 + 7), (4, 60), (0, 0), (13, 13 + 2 * 32)),
     heads=2, key_dim=64, value_dim=20, lag_size=32, keep=9, spare=2, block_size=8, key_kind="offset",
+)  # fmt: skip
+# First steps, a later one, one that compresses nothing; the sink ends inside a block.
+BLOCKS = BlocksCase(
+    ((0, 3), (2, 2), (1, 2)),
+    heads=2, key_dim=64, value_dim=20, sink=12, lag_size=32, keep=8, spare=2, block_size=8, key_kind="offset",
 )  # fmt: skip
 
 
@@ -52,6 +58,10 @@ def carried(backend: Backend, changes: dict) -> None:
     option_properties.check_carried(backend, Case(**{**vars(DENSE), "key_kind": "offset", **changes}), 3)
 
 
+def blocks(backend: Backend, changes: dict) -> None:
+    blocks_properties.check_blocks(backend, BlocksCase(**{**vars(BLOCKS), **changes}))
+
+
 #: An example of each operator: called with a backend and what it must be tried with.
 EXAMPLES: dict[str, Callable[[Backend, dict], None]] = {
     "compress": dense(properties.check_compress),
@@ -64,6 +74,7 @@ EXAMPLES: dict[str, Callable[[Backend, dict], None]] = {
     "compress_ragged_": ragged(ragged_properties.check_slots),
     "compress_varlen": ragged(ragged_properties.check_packed),
     "compress_paged_": ragged(ragged_properties.check_pages),
+    "compress_blocks": blocks,
 }
 ON_THE_CPU = ("blend", "compress_carried")  # the CUDA kernels do not have these
 WITHOUT_SCORE = ("partition_bounds", "topk_index", "compact")

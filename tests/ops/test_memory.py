@@ -95,6 +95,8 @@ packed = [x[0] for x in pages]
 score, index = torch.randn(1, 1, 8), torch.zeros(1, 1, 2, dtype=torch.int32)
 start, length, table = (torch.full(shape, x, dtype=torch.int32) for shape, x in [((1,), 0), ((1,), 4), ((1, 1), 0)])
 rows = torch.tensor([0, 8], dtype=torch.int32)
+blocks = [torch.randn(6, 1, 1, 8) for _ in range(2)]
+source, target, zero = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2, 3]], [[4]], [0]))
 calls = {
     "compress": lambda: ops.compress(key, value, 0, 2, 1),
     "compress_carried": lambda: ops.compress_carried(key, value, score[..., :1], 1, 2, 1, score="blend", smooth=3),
@@ -106,9 +108,11 @@ calls = {
     "compress_ragged_": lambda: ops.compress_ragged_(key, value, start, length, 2, 1),
     "compress_varlen": lambda: ops.compress_varlen(*packed, rows, start, 2, 1),
     "compress_paged_": lambda: ops.compress_paged_(*pages, table, start, length, 2, 1),
+    "compress_blocks": lambda: ops.compress_blocks(*blocks, source, target, zero, zero + 1, 0, 2, 1),
     "_check_slots": lambda: ops._check_slots(start, length, 8),
     "_check_packed": lambda: ops._check_packed(rows, start, 8),
     "_check_pages": lambda: ops._check_pages(table, start, length, 2, 1, 1, 8),
+    "_check_blocks": lambda: ops._check_blocks(source, target, zero, zero + 1, 0, 2, 1, 6, 1),
     "_cpu_isa": lambda: ops._cpu_isa(),
 }
 bad = {

@@ -36,6 +36,7 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
     def scores(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
+    tables = numbers([0, 1, 2, 3, 4, 5, 6], [-1] * 7), numbers([7, 8, 9], [-1] * 3)
     return {
         "compress": ("compress", (rows(30, 8), rows(30, 5), 2, 7, 3), {}),
         "compress-cosine": (
@@ -114,6 +115,11 @@ def samples(device: str, requires_grad: bool) -> dict[str, tuple]:
             (pages(6, 8), pages(6, 5), numbers([3, 0, 5], [1, 7, 7]), numbers(4, 0), numbers(21, 5), 7, 3),
             {"budget": "head", "scores": scores(6, 8, 3), "sink_size": 2},
         ),
+        "compress_blocks": (
+            "compress_blocks",
+            (pages(12, 8), pages(12, 5), *tables, numbers(0, 1), numbers(2, 1), 5, 16, 8),
+            {"score": "cosine"},
+        ),
     }
 
 
@@ -151,6 +157,7 @@ SCHEMAS = {
     "compress_ragged_": "lagkv::compress_ragged_(Tensor(a!) key, Tensor(b!) value, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> Tensor index",
     "compress_varlen": "lagkv::compress_varlen(Tensor key, Tensor value, Tensor cu_seqlens, Tensor start, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\") -> (Tensor key, Tensor value, Tensor index, Tensor cu_seqlens, Tensor start)",
     "compress_paged_": "lagkv::compress_paged_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_table, Tensor(c!) start, Tensor(d!) length, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1, str budget=\"partition\", Tensor(e!)? scores=None, SymInt sink_size=0) -> Tensor index",
+    "compress_blocks": "lagkv::compress_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor source_table, Tensor target_table, Tensor m_before, Tensor m_after, SymInt sink_size, SymInt lag_size, SymInt keep, *, float value_weight=1., str score=\"std\", int smooth=1) -> Tensor index",
 }  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import lagkv_ext
 from lagkv_ext import reference
-from tests.ops import option_properties, properties, ragged_properties
+from tests.ops import blocks_properties, option_properties, properties, ragged_properties
+from tests.ops.blocks_cases import blocks_cases
 from tests.ops.cases import DTYPES, FINITE_KINDS, TRAPS, Case, cases, make_values
 from tests.ops.ragged_cases import ragged_cases
+from tests.ops.test_blocks_properties import TRAPS as BLOCKS_TRAPS
 from tests.ops.test_ragged_properties import TRAPS as RAGGED_TRAPS
 
 OPTIONS = {
@@ -73,6 +75,11 @@ def test_ragged(option_backend, check, case):
     check(option_backend, case)
 
 
+@given(case=blocks_cases(options=True))
+def test_blocks(option_backend, case):
+    blocks_properties.check_blocks(option_backend, case)
+
+
 @given(case=ragged_cases(options=True), sink_size=st.integers(0, 14))
 def test_slots_with_scores(option_backend, case, sink_size):
     option_properties.check_scored_slots(option_backend, case, sink_size)
@@ -110,6 +117,13 @@ def test_ragged_traps(option_backend, trap, option):
         check(option_backend, case)
     option_properties.check_scored_slots(option_backend, case, 2)
     option_properties.check_scored_pages(option_backend, dataclasses.replace(case, shared=False), 2)
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if "budget" not in OPTIONS[name]])
+@pytest.mark.parametrize("trap", BLOCKS_TRAPS)
+def test_blocks_traps(option_backend, trap, option):
+    case = dataclasses.replace(BLOCKS_TRAPS[trap], **OPTIONS[option])
+    blocks_properties.check_blocks(option_backend, case)
 
 
 # Beyond the caches, and with enough work for several threads.

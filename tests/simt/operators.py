@@ -18,7 +18,7 @@ from torch import Tensor
 from lagkv_ext import formulas
 from tests import simt
 
-RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_")
+RAGGED = ("compress_ragged_", "compress_varlen", "compress_paged_", "compress_blocks")
 
 _device: dict[str, int] = {}
 _session: dict[str, Any] = {}
@@ -142,6 +142,29 @@ def compress_paged_(
     index = key_cache.new_empty((batch, key_cache.shape[2], capacity), dtype=torch.int32)
     tensors = (key_cache, value_cache, block_table, start, length, index)
     _run("compress_paged_", key_cache.dtype, tensors, _sizes(0, lag_size, keep, value_weight, score))
+    return index
+
+
+def compress_blocks(
+    key_cache,
+    value_cache,
+    source_table,
+    target_table,
+    m_before,
+    m_after,
+    sink_size,
+    lag_size,
+    keep,
+    *,
+    value_weight=1.0,
+    score="std",
+) -> Tensor:
+    batch, capacity = target_table.shape[0], target_table.shape[1] * key_cache.shape[1]
+    index = key_cache.new_empty((batch, key_cache.shape[2], capacity), dtype=torch.int32)
+    tensors = (key_cache, value_cache, source_table, target_table, m_before, m_after, index)
+    if index.numel():
+        sizes = _sizes(sink_size, lag_size, keep, value_weight, score)
+        _run("compress_blocks", key_cache.dtype, tensors, sizes)
     return index
 
 

@@ -1,4 +1,5 @@
-// The three ragged operators on the executor, for one storage type, as lagkv_bindings.h has the others.
+// The ragged operators and compress_blocks on the executor, for one storage type, as lagkv_bindings.h has the
+// others.
 #pragma once
 
 #include "cuda/launch.h"
@@ -64,6 +65,22 @@ void bind_ragged(py::module_& parent, const char* dtype) {
                                                 bound_out<int32_t>(session, "index", index), sizes.lag_size,
                                                 sizes.keep, method_of(sizes)),
                           true, device);
+             });
+  module.def("compress_blocks",
+             [](Session& session, const TensorArg& key_cache, const TensorArg& value_cache,
+                const TensorArg& source_table, const TensorArg& target_table, const TensorArg& m_before,
+                const TensorArg& m_after, const TensorArg& index, const Sizes& sizes, const Device& device) {
+               lagkv::cuda::launch_blocks<T>(
+                   lagkv::block_params<T>(bound_inout<T>(session, "key_cache", key_cache),
+                                          bound_inout<T>(session, "value_cache", value_cache),
+                                          bound_in<int32_t>(session, "source_table", source_table),
+                                          bound_in<int32_t>(session, "target_table", target_table),
+                                          bound_in<int32_t>(session, "m_before", m_before),
+                                          bound_in<int32_t>(session, "m_after", m_after),
+                                          bound_out<int32_t>(session, "index", index), sizes.start,
+                                          sizes.lag_size, sizes.keep, method_of(sizes)),
+                   device, [&](int64_t bytes) { return session.scratch<unsigned char>("scratch", bytes); },
+                   Run{session, "blocks_kernel", device});
              });
 }
 

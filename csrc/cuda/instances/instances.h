@@ -19,10 +19,16 @@ void run_ragged(Launcher& launcher, const RaggedParams<T>& args, const SequenceT
       args, table, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); }, launcher);
 }
 
+template <class T>
+void run_blocks(Launcher& launcher, const BlocksParams<T>& args) {
+  launch_blocks<T>(args, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); }, launcher);
+}
+
 }  // namespace lagkv::cuda
 
 #define LAGKV_INSTANCES(T)                                                                        \
   template void lagkv::cuda::run_compress<T, lagkv::cuda::RealOf<T>>(                             \
       lagkv::cuda::Launcher&, const lagkv::CompressParams<T>&, lagkv::cuda::RealOf<T>*);          \
   template void lagkv::cuda::run_ragged<T>(lagkv::cuda::Launcher&, const lagkv::RaggedParams<T>&, \
-                                           const lagkv::cuda::SequenceTable&);
+                                           const lagkv::cuda::SequenceTable&);                    \
+  template void lagkv::cuda::run_blocks<T>(lagkv::cuda::Launcher&, const lagkv::BlocksParams<T>&);

@@ -148,4 +148,19 @@ inline at::Tensor compress_paged_(const at::Tensor& key_cache, const at::Tensor&
                  smooth, budget, scores, sink_size);
 }
 
+/// Partitions `m_before .. m_after - 1` (int32 `[B]`) of every sequence, from blocks of a pool to others of
+/// it: `source_table`, `target_table` int32 `[B, blocks]`. Returns index int32 `[B, H, target rows]`.
+inline at::Tensor compress_blocks(const at::Tensor& key_cache, const at::Tensor& value_cache,
+                                  const at::Tensor& source_table, const at::Tensor& target_table,
+                                  const at::Tensor& m_before, const at::Tensor& m_after, int64_t sink_size,
+                                  int64_t lag_size, int64_t keep, double value_weight = 1.0,
+                                  std::string_view score = "std", int64_t smooth = 1) {
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt,
+                               double, std::string_view, int64_t);
+  static const auto op = detail::find<Signature>("lagkv::compress_blocks");
+  return op.call(key_cache, value_cache, source_table, target_table, m_before, m_after, sink_size, lag_size,
+                 keep, value_weight, score, smooth);
+}
+
 }  // namespace lagkv

@@ -64,6 +64,12 @@ void run(std::ofstream& out) {
   write({next_key, next_value, next_index, carried});
   const at::Tensor scores = numbers({2, 3, 70}, 0.3);
   write({lagkv::compress_(key.clone(), value.clone(), 6, 16, 5, 1.0, "blend", 3, "head", scores, 4), scores});
+
+  const at::Tensor key_blocks = numbers({9, 16, 3, 16}, 0.37), value_blocks = numbers({9, 16, 3, 24}, 0.71);
+  const at::Tensor target = int32({5, 7, 8}).reshape({1, 3});
+  write({lagkv::compress_blocks(key_blocks, value_blocks, table, target, int32({0}), int32({1}), 4, 32, 16,
+                                1.0, "blend", 3),
+         key_blocks, value_blocks});
 }
 
 }  // namespace
