@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from lagkv_ext.vllm import step
-from lagkv_ext.vllm.compress import Pool, Work, plain_pool
+from lagkv_ext.vllm.compress import Work
 from lagkv_ext.vllm.metrics import CompressionTimer, totals
 from lagkv_ext.vllm.settings import Settings, settings_from
 from lagkv_ext.vllm.specs import LagKVCompressedSpec, LagKVRawSpec, spec_from
@@ -210,8 +210,8 @@ class LagKVImpl:
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
 
-    def pools(self, layer: Any, kv_cache: Tensor) -> tuple[Pool, Pool]:
-        """Keys and values of a layer's blocks."""
+    def pools(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the keys and the values of a layer's blocks, as `lagkv_ext.compress_blocks` takes them."""
         raise NotImplementedError
 
 
@@ -281,7 +281,7 @@ def _with_room_for_pieces(vllm_config: Any, boundary: int) -> Any:
     return changed
 
 
-def side_by_side(kv_cache: Tensor, head_size: int) -> tuple[Pool, Pool]:
-    """Pools of a cache ``[blocks, H, rows, Dk + Dv]``."""
+def side_by_side(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """Views ``[blocks, rows, H, D]`` of a cache ``[blocks, H, rows, Dk + Dv]``."""
     rows = kv_cache.transpose(1, 2)
-    return plain_pool(rows[..., :head_size]), plain_pool(rows[..., head_size:])
+    return rows[..., :head_size], rows[..., head_size:]

@@ -1,7 +1,6 @@
-"""Compresses, in every layer, the partitions that a step completes.
+"""Compresses, in every layer, the partitions that a step completes: one call of ``lagkv::compress_blocks``.
 
-Their rows are gathered from raw blocks and compressed by ``lagkv::compress``; the kept rows are scattered to compressed
-blocks. All addresses are computed once for a step and used by every layer. Nothing waits for the device.
+Its tables and numbers are computed once for a step and used by every layer. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,103 +13,56 @@ from torch import Tensor
 from lagkv_ext.vllm.plan import Plan
 from lagkv_ext.vllm.settings import Settings
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Addresses in a pool: int64 ``[n, rows]`` each."""
-
-    block: Tensor
-    row: Tensor
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Keys or values of a layer's blocks, as a view ``[blocks, rows / span, span, H, *channels]`` of any strides."""
-
-    view: Tensor
-
-    def read(self, rows: Rows) -> Tensor:
-        """``[n, H, rows, D]``, a copy."""
-        return self.view[self._index(rows)].flatten(3).transpose(1, 2)
-
-    def write(self, rows: Rows, values: Tensor) -> None:
-        """Write ``values [n, H, rows, D]``."""
-        self.view[self._index(rows)] = values.transpose(1, 2).unflatten(3, self.view.shape[4:])
-
-    def _index(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor | int]:
-        span = self.view.shape[2]
-        return (rows.block, rows.row, 0) if span == 1 else (rows.block, rows.row // span, rows.row % span)
-
-
-def plain_pool(rows: Tensor) -> Pool:
-    """Pool of a view ``[blocks, rows, H, D]``."""
-    return Pool(rows.unsqueeze(2))
+NULL_BLOCK = 0  #: `BlockPool.null_block` of vLLM, which no sequence owns
 
 
 @dataclass(frozen=True)
 class Work:
-    """The compressions of a step: sequences that compress as many partitions go together."""
+    """The compressions of a step: one row of the tables for each boundary that a sequence completes."""
 
-    passes: tuple[tuple[Rows, Rows], ...]  #: (partitions and their last reference, kept rows)
-    mixed: tuple[Rows, Rows] | None  #: (rest of the sink and first rows behind, mixed blocks)
+    source: Tensor  #: ``[C, *]`` int32: raw blocks of the sequence
+    target: Tensor  #: ``[C, *]`` int32: blocks that the boundary appends to the compressed table
+    before: Tensor  #: ``[C]`` int32: partitions compressed so far
+    after: Tensor  #: ``[C]`` int32: partitions compressed then
     settings: Settings
 
-    def run(self, keys: Pool, values: Pool) -> None:
-        """Compresses in one layer's pools."""
+    def run(self, keys: Tensor, values: Tensor) -> None:
+        """Compresses in one layer's pools, views as `lagkv_ext.compress_blocks` takes them."""
         settings = self.settings
-        for source, target in self.passes:
-            key, value, _ = torch.ops.lagkv.compress(
-                keys.read(source),
-                values.read(source),
-                0,
-                settings.lag_size,
-                settings.keep,
-                value_weight=settings.value_weight,
-                score=settings.score,
-                smooth=settings.smooth,
-            )
-            rows = target.row.shape[1]
-            keys.write(target, key[:, :, :rows])
-            values.write(target, value[:, :, :rows])
-        if self.mixed is not None:
-            source, target = self.mixed
-            for pool in (keys, values):
-                pool.write(target, pool.read(source))
+        torch.ops.lagkv.compress_blocks(
+            keys,
+            values,
+            self.source,
+            self.target,
+            self.before,
+            self.after,
+            settings.sink_size,
+            settings.lag_size,
+            settings.keep,
+            value_weight=settings.value_weight,
+            score=settings.score,
+            smooth=settings.smooth,
+        )
 
 
 def work(
-    plan: Plan,
-    settings: Settings,
-    raw: Tensor,
-    compressed: Tensor,
-    before: Tensor,
-    k: Tensor,
-    device: torch.device,
+    plan: Plan, settings: Settings, raw: Tensor, compressed: Tensor, sequence: Tensor, k: Tensor
 ) -> Work:
-    """The work of sequences that complete the boundaries ``k [C]``, with ``before [C]`` partitions compressed so far.
+    """The work of ``sequence [C]`` that complete the boundaries ``k [C]`` (on the CPU).
 
-    ``raw [C, *]`` and ``compressed [C, *]`` are their block tables on the device; ``before`` and ``k`` are on the CPU.
+    ``raw [B, *]`` and ``compressed [B, *]`` are int32 block tables on the device.
     """
-    passes = []
-    counts = plan.m(k) - before
-    for count in counts.unique().tolist():
-        member = (counts == count).nonzero().flatten()
-        member, first = on_device(device, member, before[member].unsqueeze(1))
-        tokens = torch.arange((count + 1) * plan.lag, device=device)
-        source = _rows(raw[member], plan.sink + first * plan.lag + tokens, plan.block)
-        rows = torch.arange(count * plan.keep, device=device)
-        entry = plan.kept_index(first * plan.kept_blocks + rows // plan.block)
-        block = compressed[member].long().gather(1, entry)
-        passes.append((source, Rows(block, (rows % plan.block).expand_as(block))))
-    mixed = None
-    if plan.part:
-        (k,) = on_device(device, k.unsqueeze(1))
-        rows = torch.arange(plan.block, device=device)
-        behind = (plan.sink + plan.m(k) * plan.lag) // plan.block * plan.block
-        source = _rows(raw, torch.where(rows < plan.part, plan.full * plan.block, behind) + rows, plan.block)
-        block = compressed.long().gather(1, plan.mixed_index(k))
-        mixed = source, Rows(block.expand(-1, plan.block), rows.expand(len(k), -1))
-    return Work(tuple(passes), mixed, settings)
+    first = plan.entries(k - 1)
+    width = int((plan.entries(k) - first).max())
+    # Behind what a shorter row appends lies anything: the operator does not look there.
+    entry = (first[:, None] + torch.arange(width)).clamp_max(compressed.shape[1] - 1)
+    numbers = torch.stack([plan.m(k - 1), plan.m(k)]).int()
+    sequence, entry, numbers = on_device(raw.device, sequence, entry, numbers)
+    target = compressed[sequence].gather(1, entry)
+    before, after = numbers
+    # Dummy runs of vLLM show tables of null blocks; a real boundary begins with a block of kept rows.
+    after = torch.where(target[:, 0] == NULL_BLOCK, before, after)
+    return Work(raw[sequence], target, before, after, settings)
 
 
 def on_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,8 +70,3 @@ def on_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     if device.type == "cpu":
         return tensors
     return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-
-
-def _rows(table: Tensor, tokens: Tensor, block: int) -> Rows:
-    """Finds tokens ``[n, rows]`` in a raw block table ``[n, *]``."""
-    return Rows(table.long().gather(1, tokens // block), tokens % block)

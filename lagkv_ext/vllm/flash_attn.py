@@ -12,7 +12,6 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from lagkv_ext.vllm.backend import LagKVBackend, LagKVBuilder, LagKVImpl, side_by_side
-from lagkv_ext.vllm.compress import Pool
 
 
 class LagKVFlashAttentionBuilder(LagKVBuilder, FlashAttentionMetadataBuilder):
@@ -20,7 +19,7 @@ class LagKVFlashAttentionBuilder(LagKVBuilder, FlashAttentionMetadataBuilder):
 
 
 class LagKVFlashAttentionImpl(LagKVImpl, FlashAttentionImpl):
-    def pools(self, layer: Any, kv_cache: Tensor) -> tuple[Pool, Pool]:
+    def pools(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         return side_by_side(kv_cache, self.head_size)
 
 

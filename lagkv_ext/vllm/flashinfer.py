@@ -8,7 +8,6 @@ from torch import Tensor
 from vllm.v1.attention.backends.flashinfer import FlashInferBackend, FlashInferImpl, FlashInferMetadataBuilder
 
 from lagkv_ext.vllm.backend import LagKVBackend, LagKVBuilder, LagKVImpl, side_by_side
-from lagkv_ext.vllm.compress import Pool
 
 
 class LagKVFlashInferBuilder(LagKVBuilder, FlashInferMetadataBuilder):
@@ -16,7 +15,7 @@ class LagKVFlashInferBuilder(LagKVBuilder, FlashInferMetadataBuilder):
 
 
 class LagKVFlashInferImpl(LagKVImpl, FlashInferImpl):
-    def pools(self, layer: Any, kv_cache: Tensor) -> tuple[Pool, Pool]:
+    def pools(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         return side_by_side(kv_cache, self.head_size)
 
 

@@ -96,5 +96,4 @@ def compression(
     sequence, k = crossings(plan, begins, ends)
     if len(k) == 0:
         return None
-    (row,) = on_device(raw.device, sequence)
-    return work(plan, spec.settings, raw[row], compressed[row], plan.m(k - 1), k, raw.device)
+    return work(plan, spec.settings, raw, compressed, sequence, k)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm import _custom_ops
 
+from lagkv_ext import reference
 from lagkv_ext.vllm.backend import side_by_side
-from lagkv_ext.vllm.compress import Rows
 from lagkv_ext.vllm.cpu_attn import LAYOUTS, LagKVCPUAttentionImpl
 
 
@@ -54,16 +54,35 @@ def test_cpu_layouts_are_read_and_written_where_vllm_does(isa, dtype, channels, 
     torch.manual_seed(seed)
     cache, key, value = written_by_vllm(isa, dtype, 3, 2, rows, channels)
     pools = LagKVCPUAttentionImpl.pools(None, Layer(isa), cache)  # type: ignore[arg-type]
-    slots = torch.randperm(3 * rows)[:40].view(2, 20)
-    places = Rows(slots // rows, slots % rows)
+    table = torch.randperm(3)
+    tokens = torch.randperm(3 * rows)[:40]
+    slots = table[tokens // rows] * rows + tokens % rows
     for pool, expected in zip(pools, (key, value), strict=True):
-        assert torch.equal(pool.read(places), expected[slots].transpose(1, 2))
-    new = torch.randn(2, 2, 20, channels).to(dtype)
+        assert torch.equal(reference.block_rows(pool, table, tokens)[0], expected[slots].transpose(0, 1))
+    new = torch.randn(2, 40, channels).to(dtype)
+    first = torch.arange(40)
     for pool, other in (pools, pools[::-1]):
-        kept = other.read(places)
-        pool.write(places, new)
-        assert torch.equal(pool.read(places), new)
-        assert torch.equal(other.read(places), kept)
+        kept = reference.block_rows(other, table, tokens)
+        reference.write_block_rows(pool, table, new)
+        assert torch.equal(reference.block_rows(pool, table, first)[0], new)
+        assert torch.equal(reference.block_rows(other, table, tokens), kept)
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype"), [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)]
+)
+def test_the_operator_compresses_in_the_layouts_of_the_cpu(isa, dtype):
+    torch.manual_seed(0)
+    cache, _, _ = written_by_vllm(isa, dtype, 20, 2, 32, 64)
+    copy = cache.clone()
+    tables = torch.randperm(20).int()[None].split(14, dim=1)
+    numbers = torch.tensor([0], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    index = [
+        function(*LagKVCPUAttentionImpl.pools(None, Layer(isa), x), *tables, *numbers, 16, 128, 64)  # type: ignore[arg-type]
+        for function, x in ((torch.ops.lagkv.compress_blocks, cache), (reference.compress_blocks, copy))
+    ]
+    assert torch.equal(*index)
+    assert torch.equal(cache, copy)
 
 
 def test_every_layout_is_tested():
@@ -74,7 +93,5 @@ def test_gpu_layouts_are_split_as_their_backends_split_them():
     cache = torch.randn(3, 2, 16, 96 + 64)
     keys, values = side_by_side(cache, 96)
     stock_key, stock_value = cache.transpose(1, 2).split([96, 64], dim=-1)
-    slots = torch.randperm(48).view(2, 24)
-    places = Rows(slots // 16, slots % 16)
-    assert torch.equal(keys.read(places), stock_key[places.block, places.row].transpose(1, 2))
-    assert torch.equal(values.read(places), stock_value[places.block, places.row].transpose(1, 2))
+    assert torch.equal(keys, stock_key)
+    assert torch.equal(values, stock_value)
