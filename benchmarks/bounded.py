@@ -1,4 +1,4 @@
-"""What a cache of bounded size still knows of a long stream: starting again from the sink against carried scores.
+"""Asks caches of bounded size after a long stream: starting again from the sink against carried scores.
 
 ``python -m benchmarks.bounded --model gemma3 --tokens 10000 --out FILE.jsonl`` reads contexts in chunks through
 `LagKVCache` itself and asks on what is left, beside the full cache. All settings hold the same number of rows at most

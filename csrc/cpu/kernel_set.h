@@ -116,7 +116,7 @@ constexpr int64_t kPadding = 32;  // reals: two of the widest vectors
 
 constexpr int64_t padded(int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 
-// Of each part of a blend there is room for one after the other.
+// Room for both parts of a blend, one after the other.
 constexpr int64_t reference_part(int64_t dim) { return 4 * padded(dim); }
 constexpr int64_t reference_size(int64_t dim) { return 2 * reference_part(dim); }
 constexpr int64_t statistic_size(int64_t count) { return 2 * padded(count); }

@@ -10,8 +10,8 @@
 
 namespace lagkv::cpu {
 
-/// Of every head the scores that rows sink .. start-1 bring, then those of the partitions to compress. As
-/// many rows are kept as there are earlier ones and `keep` for each partition.
+/// Holds for every head the scores that rows sink .. start-1 bring, then those of the partitions to
+/// compress. As many rows are kept as there are earlier ones and `keep` for each partition.
 template <class T>
 class Rivals {
  public:

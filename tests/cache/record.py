@@ -64,7 +64,7 @@ class Record:
         return index
 
     def _shed(self):
-        """Where the next compression would have no room: as many of the lowest scores as multiples of ``keep`` ask."""
+        """Drop the lowest scores, in multiples of ``keep``, until the next compression has room."""
         settings = self.settings
         while settings.max_tokens is not None and self.start + 2 * settings.lag_size > settings.max_tokens:
             self.start -= settings.keep

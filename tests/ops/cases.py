@@ -164,7 +164,7 @@ class Case:
 
     @property
     def scoring(self) -> dict:
-        """What lag_score takes; options only where they are not the defaults, which not every backend has."""
+        """Arguments of lag_score; options only where they are not the defaults, which not every backend has."""
         smooth = {} if self.smooth == 1 else {"smooth": self.smooth}
         return {"value_weight": self.value_weight, "score": self.score} | smooth
 

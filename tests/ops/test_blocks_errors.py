@@ -220,7 +220,7 @@ def test_blocks_that_are_written_and_used_twice(registered_backend, wrong):
 
 
 def checked(arguments: dict[str, Any]) -> None:
-    """What validate=True calls with numbers that were copied to the host."""
+    """Calls what validate=True calls, with numbers that were copied to the host."""
     pool = arguments["key_cache"]
     numbers = [arguments[name] for name in ARGUMENTS[2:]]
     torch.ops.lagkv._check_blocks(*numbers, pool.shape[0], pool.shape[1])

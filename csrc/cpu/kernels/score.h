@@ -142,7 +142,7 @@ void cosine_score(Real* key, Real* value, int64_t count, double value_weight) {
   combine(key, key_factor, value, value_weight * value_factor, count);
 }
 
-/// Of each side the std statistic comes first, and the cosine statistic padded(count) reals after it.
+/// Each side has its std statistic first, and the cosine statistic padded(count) reals after it.
 template <class Real>
 void blend_score(Real* key, Real* value, int64_t count, double value_weight) {
   using Reg = RegOf<Real>;

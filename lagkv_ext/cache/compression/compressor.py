@@ -69,8 +69,8 @@ class Compressor:
         track.record(index, done, scores)
 
     def _shed(self, done: Pass, rows: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of ``rows`` rows stay, int32 ``[B, H, rows - done.shed]``, ascending, and the scores of the chosen ones
-        among them, where ``scores [B, H, C]`` are those of the rows that the operator chose."""
+        """Returns the rows that stay of ``rows``, int32 ``[B, H, rows - done.shed]``, ascending, and the scores of the
+        chosen ones among them; ``scores [B, H, C]`` are those of the rows that the operator chose."""
         chosen, sink = scores.shape[2], self.settings.sink_size
         best = torch.ops.lagkv.topk_index(scores.contiguous(), chosen - done.shed)
         row = torch.arange(rows, dtype=torch.int32, device=scores.device).expand(*scores.shape[:2], rows)

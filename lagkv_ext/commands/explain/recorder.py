@@ -81,7 +81,7 @@ class LayerRecord:
         self.seen += fresh
 
     def shed(self, left: Tensor) -> None:
-        """Of the rows held only those at ``left [1, H, n]`` stay: a full cache sheds the lowest carried scores."""
+        """Keep the rows at ``left [1, H, n]`` of those held: a full cache sheds the lowest carried scores."""
         rows = left[0].cpu().long()
         self.held, self.scores = self.held.gather(1, rows), self.scores.gather(1, rows)
 
