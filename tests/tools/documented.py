@@ -158,12 +158,14 @@ def _lagkv(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPat
     from typer.testing import CliRunner
 
     from lagkv_ext.commands import cli, models
+    from lagkv_ext.commands.demo import command as demo
 
     def load_model(*_: Any, **__: Any) -> NoReturn:
         raise Parsed
 
+    # The demo is imported above: a module first imported from here on would keep this function for ever.
     monkeypatch.setattr(models, "load_model", load_model)
-    monkeypatch.setattr("lagkv_ext.commands.demo.command.load_model", load_model, raising=False)
+    monkeypatch.setattr(demo, "load_model", load_model)
     try:
         with _stops_after_parsing(monkeypatch):
             given = None if command.stdin is None else Path(command.stdin).read_bytes()
