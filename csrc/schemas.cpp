@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(lagkv, m) {
   m.def("_check_packed(Tensor cu_seqlens, Tensor start, int rows) -> ()");
   m.def(
       "_check_pages(Tensor block_table, Tensor start, Tensor length, int lag_size, int keep, int blocks, int "
-      "block_size) -> ()");
+      "block_size, bool scored=False, int sink_size=0) -> ()");
   m.def(
       "_check_blocks(Tensor source_table, Tensor target_table, Tensor m_before, Tensor m_after, int "
       "sink_size, int lag_size, int keep, int blocks, int block_size) -> ()");

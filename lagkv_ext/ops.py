@@ -85,12 +85,12 @@ def compress(
         sink_size: leading tokens kept as they are (the operator's ``start``). To compress a cache again after tokens
             were appended, pass :func:`next_start` of the compression before.
         value_weight: weight of the values' score against the keys'.
-        score: ``"std"`` (the paper), ``"cosine"`` (minus the cosine to the next partition's mean direction), or on the
-            CPU ``"blend"`` (both, in fixed scales).
-        smooth: odd, in tokens: a score is the mean over as many tokens around its own, within the partition. 1 (the
-            paper) on CUDA.
-        budget: ``"partition"`` (the paper): ``keep`` tokens of each partition; or on the CPU ``"head"``: as many in
-            all, of all partitions that lose tokens together. What earlier compressions kept does not compete:
+        score: ``"std"`` (the paper), ``"cosine"`` (minus the cosine to the next partition's mean direction), or
+            ``"blend"`` (both, in fixed scales).
+        smooth: odd, in tokens: a score is the mean over as many tokens around its own, within the partition. 1 is the
+            paper's.
+        budget: ``"partition"`` (the paper): ``keep`` tokens of each partition; or ``"head"``: as many in all, of all
+            partitions that lose tokens together. What earlier compressions kept does not compete:
             :func:`compress_carried` lets it.
 
     Returns:

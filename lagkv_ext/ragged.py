@@ -186,7 +186,10 @@ def compress_paged_(
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
     method |= _scores(scores, sink_size)
     if arguments.boolean("validate", validate):
-        sizes = (method["lag_size"], method["keep"], *key_cache.shape[:2])
+        sizes = (
+            *(method["lag_size"], method["keep"], *key_cache.shape[:2]),
+            *(scores is not None, method.get("sink_size", 0)),
+        )
         validate_numbers(torch.ops.lagkv._check_pages, key_cache, (block_table, start, length), *sizes)
     return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
 

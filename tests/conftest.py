@@ -83,8 +83,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "backend": tuple(backends.FACTORIES),
         "kernel_backend": backends.KERNELS,
         "registered_backend": backends.REGISTERED,
-        "option_backend": backends.OPTIONS,
-        "option_kernel": tuple(name for name in backends.OPTIONS if name != "reference"),
     }
     wanted = metafunc.config.getoption("--backend")
     for fixture, names in families.items():
@@ -121,18 +119,6 @@ def kernel_backend(request: pytest.FixtureRequest) -> backends.Backend:
 @pytest.fixture(scope="session")
 def registered_backend(request: pytest.FixtureRequest) -> backends.Backend:
     """Every backend that torch's dispatcher reaches."""
-    return _make(request)
-
-
-@pytest.fixture(scope="session")
-def option_backend(request: pytest.FixtureRequest) -> backends.Backend:
-    """Every backend that has the options beyond the paper's."""
-    return _make(request)
-
-
-@pytest.fixture(scope="session")
-def option_kernel(request: pytest.FixtureRequest) -> backends.Backend:
-    """The same but for the reference."""
     return _make(request)
 
 

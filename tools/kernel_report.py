@@ -65,6 +65,10 @@ class Kernel:
         """Looks up where rows lie."""
         return self.name.startswith(("ragged", "blocks"))
 
+    @property
+    def blends(self) -> bool:
+        return self.scores and self.name.endswith("blend>")
+
     def faults(self) -> list[str]:
         found = []
         if self.spills or self.stack:
@@ -146,7 +150,7 @@ def parse(report: str, arch: str) -> list[Kernel]:
 def short_name(symbol: str) -> str:
     name = run(["c++filt", symbol]).strip()
     name = re.sub(r"^void |\(lagkv::cuda::\w+Launch<.*$|lagkv::cuda::|lagkv::", "", name)
-    name = name.replace("(Score)0", "std").replace("(Score)1", "cosine")
+    name = name.replace("(Score)0", "std").replace("(Score)1", "cosine").replace("(Score)2", "blend")
     return name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16")
 
 
@@ -183,7 +187,7 @@ def add_occupancy(kernels: list[Kernel], folder: Path) -> None:
             kind, elements, lanes, chunks = kernel.layout
             lines.append(
                 f"{start} {elements} {lanes} {chunks} {sizes[kind]} {elements * lanes * chunks} {LAG_SIZE} "
-                f"{int(kernel.ragged)}"
+                f"{int(kernel.ragged)} {int(kernel.blends)}"
             )
         else:
             lines.append(f"{start} {512 if 'move_kernel' in kernel.name else 256} 0")

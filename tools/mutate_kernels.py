@@ -73,6 +73,8 @@ for arguments in {selections!r}:
     if status != 0:
         sys.exit(status)
 """
+RAGGED_OPTIONS = "test_ragged or slots or pages"
+DENSE_OPTIONS = f"not ({RAGGED_OPTIONS} or threads or chunks or python)"
 # By the bindings whose kernels they run; cheap and telling first, after those that look at the file itself.
 TESTS = {
     "lagkv": [
@@ -80,6 +82,7 @@ TESTS = {
         ("tests/cuda/test_plan.py", "not (depend and long)"),
         ("tests/ops/test_traps.py", ""),
         ("tests/cuda/test_alignment.py", ""),
+        ("tests/ops/test_options.py", DENSE_OPTIONS),
         ("tests/ops/test_properties.py", ""),
         ("tests/ops/test_metamorphic.py", "exactly_zero or beyond_the or bounds_far"),
         ("tests/cuda/test_traffic.py", "scratch or vectors or stages or in_place"),
@@ -89,6 +92,7 @@ TESTS = {
         ("tests/cuda/test_ragged_plan.py", "depend and long"),
         ("tests/cuda/test_ragged_plan.py", "not (depend and long)"),
         ("tests/cuda/test_alignment.py", ""),
+        ("tests/ops/test_options.py", RAGGED_OPTIONS),
         ("tests/ops/test_ragged_properties.py", "not traps"),
         ("tests/cuda/test_ragged_traffic.py", "in_place"),
         ("tests/ops/test_ragged_errors.py", "wrong_values or shared"),
@@ -107,9 +111,13 @@ FIRST = {
         "move.cuh": ("tests/ops/test_properties.py", "in_place"),
         "launch.h": ("tests/cuda/test_alignment.py", ""),
         "plan.h": ("tests/cuda/test_plan.py", "covers or limit or moves"),
+        "blend_statistic.cuh": ("tests/ops/test_options.py", DENSE_OPTIONS),
+        "rivals.cuh": ("tests/ops/test_options.py", DENSE_OPTIONS),
+        "staged.h": ("tests/ops/test_options.py", DENSE_OPTIONS),
     },
     "ragged": {
         "schedule.cuh": ("tests/cuda/test_ragged_plan.py", "any or pages or more"),
+        "gather.cuh": ("tests/ops/test_options.py", RAGGED_OPTIONS),
         "../ragged.h": ("tests/cuda/test_ragged_plan.py", "any or pages"),
         "blocks.cuh": ("tests/cuda/test_blocks_plan.py", ""),
         "../blocks.h": ("tests/cuda/test_blocks_plan.py", ""),
@@ -121,6 +129,7 @@ BY_BACKEND = (
     "test_ragged_properties",
     "test_metamorphic",
     "test_large",
+    "test_options",
 )
 BY_BACKEND += ("test_ragged_errors", "test_blocks_properties", "test_blocks_errors")
 

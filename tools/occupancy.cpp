@@ -1,10 +1,11 @@
 // Occupancy of compiled kernels, from the compiler's own register counts, by NVIDIA's calculator
 // (cuda_occupancy.h): no GPU needed. Reads lines "capability registers static_shared threads
 // dynamic_shared", or "capability registers static_shared elements lanes chunks element_size dim lag_size
-// ragged" for a scoring kernel, whose threads and dynamic shared memory the launch planner knows. Writes
-// "blocks_per_multiprocessor warps_of_max_percent dynamic_shared planned_blocks" for each.
+// ragged blend" for a scoring kernel, whose threads and dynamic shared memory the launch planner knows.
+// Writes "blocks_per_multiprocessor warps_of_max_percent dynamic_shared planned_blocks" for each.
 #include <cuda_occupancy.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <sstream>
@@ -48,21 +49,24 @@ int main() {
     std::istringstream words(line);
     std::vector<int> n;
     for (int value; words >> value;) n.push_back(value);
-    if (n.size() != 5 && n.size() != 10) {
-      std::cerr << "occupancy: expected 5 or 10 numbers, got '" << line << "'\n";
+    if (n.size() != 5 && n.size() != 11) {
+      std::cerr << "occupancy: expected 5 or 11 numbers, got '" << line << "'\n";
       return 2;
     }
     int threads = n[3];
     size_t dynamic = n[4];
     int planned = 1;
-    if (n.size() == 10) {
+    if (n.size() == 11) {
       lagkv::cuda::Device limits;
       limits.shared_per_multiprocessor = static_cast<int64_t>(device_of(n[0]).sharedMemPerMultiprocessor);
       threads = lagkv::cuda::kThreads;
       const lagkv::cuda::RowShape shape{n[3], n[4], n[5]};
-      const bool ragged = n[9] != 0;
-      dynamic = lagkv::cuda::plan_storage(shape, n[6], n[7], n[7], n[8], ragged, limits).shared_bytes;
-      planned = lagkv::cuda::planned_blocks(shape, n[6], static_cast<int64_t>(dynamic), ragged, limits);
+      const bool ragged = n[9] != 0, blend = n[10] != 0;
+      // Wider rows take another layout (row_shape).
+      const int64_t dim = blend && n[6] == 8 ? std::min<int64_t>(n[7], lagkv::cuda::kBlendDim) : n[7];
+      dynamic = lagkv::cuda::plan_storage(shape, n[6], dim, dim, n[8], ragged, limits, blend).shared_bytes;
+      planned =
+          lagkv::cuda::planned_blocks(shape, n[6], static_cast<int64_t>(dynamic), ragged, limits, blend);
     }
     cudaOccFuncAttributes kernel;
     kernel.maxThreadsPerBlock = threads;

@@ -119,14 +119,15 @@ void check_packed_numbers(const Tensor& cu_seqlens, const Tensor& start, int64_t
 }
 
 void check_page_numbers(const Tensor& block_table, const Tensor& start, const Tensor& length,
-                        int64_t lag_size, int64_t keep, int64_t blocks, int64_t block_size) {
+                        int64_t lag_size, int64_t keep, int64_t blocks, int64_t block_size, bool scored,
+                        int64_t sink_size) {
   const char* op = "compress_paged_";
   check_block_table(op, block_table);
   check_start_and_length(op, start, length, block_table.size(0));
   check_lag_size(op, lag_size);
-  check_keep(op, keep, "lag_size", lag_size);
+  check_keep(op, keep, "lag_size", lag_size, scored ? 0 : 1);
   check_page_values({numbers(block_table), block_table.stride(0), block_table.size(1), numbers(start),
-                     numbers(length), start.size(0), blocks, block_size, lag_size, keep});
+                     numbers(length), start.size(0), blocks, block_size, lag_size, keep, scored, sink_size});
 }
 
 void check_block_numbers(const Tensor& source_table, const Tensor& target_table, const Tensor& m_before,

@@ -22,6 +22,7 @@ struct BlocksLaunch {
   unsigned char* scratch;  // [scoring blocks, storage.scratch_bytes]
   BlocksPlan plan;
   static constexpr bool copies = true;
+  static constexpr ScoreTarget<RealOf<T>> score{};  // rows are selected at once
 };
 
 /// The numbers of sequence b, without partitions where they or its blocks are invalid: for all threads of the
@@ -127,7 +128,7 @@ __device__ __forceinline__ void fill_mixed(const BlocksParams<typename Layout::T
 }
 
 template <class Layout, Score kScore>
-__global__ void __launch_bounds__(kThreads, Layout::kRaggedBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_of(Layout::kRaggedBlocks, kScore))
     blocks_kernel(const BlocksLaunch<typename Layout::T> launch) {
   LAGKV_DYNAMIC_SHARED(shared);
   LAGKV_SHARED(ScatteredState<typename Layout::T>, state, 1);

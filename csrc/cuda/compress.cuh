@@ -14,17 +14,31 @@
 #pragma once
 
 #include "../params.h"
+#include "blend_statistic.cuh"
 #include "score.cuh"
 #include "select.cuh"
+#include "smooth.cuh"
 
 namespace lagkv::cuda {
 
+/// Where scores go that are selected from later. Those of a head lie `stride` after those of the one before.
+template <class Real>
+struct ScoreTarget {
+  Real* data = nullptr;
+  int64_t stride = 0;
+};
+
+/// Blocks per multiprocessor of a scoring kernel.
+constexpr int blocks_of(int blocks, Score score) {
+  return score == Score::kBlend ? blend_blocks(blocks) : blocks;
+}
+
 template <class T>
 struct CompressLaunch {
-  CompressParams<T> args;  // index is null where nothing is selected
-  RealOf<T>* score;        // [B, H, P-1, L] contiguous, or null
-  bool copies;             // whether rows go to key_out and value_out
-  unsigned char* scratch;  // [scoring blocks, storage.scratch_bytes]
+  CompressParams<T> args;        // index is null where the scores alone are wanted
+  ScoreTarget<RealOf<T>> score;  // of partition 0 of the first head; null where rows are selected here
+  bool copies;                   // whether rows go to key_out and value_out
+  unsigned char* scratch;        // [scoring blocks, storage.scratch_bytes]
   CompressPlan plan;
 };
 
@@ -97,7 +111,8 @@ struct RunBlock {
     return {reinterpret_cast<Value*>(memory + offset), in_scratch};
   }
 
-  /// Statistics of the key (0) and the value (1); norms of wide rows (2).
+  /// Statistics of the key (0) and the value (1); norms of wide rows (2); of a blend the cosine statistics of
+  /// the key (3) and the value (4).
   __device__ __forceinline__ Store<Real> statistics(int64_t which) const {
     const Storage& storage = launch.plan.storage;
     return store<Real>(storage.statistics, storage.statistics_in_scratch) + which * storage.padded_lag;
@@ -165,13 +180,24 @@ __device__ __forceinline__ void score_run(const Run& run) {
   for (int pass = 2 * ld_shared(&run.state->last) + 3; pass >= 2 * ld_shared(&run.state->first); --pass) {
     const int partition = pass >> 1, side = ~pass & 1;
     run.stage(side, partition);
-    visit_partition<Layout, kScore>(run, side, partition);
+    if constexpr (kScore == Score::kBlend) {
+      visit_for_blend<Layout>(run, side, partition);
+    } else {
+      visit_partition<Layout, kScore>(run, side, partition);
+    }
     if (side == 0 || !run.scores(partition)) continue;
 
     const int count = run.count();
-    combine_scores<kScore>(run.statistics(0), run.statistics(1), count, run.dim(0), run.dim(1),
-                           static_cast<Real>(args.method.value_weight), run.reduction);
-    const Store<Real> scores = run.statistics(0);
+    combine_scores<kScore == Score::kBlend ? Score::kStd : kScore>(
+        run.statistics(0), run.statistics(1), count, run.dim(0), run.dim(1),
+        static_cast<Real>(args.method.value_weight), run.reduction);
+    if constexpr (kScore == Score::kBlend) add_cosines(run, static_cast<Real>(args.method.value_weight));
+    Store<Real> scores = run.statistics(0);
+    if (args.method.smooth > 1) {
+      __syncthreads();
+      scores = run.statistics(1);  // free since scores are combined
+      smooth_scores(run.statistics(0), scores, count, args.method.smooth);
+    }
     const Store<Bits> keys = scores.template as<Bits>();
     Real* wanted = ld_shared(&run.state->score);
     for (unsigned t = thread_of_block(); t < static_cast<unsigned>(run.launch.plan.storage.padded_lag);
@@ -181,7 +207,7 @@ __device__ __forceinline__ void score_run(const Run& run) {
       keys.set(t, exists ? ordered(scores.get(t)) : Bits(0));
     }
     __syncthreads();
-    if (args.index == nullptr) continue;
+    if (run.launch.score.data != nullptr) continue;
 
     const int keep = static_cast<int>(args.keep);
     const int64_t first = ld_shared(&run.state->start) + partition * args.lag_size;
@@ -222,9 +248,8 @@ struct DenseRun : RunBlock<Layout, CompressLaunch<typename Layout::T>, RunState<
         static_cast<int32_t>((first + plan.run < plan.partitions ? first + plan.run : plan.partitions) - 1));
     const int64_t rows = output_length(args.length, args.start, args.lag_size, args.keep);
     st_shared(&this->state->index, args.index + head * rows);
-    st_shared(&this->state->score, this->launch.score == nullptr
-                                       ? nullptr
-                                       : this->launch.score + head * plan.partitions * args.lag_size);
+    const auto& score = this->launch.score;
+    st_shared(&this->state->score, score.data == nullptr ? nullptr : score.data + head * score.stride);
   }
 
   __device__ __forceinline__ void stage(int /*side*/, int /*partition*/) const {}
@@ -288,7 +313,7 @@ __device__ __forceinline__ void copy_outside(const CompressLaunch<typename Layou
 }
 
 template <class Layout, Score kScore>
-__global__ void __launch_bounds__(kThreads, Layout::kBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_of(Layout::kBlocks, kScore))
     compress_kernel(const CompressLaunch<typename Layout::T> launch) {
   // Scoring blocks first: they take longer.
   if (blockIdx.x < launch.plan.run_blocks) {

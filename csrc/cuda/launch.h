@@ -5,7 +5,6 @@
 #pragma once
 
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "blocks.cuh"
@@ -17,17 +16,6 @@
 #include "topk.cuh"
 
 namespace lagkv::cuda {
-
-/// Refuses what these kernels lack, before anything is launched.
-inline void require_kernels(const char* op, const Method& method) {
-  const char* missing = method.score == Score::kBlend    ? "score='blend'"
-                        : method.smooth > 1              ? "smooth above 1"
-                        : method.budget == Budget::kHead ? "budget='head'"
-                                                         : nullptr;
-  if (missing == nullptr) return;
-  throw std::runtime_error(std::string("lagkv::") + op + ": the CUDA kernels do not have " + missing +
-                           "; the CPU's do");
-}
 
 template <class Layout>
 struct LayoutTag {
@@ -59,32 +47,34 @@ void with_layout(RowShape shape, const F& f) {
 
 /// The layout of two tensors that share a kernel: both aligned or neither, wide enough for the wider one.
 template <class T>
-RowShape shape_of(const Rows<const T>& key, const Rows<const T>& value) {
+RowShape shape_of(const Rows<const T>& key, const Rows<const T>& value, bool blend) {
   const bool aligned =
       rows_aligned(key) && rows_aligned(value) && std::min(key.dim, value.dim) * sizeof(T) % 16 == 0;
   if (std::min(key.dim, value.dim) < 1) return row_shape(sizeof(T), 0, false);
-  return row_shape(sizeof(T), std::max(key.dim, value.dim), aligned);
+  return row_shape(sizeof(T), std::max(key.dim, value.dim), aligned, blend);
 }
 
-/// compress (key_out, value_out given), the first step of compress_ (data null), and lag_score (score given,
-/// index null).
+/// compress (key_out, value_out given) and the first step of compress_ (data null). With `score`: the scores
+/// alone and, where the index is given, the index of the rows before and after the partitions.
 template <class T, class Scratch, class Run>
-void launch_compress(const CompressParams<T>& args, RealOf<T>* score, const Device& device,
+void launch_compress(const CompressParams<T>& args, const ScoreTarget<RealOf<T>>& score, const Device& device,
                      const Scratch& scratch, const Run& run) {
   // An output of no elements has no memory: rows are copied where either output has some.
   const bool copies = args.key_out.data != nullptr || args.value_out.data != nullptr;
+  const bool blend = args.method.score == Score::kBlend;
   CompressLaunch<T> launch{args, score, copies, nullptr, {}};
-  launch.plan = plan_compress(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
+  launch.plan = plan_compress(shape_of(args.key, args.value, blend), sizeof(T), args.key.dim, args.value.dim,
                               args.batch * args.heads, args.length, args.start, args.lag_size, args.keep,
-                              score != nullptr, device);
+                              score.data != nullptr, args.index != nullptr, device, blend);
   if (launch.plan.blocks == 0) return;
   const int64_t grid = grid_of(launch.plan.blocks);
   if (launch.plan.scratch_bytes > 0)
     launch.scratch = static_cast<unsigned char*>(scratch(launch.plan.scratch_bytes));
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
-    const auto kernel = args.method.score == Score::kStd ? compress_kernel<Layout, Score::kStd>
-                                                         : compress_kernel<Layout, Score::kCosine>;
+    const auto kernel = args.method.score == Score::kStd      ? compress_kernel<Layout, Score::kStd>
+                        : args.method.score == Score::kCosine ? compress_kernel<Layout, Score::kCosine>
+                                                              : compress_kernel<Layout, Score::kBlend>;
     run(kernel, grid, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }
@@ -186,15 +176,19 @@ SequenceTable make_table(int64_t batch, const Scratch& scratch) {
 }
 
 /// Everything of compress_varlen; of the others all but the move of the rows: new starts and lengths, index.
+/// With `score`: new starts and lengths, the scores, and the index of the rows before and after the
+/// partitions.
 template <class T, class Scratch, class Run>
-void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, const Device& device,
-                   const Scratch& scratch, const Run& run) {
+void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table,
+                   const ScoreTarget<RealOf<T>>& score, const Device& device, const Scratch& scratch,
+                   const Run& run) {
   const bool packed = args.is_packed();
   if (args.batch == 0 && !packed) return;
-  RaggedLaunch<T> launch{args, table, nullptr, {}, packed};
-  launch.plan = plan_ragged(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
+  const bool blend = args.method.score == Score::kBlend;
+  RaggedLaunch<T> launch{args, table, nullptr, {}, packed && score.data == nullptr, score};
+  launch.plan = plan_ragged(shape_of(args.key, args.value, blend), sizeof(T), args.key.dim, args.value.dim,
                             args.batch, args.heads, packed ? args.capacity : args.batch * args.capacity,
-                            args.lag_size, args.keep, packed, device);
+                            args.lag_size, args.keep, packed, device, score.data != nullptr, blend);
   if (args.key.is_paged()) {
     run(pages_kernel<T>, grid_of(args.batch), kThreads, 0, PagesLaunch<T>{args, table});
   }
@@ -205,8 +199,9 @@ void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, cons
   }
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
-    const auto kernel = args.method.score == Score::kStd ? ragged_kernel<Layout, Score::kStd>
-                                                         : ragged_kernel<Layout, Score::kCosine>;
+    const auto kernel = args.method.score == Score::kStd      ? ragged_kernel<Layout, Score::kStd>
+                        : args.method.score == Score::kCosine ? ragged_kernel<Layout, Score::kCosine>
+                                                              : ragged_kernel<Layout, Score::kBlend>;
     run(kernel, launch.plan.blocks, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }
@@ -215,9 +210,10 @@ void launch_ragged(const RaggedParams<T>& args, const SequenceTable& table, cons
 template <class T, class Scratch, class Run>
 void launch_blocks(const BlocksParams<T>& args, const Device& device, const Scratch& scratch,
                    const Run& run) {
+  const bool blend = args.method.score == Score::kBlend;
   BlocksLaunch<T> launch{args, nullptr, {}};
-  launch.plan = plan_blocks(shape_of(args.key, args.value), sizeof(T), args.key.dim, args.value.dim,
-                            args.batch * args.heads, args.capacity, args.lag_size, args.keep, device);
+  launch.plan = plan_blocks(shape_of(args.key, args.value, blend), sizeof(T), args.key.dim, args.value.dim,
+                            args.batch * args.heads, args.capacity, args.lag_size, args.keep, device, blend);
   if (launch.plan.blocks == 0 || args.capacity == 0) return;
   const int64_t grid = grid_of(launch.plan.blocks);
   if (launch.plan.scratch_bytes > 0) {
@@ -225,8 +221,9 @@ void launch_blocks(const BlocksParams<T>& args, const Device& device, const Scra
   }
   with_layout<T>(launch.plan.shape, [&](auto tag) {
     using Layout = typename decltype(tag)::Type;
-    const auto kernel = args.method.score == Score::kStd ? blocks_kernel<Layout, Score::kStd>
-                                                         : blocks_kernel<Layout, Score::kCosine>;
+    const auto kernel = args.method.score == Score::kStd      ? blocks_kernel<Layout, Score::kStd>
+                        : args.method.score == Score::kCosine ? blocks_kernel<Layout, Score::kCosine>
+                                                              : blocks_kernel<Layout, Score::kBlend>;
     run(kernel, grid, kThreads, launch.plan.storage.shared_bytes, launch);
   });
 }
@@ -239,9 +236,10 @@ void launch_ragged_move(const RaggedParams<T>& args, const SequenceTable& table,
   const Rows<T>&key = args.key_out, &value = args.value_out;
   with_word_of_both(key, value, [&](auto word) {
     using W = decltype(word);
-    const RaggedMoveLaunch<W> launch{in_words<W>(key), in_words<W>(value), table,
-                                     args.index,       args.heads,         args.capacity,
-                                     args.lag_size,    args.keep,          move_blocks(device)};
+    const int64_t sink = args.carried.exists ? args.carried.sink : args.capacity;
+    const RaggedMoveLaunch<W> launch{
+        in_words<W>(key), in_words<W>(value), table,     args.index, args.heads,
+        args.capacity,    args.lag_size,      args.keep, sink,       move_blocks(device)};
     // As many jobs as there can be, where they are few.
     const int64_t jobs = args.batch * args.heads * (launch.key.dim + launch.value.dim);
     const int64_t blocks = std::min(launch.blocks, jobs);

@@ -85,6 +85,7 @@ struct RaggedMoveLaunch {
   SequenceTable table;
   const int32_t* index;  // [B, H, capacity]
   int64_t heads, capacity, lag_size, keep;
+  int64_t sink;    // rows before it stay: no more than start, unless rows before start compete too
   int64_t blocks;  // that fill the device
 };
 
@@ -100,9 +101,9 @@ struct RaggedColumn {
   }
 };
 
-/// Row j of a sequence = row index[j], for start <= j < new length. The sequences that lose tokens are few in
-/// most calls: how finely columns are sliced follows their number, on the device. Traffic: moved rows once
-/// in, once out; per row its index, and of pages its block table entries.
+/// Row j of a sequence = row index[j], for min(start, sink) <= j < new length. The sequences that lose tokens
+/// are few in most calls: how finely columns are sliced follows their number, on the device. Traffic: moved
+/// rows once in, once out; per row its index, and of pages its block table entries.
 template <class W>
 __global__ void __launch_bounds__(kMoveThreads, 2) ragged_move_kernel(const RaggedMoveLaunch<W> launch) {
   const SequenceTable& table = launch.table;
@@ -119,7 +120,8 @@ __global__ void __launch_bounds__(kMoveThreads, 2) ragged_move_kernel(const Ragg
     const int64_t compressed = ld_global_nc(table.compressed(sequence));
     const Rows<W>& x = job.is_key ? launch.key : launch.value;
     const ColumnSeat seat(job.columns(slices, x.dim));
-    move_rows<kRaggedMoveVectors>(RaggedColumn<W>{x, sequence, head, job.column + seat.column}, start,
+    const int64_t first = start < launch.sink ? start : launch.sink;
+    move_rows<kRaggedMoveVectors>(RaggedColumn<W>{x, sequence, head, job.column + seat.column}, first,
                                   length - compressed * (launch.lag_size - launch.keep), seat,
                                   launch.index + (sequence * launch.heads + head) * launch.capacity);
   }

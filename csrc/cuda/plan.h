@@ -17,11 +17,12 @@ namespace lagkv::cuda {
 
 constexpr int kThreads = 256;  // of every kernel but move_rows
 constexpr int kMoveThreads = 512;
-constexpr int kMoveVectors = 8;           // accesses in flight per thread of move_rows
-constexpr int kRaggedMoveVectors = 4;     // fewer where every access has a look-up of its own: registers
-constexpr int64_t kScalarDim = 256;       // widest row of the element-wise layout
-constexpr int64_t kCopyRows = 64;         // rows of key and value that one copying block takes
-constexpr int64_t kIndexTile = 1024;      // entries of the index that one block of the ragged kernels fills
+constexpr int kMoveVectors = 8;        // accesses in flight per thread of move_rows
+constexpr int kRaggedMoveVectors = 4;  // fewer where every access has a look-up of its own: registers
+constexpr int64_t kScalarDim = 256;    // widest row of the element-wise layout
+constexpr int64_t kBlendDim = 240;     // widest float64 row of a blend whose references fit in shared memory
+constexpr int64_t kCopyRows = 64;      // rows of key and value that one copying block takes
+constexpr int64_t kIndexTile = 1024;   // entries of the index that one block of the ragged kernels fills
 constexpr int64_t kMaxGrid = 2147483647;  // blocks of one launch
 
 /// Resources that a launch may use. The defaults are those that every architecture since sm_80 has.
@@ -57,9 +58,12 @@ LAGKV_HOST_DEVICE constexpr int blocks_per_multiprocessor(RowShape shape, int el
   return state <= (element_size == 8 ? 64 : ragged ? 112 : 128) ? 3 : 2;
 }
 
-inline RowShape row_shape(int element_size, int64_t dim, bool aligned) {
+/// The same of a kernel that scores a blend, whose two passes in one kernel need a few registers more.
+LAGKV_HOST_DEVICE constexpr int blend_blocks(int blocks) { return blocks < 2 ? blocks : 2; }
+
+inline RowShape row_shape(int element_size, int64_t dim, bool aligned, bool blend = false) {
   const int elements = 16 / element_size;
-  if (dim < 1) return {0, 0, 0};
+  if (dim < 1 || (blend && element_size == 8 && dim > kBlendDim)) return {0, 0, 0};
   if (aligned && dim % elements == 0) {
     const int64_t vectors = dim / elements;
     // Fewest lanes that have an instantiation: 8 for 16-bit types, 16 for float32, 32 for float64 (D = 64).
@@ -90,12 +94,12 @@ LAGKV_HOST_DEVICE int64_t padded_lag(int64_t lag_size) { return (lag_size + 3) /
 /// Dynamic shared memory of the scoring kernels, offsets in bytes; what does not fit goes to scratch in
 /// global memory.
 struct Storage {
-  int64_t
-      key_reference;  // [3, Dk] Real: lo, hi, scale of the next partition (cosine: anchor in the first Dk)
-  int64_t value_reference;  // [3, Dv] Real
+  int64_t key_reference;    // [3, Dk] Real: lo, hi, scale of the next partition (cosine: anchor in the first
+                            // Dk; blend: [4, Dk], the anchor last)
+  int64_t value_reference;  // [3 or 4, Dv] Real
   int64_t partial;     // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
   int64_t statistics;  // [2, padded_lag] Real: of key and value; the first becomes the ordered scores (wide:
-                       // [3, ..])
+                       // [3, ..], blend: [5, ..])
   int64_t padded_lag;  // L padded so that scores can be read 16 bytes at a time
   int64_t rows;        // [L] pointers: where the rows of a partition lie (ragged forms)
   int64_t shared_bytes;
@@ -105,14 +109,14 @@ struct Storage {
 
 /// `ragged`: with room for the pointers to the rows of a partition.
 inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
-                            int64_t lag_size, bool ragged, const Device& device) {
-  const int64_t real = element_size == 8 ? 8 : 4;
+                            int64_t lag_size, bool ragged, const Device& device, bool blend = false) {
+  const int64_t real = element_size == 8 ? 8 : 4, per_channel = blend ? 4 : 3;
   const int64_t dim = std::max(key_dim, value_dim);
-  const int64_t key_reference = round_up(3 * key_dim * real, 16);
-  const int64_t references = key_reference + round_up(3 * value_dim * real, 16);
+  const int64_t key_reference = round_up(per_channel * key_dim * real, 16);
+  const int64_t references = key_reference + round_up(per_channel * value_dim * real, 16);
   const int64_t partial =
       shape.wide() ? 0 : round_up(kThreads / 32 * dim * std::max<int64_t>(2 * element_size, real), 16);
-  const int64_t statistics = (shape.wide() ? 3 : 2) * padded_lag(lag_size) * real;
+  const int64_t statistics = (blend ? 5 : shape.wide() ? 3 : 2) * padded_lag(lag_size) * real;
   // Static shared memory (reductions, scans, the histogram of the selection) takes less than 2 KiB.
   const int64_t room = device.shared_per_block - 2048;
   Storage plan{};
@@ -143,10 +147,11 @@ inline Storage plan_storage(RowShape shape, int element_size, int64_t key_dim, i
 
 /// Scoring blocks that one multiprocessor holds at a time: what registers and shared memory allow.
 inline int planned_blocks(RowShape shape, int element_size, int64_t shared_bytes, bool ragged,
-                          const Device& device) {
+                          const Device& device, bool blend = false) {
   constexpr int64_t kStatic = 3072;  // static shared memory and the driver's 1 KiB
   const int64_t fit = std::max<int64_t>(1, device.shared_per_multiprocessor / (shared_bytes + kStatic));
-  return static_cast<int>(std::min<int64_t>(fit, blocks_per_multiprocessor(shape, element_size, ragged)));
+  const int blocks = blocks_per_multiprocessor(shape, element_size, ragged);
+  return static_cast<int>(std::min<int64_t>(fit, blend ? blend_blocks(blocks) : blocks));
 }
 
 /// Chooses the length of runs: every run reads one partition more than it scores, so long runs
@@ -181,22 +186,25 @@ struct CompressPlan {
   int64_t scratch_bytes;  // of the whole launch
 };
 
-/// keep = lag_size loses nothing: then nothing is scored unless the scores themselves are wanted (lag_score).
+/// keep = lag_size loses nothing: then nothing is scored unless the scores themselves are wanted. `outside`:
+/// the rows before and after the partitions are wanted too.
 inline CompressPlan plan_compress(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
                                   int64_t heads, int64_t length, int64_t start, int64_t lag_size,
-                                  int64_t keep, bool scores_wanted, const Device& device) {
+                                  int64_t keep, bool scores_wanted, bool outside, const Device& device,
+                                  bool blend = false) {
   CompressPlan plan{};
   plan.shape = shape;
   plan.partitions = keep < lag_size || scores_wanted ? compressed_count(length, start, lag_size) : 0;
   if (heads > 0 && plan.partitions > 0) {
-    plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, false, device);
-    const int64_t concurrent = device.multiprocessors *
-                               planned_blocks(shape, element_size, plan.storage.shared_bytes, false, device);
+    plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, false, device, blend);
+    const int64_t concurrent =
+        device.multiprocessors *
+        planned_blocks(shape, element_size, plan.storage.shared_bytes, false, device, blend);
     plan.run = run_length(heads, plan.partitions, lag_size, keep, concurrent);
     plan.runs = ceil_div(plan.partitions, plan.run);
     plan.run_blocks = heads * plan.runs;
   }
-  if (!scores_wanted) {
+  if (outside) {
     plan.copy_tiles = ceil_div(length - plan.partitions * lag_size, kCopyRows);
     plan.copy_blocks = heads * plan.copy_tiles;
   }
@@ -291,15 +299,16 @@ struct RaggedPlan {
 /// `rows`: tokens of all sequences at most.
 inline RaggedPlan plan_ragged(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
                               int64_t batch, int64_t heads, int64_t rows, int64_t lag_size, int64_t keep,
-                              bool packed, const Device& device) {
+                              bool packed, const Device& device, bool scores_wanted = false,
+                              bool blend = false) {
   RaggedPlan plan{};
   plan.shape = shape;
-  plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device);
-  plan.concurrent =
-      device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device);
+  plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device, blend);
+  plan.concurrent = device.multiprocessors *
+                    planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device, blend);
   plan.tile = packed ? kCopyRows : kIndexTile;
   // Packed rows have one tile more: what follows the last sequence.
-  const int64_t partitions = keep < lag_size ? rows / lag_size : 0;
+  const int64_t partitions = keep < lag_size || scores_wanted ? rows / lag_size : 0;
   const int64_t jobs = heads * (partitions + rows / plan.tile + batch + (packed ? 1 : 0));
   plan.blocks = std::min(plan.concurrent, std::max<int64_t>(jobs, 1));
   plan.scratch_bytes = plan.blocks * plan.storage.scratch_bytes;
@@ -318,12 +327,13 @@ struct BlocksPlan {
 /// `heads`: of all sequences; `capacity`: target rows of a sequence.
 inline BlocksPlan plan_blocks(RowShape shape, int element_size, int64_t key_dim, int64_t value_dim,
                               int64_t heads, int64_t capacity, int64_t lag_size, int64_t keep,
-                              const Device& device) {
+                              const Device& device, bool blend = false) {
   BlocksPlan plan{};
   plan.shape = shape;
-  plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device);
+  plan.storage = plan_storage(shape, element_size, key_dim, value_dim, lag_size, true, device, blend);
   const int64_t concurrent =
-      device.multiprocessors * planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device);
+      device.multiprocessors *
+      planned_blocks(shape, element_size, plan.storage.shared_bytes, true, device, blend);
   const int64_t partitions = std::max<int64_t>(1, capacity / keep);
   plan.run = run_length(heads, partitions, lag_size, keep, concurrent);
   plan.runs = ceil_div(partitions, plan.run);

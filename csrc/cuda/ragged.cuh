@@ -20,8 +20,18 @@ struct RaggedLaunch {
   SequenceTable table;
   unsigned char* scratch;  // [blocks, storage.scratch_bytes]
   RaggedPlan plan;
-  bool copies;  // packed rows; in place the rows move afterwards (move.cuh)
+  bool copies;  // packed rows selected at once; in place the rows move afterwards (move.cuh)
+  /// Of row 0 of the first head; null where rows are selected at once. Packed rows: of row 0 of the tensor.
+  ScoreTarget<RealOf<T>> score;
 };
+
+/// The score of row 0 of a head of a sequence.
+template <class Real>
+__device__ __forceinline__ Real* score_row(const ScoreTarget<Real>& score, const int32_t* offsets,
+                                           int64_t heads, int64_t sequence, int64_t head) {
+  return offsets == nullptr ? score.data + (sequence * heads + head) * score.stride
+                            : score.data + head * score.stride + ld_global_nc(offsets + sequence);
+}
 
 /// A run, and the job after it.
 template <class T>
@@ -57,7 +67,11 @@ struct RaggedRun : ScatteredRun<Layout, RaggedLaunch<typename Layout::T>, Ragged
     st_shared(&this->state->last,
               static_cast<int32_t>((first + run < partitions ? first + run : partitions) - 1));
     st_shared(&this->state->index, args.index_of(sequence, head, LoadNc{}));
-    st_shared(&this->state->score, nullptr);
+    const auto& score = this->launch.score;
+    st_shared(&this->state->score, score.data == nullptr
+                                       ? nullptr
+                                       : score_row(score, args.key.offsets, args.heads, sequence, head) +
+                                             ld_global_nc(table.start(sequence)));
     st_shared(&this->state->sequence, sequence);
     st_shared(&this->state->head, head);
   }
@@ -99,7 +113,7 @@ __device__ __forceinline__ void fill_tile(const RaggedLaunch<typename Layout::T>
 }
 
 template <class Layout, Score kScore>
-__global__ void __launch_bounds__(kThreads, Layout::kRaggedBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_of(Layout::kRaggedBlocks, kScore))
     ragged_kernel(const RaggedLaunch<typename Layout::T> launch) {
   LAGKV_DYNAMIC_SHARED(shared);
   LAGKV_SHARED(RaggedState<typename Layout::T>, state, 1);

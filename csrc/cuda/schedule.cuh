@@ -136,8 +136,8 @@ __device__ __forceinline__ int64_t enter_sequence(const ScheduleLaunch<T>& launc
     st_global(args.new_start + b, static_cast<int32_t>(sequence.new_start));
     st_global(args.new_length + b, static_cast<int32_t>(sequence.new_length));
   }
-  // keep = lag_size loses nothing: then nothing is scored.
-  const int64_t compressed = args.keep < args.lag_size ? sequence.compressed : 0;
+  // keep = lag_size loses nothing: then nothing is scored, unless the scores go with the rows.
+  const int64_t compressed = args.keep < args.lag_size || args.carried.exists ? sequence.compressed : 0;
   st_global(table.start(b), static_cast<int32_t>(sequence.start));
   st_global(table.length(b), static_cast<int32_t>(sequence.length));
   st_global(table.compressed(b), static_cast<int32_t>(compressed));

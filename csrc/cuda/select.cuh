@@ -91,9 +91,9 @@ struct ByThreshold {
 
 /// Puts every kept position 0 <= i < count, in ascending order. Of the ties the first `ties` are kept: the
 /// lower position wins. `counts` holds two sets, so that one barrier a round is enough.
-template <class Chooser>
+template <class Chooser, class Kept>
 __device__ __forceinline__ void compact_positions(const Chooser& choose, int count, int ties, int* counts,
-                                                  const KeptIndex& kept) {
+                                                  const Kept& kept) {
   const Place place;
   const unsigned lower_lanes = (1u << place.lane) - 1u;
   int keeps_before = 0, ties_before = 0;
@@ -179,9 +179,9 @@ __device__ __forceinline__ ByThreshold<Bits, Keys> radix_select(const Keys& keys
 }
 
 /// Puts the kept positions by radix select.
-template <class Bits, class Keys>
+template <class Bits, class Keys, class Kept>
 __device__ __forceinline__ void select_by_radix(const Keys& keys, int count, int keep,
-                                                const SelectMemory& memory, const KeptIndex& kept) {
+                                                const SelectMemory& memory, const Kept& kept) {
   const auto choose = radix_select<Bits>(keys, count, keep, memory.histogram);
   compact_positions(choose, count, choose.ties, memory.counts, kept);
 }

@@ -58,9 +58,4 @@ class Launcher {
   std::vector<Tensor> scratch_;
 };
 
-/// Scores, selects and copies as `args` and `score` say (launch.h). One source file per T: they are what
-/// takes long to compile.
-template <class T, class Real>
-void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score);
-
 }  // namespace lagkv::cuda

@@ -56,13 +56,21 @@ def call(operators, case: BlocksCase) -> tuple[Tensor, ...]:
     return bits(key.storage), bits(value.storage), index
 
 
-@pytest.mark.parametrize("score", ["std", "cosine"])
+METHODS = {
+    "std": {"score": "std"},
+    "cosine": {"score": "cosine"},
+    "blend": {"score": "blend"},
+    "smoothed": {"score": "blend", "smooth": 5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_results_do_not_depend_on_the_plan(executor, name, device, score):
+def test_results_do_not_depend_on_the_plan(executor, name, device, method):
     from tests.simt import operators
 
-    case = dataclasses.replace(CASES[name], score=score)
+    case = dataclasses.replace(CASES[name], **METHODS[method])
     usual = call(operators, case)
     with operators.settings(device=DEVICES[device], order="random", seed=5):
         check_blocks(executor, case)
@@ -157,17 +165,18 @@ LLAMA = BlocksCase(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("score", ["std", "cosine"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sink", [16, 20])
 @pytest.mark.parametrize("device", RUNS)
-def test_traffic(executor, device, sink, score):
+def test_traffic(executor, device, sink, method):
+    """A blend asks for its rows twice, the second time from L2."""
     from tests.simt import operators
 
-    case = dataclasses.replace(LLAMA, sink=sink, score=score)
+    case = dataclasses.replace(LLAMA, sink=sink, **METHODS[method])
     key, value, source, target = case.pools(case.make())
     with operators.settings(device=RUNS[device]):
         index = operators.compress_blocks(
-            key.view, value.view, source, target, *case.numbers(), *case.sizes, score=score
+            key.view, value.view, source, target, *case.numbers(), *case.sizes, **case.scoring
         )
     (launch,) = operators.last().launches()
     row = (case.key_dim + case.value_dim) * 2 * case.heads
@@ -175,7 +184,8 @@ def test_traffic(executor, device, sink, score):
     runs = partitions if device == "short runs" else sum(case.partitions(b) > 0 for b in range(case.batch))
     mixed = sum(len(case.mixed(b)) for b in range(case.batch))
     kept = partitions * case.keep
-    rows = ((partitions + runs) * case.lag_size + kept + mixed) * row
+    scored = (partitions + runs) * case.lag_size * (2 if case.score == "blend" else 1)
+    rows = (scored + kept + mixed) * row
     assert rows_read(launch, RaggedCase()) == rows, (
         "each partition once, one more a run, kept rows again, mixed rows"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,13 @@ def test_launches_on_the_current_stream() -> None:
     assert_same(result, expected)
 
 
-@pytest.mark.parametrize("score", ["std", "cosine"])
+OPTIONS = {"score": "blend", "smooth": 3, "budget": "head"}
+
+
+@pytest.mark.parametrize("score", ["std", "cosine", "blend"])
 def test_never_waits_for_the_device(score: str) -> None:
     key, value = states(4096)
+    carried, scores = torch.zeros(1, 8, 5, device="cuda"), torch.zeros(1, 8, 4096, device="cuda")
     OPS.compress(key, value, START, LAG_SIZE, KEEP, score=score)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -66,20 +71,26 @@ def test_never_waits_for_the_device(score: str) -> None:
         scores = OPS.lag_score(key, value, START, LAG_SIZE, score=score)
         OPS.topk_index(scores, KEEP)
         OPS.partition_bounds(key, START, LAG_SIZE)
+        OPS.compress(key, value, START, LAG_SIZE, KEEP, smooth=3, score=score)
+        OPS.compress_carried(key, value, carried, START, LAG_SIZE, KEEP, smooth=3, score=score)
+        OPS.compress_(
+            key.clone(), value.clone(), START, LAG_SIZE, KEEP, score=score, budget="head", scores=scores
+        )
         OPS.compress_(key, value, START, LAG_SIZE, KEEP, score=score)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["paper", "options"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_captured_in_a_graph(in_place: bool) -> None:
+def test_captured_in_a_graph(in_place: bool, options: dict[str, Any]) -> None:
     key, value = states(2048)
     static_key, static_value = key.clone(), value.clone()
 
     def step() -> tuple[torch.Tensor, ...]:
         if not in_place:
-            return OPS.compress(static_key, static_value, START, LAG_SIZE, KEEP)
-        index = OPS.compress_(static_key, static_value, START, LAG_SIZE, KEEP)
+            return OPS.compress(static_key, static_value, START, LAG_SIZE, KEEP, **options)
+        index = OPS.compress_(static_key, static_value, START, LAG_SIZE, KEEP, **options)
         rows = index.shape[2]
         return static_key[:, :, :rows], static_value[:, :, :rows], index
 
@@ -96,7 +107,7 @@ def test_captured_in_a_graph(in_place: bool) -> None:
         torch.manual_seed(seed)
         static_key.normal_()
         static_value.normal_()
-        expected = OPS.compress(static_key.clone(), static_value.clone(), START, LAG_SIZE, KEEP)
+        expected = OPS.compress(static_key.clone(), static_value.clone(), START, LAG_SIZE, KEEP, **options)
         graph.replay()
         assert_same(outputs, expected)
 
@@ -157,15 +168,18 @@ def test_more_than_two_to_the_31_elements(in_place: bool) -> None:
     assert_same((big[0][:, :, -rows:], big[1][:, :, -rows:], big[2][:, :, -rows:] - (length - tail)), small)
 
 
-def test_in_place_needs_a_hundredth_of_the_cache() -> None:
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["paper", "options"])
+def test_in_place_needs_a_hundredth_of_the_cache(options: dict[str, Any]) -> None:
+    """And the scores, where they are chosen from later."""
     key, value = states(32768)
     OPS.compress_(*states(1024), START, LAG_SIZE, KEEP)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    OPS.compress_(key, value, START, LAG_SIZE, KEEP)
+    OPS.compress_(key, value, START, LAG_SIZE, KEEP, **options)
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 0.01 * (key.nbytes + value.nbytes)
+    scores = 4 * key[..., 0].numel() if options else 0
+    assert extra <= 0.01 * (key.nbytes + value.nbytes) + scores
 
 
 def test_an_index_out_of_range_is_an_error_on_the_device() -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lagkv_ext import formulas, reference
 from tests import simt
 from tests.ops.backends import Unavailable, make_simt
 from tests.ops.cases import DTYPES, Case
-from tests.ops.properties import CASE_CHECKS, check_lag_score
+from tests.ops.properties import CASE_CHECKS, check_compress, check_lag_score
 
 H100 = {"multiprocessors": 132, "shared_per_multiprocessor": 228 << 10}
 A100 = {"multiprocessors": 108, "shared_per_multiprocessor": 164 << 10}
@@ -119,21 +118,27 @@ def test_long_caches_have_long_runs_and_a_full_machine(planner, heads, tokens, r
     lag_size=st.one_of(st.integers(1, 5000), st.just(65536)),
     limit=st.sampled_from([48 << 10, 100 << 10]),
     aligned=st.booleans(),
+    blend=st.booleans(),
 )
-def test_shared_memory_keeps_to_the_limit(planner, size, dims, lag_size, limit, aligned):
+@example(size=8, dims=(256, 256), lag_size=1, limit=48 << 10, aligned=True, blend=True)
+@example(size=8, dims=(240, 240), lag_size=1, limit=48 << 10, aligned=True, blend=True)
+def test_shared_memory_keeps_to_the_limit(planner, size, dims, lag_size, limit, aligned, blend):
     dims = (0, 0) if min(dims) == 0 else dims
     made = planner.plan_compress(
         *(size, *dims, 2, 3 * lag_size, 0, lag_size, 1),
         scores_wanted=True,
         aligned=aligned,
+        blend=blend,
         device=planner.Device(shared_per_block=limit),
     )
     assert made["shared_bytes"] + 2048 <= limit
     assert made["shared_bytes"] % 16 == 0
     assert (made["scratch_bytes"] > 0) == (made["statistics_in_scratch"] or made["reference_in_scratch"])
-    # Scratch is O(B H N): statistics of key and value (wide rows: and norms) of one partition, bounds of its channels.
-    real = 8 if size == 8 else 4
-    assert made["scratch_bytes"] <= made["run_blocks"] * real * (3 * (lag_size + 4) + 6 * (max(dims) + 8))
+    # Scratch is O(B H N): statistics of key and value (wide rows: and norms; a blend: of both scores) of one partition,
+    # bounds (and anchors) of its channels.
+    real, statistics, references = 8 if size == 8 else 4, 5 if blend else 3, 8 if blend else 6
+    most = statistics * (lag_size + 4) + references * (max(dims) + 8)
+    assert made["scratch_bytes"] <= made["run_blocks"] * real * most
 
 
 @pytest.mark.parametrize("dims", [(128, 128), (300, 300)])
@@ -191,21 +196,31 @@ DEVICES = {
 }
 
 
-@pytest.mark.parametrize("score", ["std", "cosine"])
+METHODS = {
+    "std": {"score": "std"},
+    "cosine": {"score": "cosine"},
+    "blend": {"score": "blend"},
+    "smooth": {"smooth": 5},
+    "blend-smooth-head": {"score": "blend", "smooth": 5, "budget": "head"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_results_do_not_depend_on_the_plan(executor, name, device, score):
+def test_results_do_not_depend_on_the_plan(executor, name, device, method):
     from tests.simt import operators
 
-    case = dataclasses.replace(CASES[name], score=score)
+    case = dataclasses.replace(CASES[name], **METHODS[method])
     key, value = (placed.view for placed in case.make(torch.device("cpu")))
     args = (case.start, case.lag_size, case.keep)
-    usual = operators.compress(key, value, *args, **case.scoring)
+    usual = operators.compress(key, value, *args, **case.method)
     usual_score = operators.lag_score(key, value, *args[:2], **case.scoring)
     with operators.settings(device=DEVICES[device], order="random", seed=5):
         for check in CASE_CHECKS:
-            check(executor, case)
-        odd = operators.compress(key, value, *args, **case.scoring)
+            if case.budget == "partition" or check is not check_compress:  # which knows no other budget
+                check(executor, case)
+        odd = operators.compress(key, value, *args, **case.method)
         odd_score = operators.lag_score(key, value, *args[:2], **case.scoring)
     for one, other in zip((*usual, usual_score), (*odd, odd_score), strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
@@ -308,19 +323,3 @@ def test_rows_along_one_channel_have_one_direction(executor, dim, lag_size, dtyp
     x[..., seed % dim] = (torch.rand(1, 1, 3 * lag_size, generator=generator) + 0.1).to(dtype)
     score = executor.lag_score(x, x, 0, lag_size, score="cosine")
     assert torch.equal(score, torch.zeros_like(score))
-
-
-LACKS = {
-    "score='blend'": (True, 1, False),
-    "smooth above 1": (False, 3, False),
-    "budget='head'": (False, 1, True),
-}
-
-
-@pytest.mark.parametrize("missing", LACKS)
-def test_options_that_the_kernels_lack_are_refused(planner, missing):
-    """Before anything is launched; a card refuses them by this function, too (tests/ops/test_option_errors.py)."""
-    planner.require_kernels("compress", False, 1, False)
-    text = f"lagkv::compress: the CUDA kernels do not have {missing}; the CPU's do"
-    with pytest.raises(RuntimeError, match=re.escape(text)):
-        planner.require_kernels("compress", *LACKS[missing])

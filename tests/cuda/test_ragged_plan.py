@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import simt
-from tests.cuda.test_plan import A100, DEVICES, H100
+from tests.cuda.test_plan import A100, DEVICES, H100, METHODS
 from tests.ops.backends import Unavailable, make_simt
 from tests.ops.cases import bits
 from tests.ops.ragged_cases import HND, RaggedCase
@@ -94,13 +94,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("score", ["std", "cosine"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_results_do_not_depend_on_the_plan(executor, name, device, score):
+def test_results_do_not_depend_on_the_plan(executor, name, device, method):
     from tests.simt import operators
 
-    case = dataclasses.replace(CASES[name], score=score)
+    case = dataclasses.replace(CASES[name], **METHODS[method])
     usual = [call(operators, form, case) for form in FORMS]
     with operators.settings(device=DEVICES[device], order="random", seed=5):
         for check in CHECKS:
@@ -121,16 +121,16 @@ def call(operators, form: str, case: RaggedCase) -> tuple[Tensor, ...]:
     if form == "packed":
         key, value = case.packed(case.make())
         outputs = operators.compress_varlen(
-            key.view[:, 0], value.view[:, 0], case.cu_seqlens(), start, *args, **case.scoring
+            key.view[:, 0], value.view[:, 0], case.cu_seqlens(), start, *args, **case.method
         )
         rows = int(outputs[3][-1])  # the rest is unspecified
         return bits(outputs[0][:rows]), bits(outputs[1][:rows]), *outputs[2:]
     if form == "slots":
         key, value = case.slots(case.make())
-        index = operators.compress_ragged_(key.view, value.view, start, length, *args, **case.scoring)
+        index = operators.compress_ragged_(key.view, value.view, start, length, *args, **case.method)
     else:
         key, value, table = case.pages(case.make())
-        index = operators.compress_paged_(key.view, value.view, table, start, length, *args, **case.scoring)
+        index = operators.compress_paged_(key.view, value.view, table, start, length, *args, **case.method)
     return bits(key.storage), bits(value.storage), start, length, index
 
 

@@ -161,6 +161,54 @@ def test_packed(operators, name, device, score):  # noqa: F811
     assert writes(compress) == new_rows + nbytes(outputs[2]), "kept rows and the index, each byte once"
 
 
+METHOD = {"score": "blend", "smooth": 3, "budget": "head"}
+
+
+@pytest.mark.parametrize("form", ["slots", "pages"])
+def test_scores_in_place(operators, form):  # noqa: F811
+    """Rows from the sink on move, each once; a blend asks for rows twice, the second time from L2."""
+    case, sink = CASES["llama 3.1 8b"], 4
+    expected = Expected(case, "one run a head")
+    start, length = case.numbers()
+    pairs = case.make()
+    with operators.settings(device=RUNS["one run a head"]):
+        if form == "slots":
+            key, value = case.slots(pairs)
+            scores = torch.zeros(key.view.shape[:3])
+            arguments = (key.view, value.view, start, length)
+            call = operators.compress_ragged_
+        else:
+            key, value, table = case.pages(pairs)
+            scores = torch.zeros(key.view.shape[:3])
+            arguments = (key.view, value.view, table, start, length)
+            call = operators.compress_paged_
+        call(*arguments, case.lag_size, case.keep, **METHOD, scores=scores, sink_size=sink)
+    scoring, choice, move = operators.last().launches()[-3:]
+    assert rows_read(scoring, case) == 2 * expected.scored
+    lost = [b for b in range(case.batch) if case.compressed(b)]
+    earlier = 4 * case.heads * sum(case.sequences[b][0] - sink for b in lost)
+    kept = 4 * case.heads * sum(case.new_start(b) - sink for b in lost)
+    assert writes(choice) == earlier + 2 * kept, "into the scores; of the kept rows index and score"
+    moved = expected.moved + sum(case.sequences[b][0] - sink for b in lost) * expected.row
+    assert rows_read(move, case) == writes(move) == moved
+
+
+def test_packed_rows_are_gathered_once(operators):  # noqa: F811
+    case = CASES["llama 3.1 8b"]
+    expected = Expected(case, "one run a head")
+    key, value = case.packed(case.make())
+    start, _ = case.numbers()
+    with operators.settings(device=RUNS["one run a head"]):
+        operators.compress_varlen(
+            key.view[:, 0], value.view[:, 0], case.cu_seqlens(), start, case.lag_size, case.keep, **METHOD
+        )
+    _, scoring, _, *gathers = operators.last().launches()
+    assert rows_read(scoring, case) == 2 * expected.scored
+    new_rows = sum(case.new_length(b) for b in range(case.batch)) * expected.row
+    assert sum(rows_read(launch, case) for launch in gathers) == new_rows
+    assert sum(map(writes, gathers)) == new_rows
+
+
 def test_nothing_to_do_reads_no_row(operators):  # noqa: F811
     case = dataclasses.replace(LLAMA, sequences=((16, 271), (200, 300), (0, 0)))
     start, length = case.numbers()

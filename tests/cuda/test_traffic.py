@@ -162,6 +162,44 @@ def test_compress_in_place(operators, name):
     )  # rows are whole sectors; their index is 4 bytes of one
 
 
+@pytest.mark.parametrize("name", ["llama 3.1 8b", "phi 2", "float64"])
+def test_options_in_place(operators, name):
+    """A blend asks for its rows twice, the second time from L2. With one budget for a head scores go through memory."""
+    shape = SHAPES[name]
+    key, value = shape.tensors()
+    method = {"score": "blend", "smooth": 3}
+    with operators.settings(device=RUNS["one run a head"]):
+        operators.compress_(key, value, 16, shape.lag_size, shape.keep, **method)
+        assert len(operators.last().launches()) == 2, "to select, and to move"
+        key, value = shape.tensors()
+        index = operators.compress_(key, value, 16, shape.lag_size, shape.keep, **method, budget="head")
+    score, choice, move = operators.last().launches()
+    row = (key.shape[3] + value.shape[3]) * key.element_size() * shape.heads
+    size = 8 if shape.dtype == torch.float64 else 4
+    scores = size * shape.heads * shape.partitions * shape.lag_size
+    chosen = 4 * shape.heads * shape.partitions * shape.keep
+    rows = (shape.partitions + 1) * shape.lag_size * row
+    assert reads(score) == 2 * rows
+    assert score["global_read"]["unique_bytes"] == rows
+    assert writes(score) == scores + nbytes(index) - chosen
+    assert reads(choice) == scores * (size + 1), "once per 8 bits of the score's type, and to compact"
+    assert writes(choice) == chosen
+    assert writes(move) == (index.shape[2] - 16) * row
+
+
+def test_carried_scores_are_read_and_written_once(operators):
+    shape, earlier = SHAPES["llama 3.1 8b"], 12
+    key, value = shape.tensors()
+    carried = torch.zeros(1, shape.heads, earlier)
+    outputs = operators.compress_carried(key, value, carried, 16, shape.lag_size, shape.keep)
+    _, choice, *copies = operators.last().launches()
+    rivals = 4 * shape.heads * (earlier + shape.partitions * shape.lag_size)
+    new = nbytes(outputs[3])
+    assert reads(choice) == nbytes(carried) + 5 * rivals + new
+    assert writes(choice) == nbytes(carried) + 2 * new, "into the scores; of the kept rows index and score"
+    assert sum(map(writes, copies)) == nbytes(outputs[0]) + nbytes(outputs[1])
+
+
 @pytest.mark.parametrize("name", ["llama 3.1 8b", "phi 2", "float32"])
 def test_stages(operators, name):
     shape = SHAPES[name]

@@ -202,4 +202,3 @@ FACTORIES = {
 }
 KERNELS = tuple(name for name in FACTORIES if name != "reference")
 REGISTERED = tuple(name for name in KERNELS if name != "simt")
-OPTIONS = tuple(name for name in FACTORIES if name not in ("simt", "cuda"))

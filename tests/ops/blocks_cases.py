@@ -94,9 +94,7 @@ class BlocksCase:
 
     @property
     def scoring(self) -> dict:
-        """Smoothing only where there is any: not every backend has it."""
-        smooth = {} if self.smooth == 1 else {"smooth": self.smooth}
-        return {"value_weight": self.value_weight, "score": self.score} | smooth
+        return {"value_weight": self.value_weight, "score": self.score, "smooth": self.smooth}
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -105,16 +105,62 @@ def assert_selection(index: Tensor, band: Band, length: int, start: int, lag_siz
     kept = kept_mask(index, length, start, lag_size, keep)
     if not kept.numel():
         return
-    worst_kept = torch.where(kept, band.upper, math.inf).amin(-1)
-    best_left = torch.where(kept, -math.inf, band.lower).amax(-1)
+    _assert_best(kept, band.lower, band.upper, band.nan, band.nan | band.tolerance.isfinite())
+
+
+def _assert_best(kept: Tensor, lower: Tensor, upper: Tensor, nan: Tensor, known: Tensor) -> None:
+    worst_kept = torch.where(kept, upper, math.inf).amin(-1)
+    best_left = torch.where(kept, -math.inf, lower).amax(-1)
     bad = best_left > worst_kept
     assert not bad.any(), (
         f"in partition {_first(bad)} a token was left out whose score is higher than a kept one's"
     )
     # NaN ranks highest, and among NaN the lower position.
-    nan_left_before = (band.nan & ~kept).cumsum(-1) > 0
-    bad = kept & nan_left_before & (band.nan | band.tolerance.isfinite())
+    nan_left_before = (nan & ~kept).cumsum(-1) > 0
+    bad = kept & nan_left_before & known
     assert not bad.any(), f"token {_first(bad)} was kept and a NaN score at a lower position was not"
+
+
+def assert_head_selection(
+    index: Tensor,
+    band: Band,
+    carried: Tensor,
+    length: int,
+    start: int,
+    keep: int,
+    after: Tensor | None = None,
+) -> None:
+    """``index [B, H, N']`` of ``budget="head"``, whose rows before ``start`` bring the scores ``carried [B, H, C]``:
+    nothing surely better left out. ``after``: the next carried scores, those of the kept rows."""
+    batch, heads, compressed, lag_size = band.exact.shape
+    sink, window = start - carried.shape[2], start + compressed * lag_size
+    index, carried = index.cpu().long(), carried.cpu().double()
+    if compressed == 0:
+        assert torch.equal(index, torch.arange(length).expand_as(index)), "index is not the identity"
+        return
+    places = carried.shape[2] + keep * compressed
+    assert index.shape == (batch, heads, sink + places + length - window), f"index has shape {index.shape}"
+    ends = torch.cat([torch.arange(sink), torch.arange(window, length)])
+    outside = torch.cat([index[..., :sink], index[..., sink + places :]], dim=2)
+    assert torch.equal(outside, ends.expand_as(outside)), "the sink or the window is not whole"
+    chosen = index[..., sink : sink + places] - sink
+    assert (chosen.diff(dim=-1) > 0).all(), "index does not ascend"
+    assert not chosen.numel() or (chosen.min() >= 0 and chosen.max() < window - sink), (
+        "index leaves the rivals"
+    )
+    kept = torch.zeros(batch, heads, window - sink, dtype=torch.bool).scatter(2, chosen, True)
+    exact = carried.masked_fill(carried.isnan(), math.inf)
+    lower, upper = (torch.cat([exact, x.flatten(2)], dim=2) for x in (band.lower, band.upper))
+    nan = torch.cat([carried.isnan(), band.nan.flatten(2)], dim=2)
+    known = torch.cat(
+        [torch.ones_like(carried, dtype=torch.bool), band.tolerance.isfinite().flatten(2)], dim=2
+    )
+    if kept.numel():
+        _assert_best(kept, lower, upper, nan, known | nan)
+    if after is not None:
+        score = after.cpu().double().nan_to_num(math.inf, math.inf, -math.inf)
+        within = (score >= lower.gather(2, chosen)) & (score <= upper.gather(2, chosen))
+        assert within.all(), f"score {_first(~within)} of a kept row is not its own"
 
 
 def kept_mask(index: Tensor, length: int, start: int, lag_size: int, keep: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.ops.backends import Backend
 from tests.ops.cases import CANARY, bits
-from tests.ops.compare import assert_bits, assert_selection, score_band
+from tests.ops.compare import Band, assert_bits, assert_head_selection, assert_selection, score_band
 from tests.ops.properties import rows, untouched
 from tests.ops.ragged_cases import RaggedCase
 
@@ -98,14 +98,23 @@ def assert_sequence(
     count = case.new_length(b)
     kept = index[:, :, :count]
     if backend.sums_by_alignment:  # alone, a row lies elsewhere, and its sums may be taken in another order
-        band = score_band(*(x.cpu() for x in pair), start, case.lag_size, case.value_weight, case.score)
-        assert_selection(kept, band, length, start, case.lag_size, case.keep)
+        band = band_of(case, pair, start)
+        if case.budget == "head":
+            none = torch.empty(*kept.shape[:2], 0)
+            assert_head_selection(kept, band, none, length, start, case.keep)
+        else:
+            assert_selection(kept, band, length, start, case.lag_size, case.keep)
     else:
         expected = backend.compress(*pair, start, case.lag_size, case.keep, **case.method)[2]
         assert_bits(kept, expected, f"index of sequence {b}")
     assert (index[:, :, count:] == -1).all(), "index past the new length is not -1"
     for x, mine, name in zip(pair, new, ("key", "value"), strict=True):
         assert_bits(mine, rows(x, kept), f"{name} of sequence {b}")
+
+
+def band_of(case: RaggedCase, pair: tuple[Tensor, Tensor], start: int) -> Band:
+    key, value = (x.cpu() for x in pair)
+    return score_band(key, value, start, case.lag_size, case.value_weight, case.score, case.smooth)
 
 
 def assert_numbers(case: RaggedCase, start: Tensor, length: Tensor) -> None:

@@ -116,16 +116,17 @@ def test_through_a_compression_of_a_compression(registered_backend):
         assert new.requires_grad
 
 
-def test_gradcheck_compress_carried(option_kernel):
-    key, value = pair()
+def test_gradcheck_compress_carried(registered_backend):
+    key, value = pair(device=registered_backend.device)
     carried = torch.randn(2, 2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    carried = carried.to(registered_backend.device)
 
     def rows(k, v):
-        return option_kernel.compress_carried(k, v, carried, 3, 4, 2, score="blend")[:2]
+        return registered_backend.compress_carried(k, v, carried, 3, 4, 2, score="blend")[:2]
 
     torch.autograd.gradcheck(rows, (key, value), fast_mode=False, **EVERY_MODE)
     torch.autograd.gradgradcheck(rows, (key, value), **TWICE)
-    result = option_kernel.compress_carried(key, value, carried, 3, 4, 2)
+    result = registered_backend.compress_carried(key, value, carried, 3, 4, 2)
     assert [x.requires_grad for x in result] == [True, True, False, False]
 
 

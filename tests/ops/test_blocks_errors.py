@@ -282,16 +282,6 @@ def test_layouts_that_a_device_does_not_take_are_refused(name):
         assert_refused(torch.ops.lagkv.compress_blocks, each, each.arguments("cuda"))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    ("name", "value", "missing"), [("score", "blend", "score='blend'"), ("smooth", 3, "smooth above 1")]
-)
-def test_cuda_refuses_what_its_kernels_lack(name, value, missing):
-    option = wrong(name, value, f"the CUDA kernels do not have {missing}; the CPU's do")
-    assert_refused(torch.ops.lagkv.compress_blocks, option, option.arguments("cuda"))
-
-
 # Memory
 
 PAIRS = [(first, second) for i, second in enumerate(TENSORS) for first in TENSORS[: min(i, 2)]]

@@ -76,7 +76,6 @@ EXAMPLES: dict[str, Callable[[Backend, dict], None]] = {
     "compress_paged_": ragged(ragged_properties.check_pages),
     "compress_blocks": blocks,
 }
-ON_THE_CPU = ("blend", "compress_carried")  # the CUDA kernels do not have these
 WITHOUT_SCORE = ("partition_bounds", "topk_index", "compact")
 
 
@@ -85,22 +84,11 @@ def test_every_operator_has_an_example():
 
 
 EVERY = [(name, score) for name in EXAMPLES for score in (SCORES[:1] if name in WITHOUT_SCORE else SCORES)]
-EVERYWHERE = [example for example in EVERY if not set(example) & set(ON_THE_CPU)]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @every_dtype
-@pytest.mark.parametrize(("operator", "score"), EVERYWHERE)
+@pytest.mark.parametrize(("operator", "score"), EVERY)
 def test_example(backend, operator, score, dtype):
-    run(backend, operator, score, dtype)
-
-
-@every_dtype
-@pytest.mark.parametrize(("operator", "score"), [example for example in EVERY if example not in EVERYWHERE])
-def test_example_on_the_cpu(option_backend, operator, score, dtype):
-    run(option_backend, operator, score, dtype)
-
-
-def run(backend: Backend, operator: str, score: str, dtype: torch.dtype) -> None:
     changes = {"dtype": dtype} | ({} if operator in WITHOUT_SCORE else {"score": score})
     EXAMPLES[operator](backend, changes)

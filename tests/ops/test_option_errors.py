@@ -133,13 +133,13 @@ def assert_refused(target: Callable, wrong: Wrong, arguments: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("op", [*COMPRESS, "compress_carried", "lag_score"])
-def test_right_arguments_are_right(option_backend, op):
-    test_errors.call(getattr(option_backend, op), right(op))
+def test_right_arguments_are_right(backend, op):
+    test_errors.call(getattr(backend, op), right(op, backend.device))
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=name_of)
-def test_refused(option_kernel, wrong):
-    assert_refused(getattr(option_kernel, wrong.op), wrong, wrong.arguments())
+def test_refused(registered_backend, wrong):
+    assert_refused(getattr(registered_backend, wrong.op), wrong, wrong.arguments(registered_backend.device))
 
 
 @pytest.mark.parametrize(
@@ -197,55 +197,50 @@ def test_scores_share_memory_with_nothing(op):
     assert torch.equal(key, before)
 
 
+SHARED = r"block_table must not hold a block twice that is written, got block 8 at \[0, 0\] and \[1, 0\]"
+
+
 @pytest.mark.parametrize("op", ["compress_ragged_", "compress_paged_"])
-def test_keeping_none_needs_scores(option_kernel, op):
-    arguments = right(op) | {"keep": 0}
-    test_errors.call(getattr(option_kernel, op), arguments)
+def test_keeping_none_needs_scores(registered_backend, op):
+    arguments = right(op, registered_backend.device) | {"keep": 0}
+    test_errors.call(getattr(registered_backend, op), arguments)
     for change, least in (({"scores": None, "sink_size": 0}, 1), ({"keep": -1}, 0)):
         with pytest.raises(RuntimeError, match=f"lagkv::{op}: keep must be at least {least}, got"):
-            test_errors.call(getattr(option_kernel, op), arguments | change)
+            test_errors.call(getattr(registered_backend, op), arguments | change)
 
 
-def test_pages_of_rows_that_compete_must_not_be_shared(option_kernel):
+def test_pages_of_rows_that_compete_must_not_be_shared(registered_backend):
     """Their rows before start move, and their scores are written: a page there is nobody else's."""
+    device, operator = registered_backend.device, registered_backend.compress_paged_
+
+    def validated(*arguments: Any, **options: Any) -> Tensor:
+        """A device tells on request alone."""
+        *rows, lag_size, keep = arguments
+        return lagkv_ext.compress_paged_(*rows, lag_size=lag_size, keep=keep, **options, validate=True)
+
+    target = validated if registered_backend.runs_on_device else operator
     # Both begin with page 8, which holds rows 0 .. 3; both start at row 4.
-    shared = {"block_table": numbers([8, 0, 7, 2, 5], [8, 4, 6, -1, -1]), "start": numbers(4, 4)}
-    arguments = right("compress_paged_") | shared | {"sink_size": 4}
-    test_errors.call(option_kernel.compress_paged_, arguments)
+    table = numbers([8, 0, 7, 2, 5], [8, 4, 6, -1, -1]).to(device)
+    shared = right("compress_paged_", device) | {"block_table": table}
+    test_errors.call(target, shared | {"start": numbers(4, 4).to(device), "sink_size": 4})
     for change in ({"sink_size": 3}, {"sink_size": 3, "keep": 4}):
-        arguments = right("compress_paged_") | shared | change
+        arguments = right("compress_paged_", device) | {"block_table": table} | change
+        arguments["start"] = numbers(4, 4).to(device)
         before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
-        text = (
-            r"block_table must not hold a block twice that is written, got block 8 at \[0, 0\] and \[1, 0\]"
-        )
-        with pytest.raises(RuntimeError, match=text):
-            test_errors.call(option_kernel.compress_paged_, arguments)
+        with pytest.raises(RuntimeError, match=SHARED):
+            test_errors.call(target, arguments)
         for name, x in before.items():
             assert torch.equal(arguments[name], x), f"{name} was written"
 
 
-OPTIONS = {
-    "score='blend'": {"score": "blend"},
-    "smooth above 1": {"smooth": 3},
-    "budget='head'": {"budget": "head"},
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("missing", OPTIONS)
-@pytest.mark.parametrize("op", [*COMPRESS, "compress_carried", "lag_score"])
-def test_cuda_refuses_what_its_kernels_lack(op, missing):
-    arguments = {
-        name: x for name, x in right(op, "cuda").items() if name not in ("scores", "sink_size", "budget")
-    }
-    option = OPTIONS[missing]
-    if "budget" in option and op in ("compress_carried", "lag_score"):
-        option = {}  # the one has this budget alone, the other none
-        if op == "lag_score":
-            return
-    wrong = Wrong(op, _fixed(), f"the CUDA kernels do not have {missing}; the CPU's do")
-    assert_refused(getattr(torch.ops.lagkv, op), wrong, arguments | option)
+def test_copied_numbers_of_rows_that_compete_are_refused():
+    """Path of validate=True on a device, from the copy to the host on."""
+    table, length = numbers([8, 0, 7, 2, 5], [8, 4, 6, -1, -1]), right("compress_paged_")["length"]
+    pages = (table, numbers(4, 4), length, 4, 2, 9, 4)
+    torch.ops.lagkv._check_pages(*pages)
+    torch.ops.lagkv._check_pages(*pages, True, 4)
+    with pytest.raises(RuntimeError, match=SHARED):
+        torch.ops.lagkv._check_pages(*pages, True, 3)
 
 
 PYTHON_WRONG = {

@@ -6,12 +6,14 @@ using namespace lagkv::cuda;
 
 SIMT_BINDINGS(lagkv_plan, module) {
   py::class_<lagkv_simt::Sizes>(module, "Sizes")
-      .def(
-          py::init([](int64_t start, int64_t lag_size, int64_t keep, double value_weight, std::string score) {
-            return lagkv_simt::Sizes{start, lag_size, keep, value_weight, std::move(score)};
-          }),
-          py::arg("start"), py::arg("lag_size"), py::arg("keep"), py::arg("value_weight") = 1.0,
-          py::arg("score") = "std");
+      .def(py::init([](int64_t start, int64_t lag_size, int64_t keep, double value_weight, std::string score,
+                       int64_t smooth, std::string budget, int64_t sink_size) {
+             return lagkv_simt::Sizes{start,  lag_size,          keep,     value_weight, std::move(score),
+                                      smooth, std::move(budget), sink_size};
+           }),
+           py::arg("start"), py::arg("lag_size"), py::arg("keep"), py::arg("value_weight") = 1.0,
+           py::arg("score") = "std", py::arg("smooth") = 1, py::arg("budget") = "partition",
+           py::arg("sink_size") = 0);
 
   py::class_<Device>(module, "Device", "Limits the planner keeps to.")
       .def(py::init([](int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor) {
@@ -21,26 +23,21 @@ SIMT_BINDINGS(lagkv_plan, module) {
            py::arg("shared_per_block") = Device().shared_per_block,
            py::arg("shared_per_multiprocessor") = Device().shared_per_multiprocessor);
 
-  module.def("require_kernels", [](const char* op, bool blend, int64_t smooth, bool head) {
-    const auto score = blend ? lagkv::Score::kBlend : lagkv::Score::kCosine;
-    require_kernels(op, {1, score, smooth, head ? lagkv::Budget::kHead : lagkv::Budget::kPartition});
-  });
-
   module.def(
       "row_shape",
-      [](int element_size, int64_t dim, bool aligned) {
-        const RowShape shape = row_shape(element_size, dim, aligned);
+      [](int element_size, int64_t dim, bool aligned, bool blend) {
+        const RowShape shape = row_shape(element_size, dim, aligned, blend);
         return py::make_tuple(shape.elements, shape.lanes, shape.chunks);
       },
-      py::arg("element_size"), py::arg("dim"), py::arg("aligned") = true);
+      py::arg("element_size"), py::arg("dim"), py::arg("aligned") = true, py::arg("blend") = false);
 
   module.def(
       "plan_compress",
       [](int element_size, int64_t key_dim, int64_t value_dim, int64_t heads, int64_t length, int64_t start,
-         int64_t lag_size, int64_t keep, bool scores_wanted, bool aligned, const Device& device) {
-        const RowShape shape = row_shape(element_size, std::max(key_dim, value_dim), aligned);
+         int64_t lag_size, int64_t keep, bool scores_wanted, bool aligned, bool blend, const Device& device) {
+        const RowShape shape = row_shape(element_size, std::max(key_dim, value_dim), aligned, blend);
         const CompressPlan plan = plan_compress(shape, element_size, key_dim, value_dim, heads, length, start,
-                                                lag_size, keep, scores_wanted, device);
+                                                lag_size, keep, scores_wanted, !scores_wanted, device, blend);
         py::dict all;
         all["partitions"] = plan.partitions;
         all["run"] = plan.run;
@@ -57,7 +54,7 @@ SIMT_BINDINGS(lagkv_plan, module) {
       },
       py::arg("element_size"), py::arg("key_dim"), py::arg("value_dim"), py::arg("heads"), py::arg("length"),
       py::arg("start"), py::arg("lag_size"), py::arg("keep"), py::kw_only(), py::arg("scores_wanted") = false,
-      py::arg("aligned") = true, py::arg("device") = Device());
+      py::arg("aligned") = true, py::arg("blend") = false, py::arg("device") = Device());
 
   module.def(
       "plan_move",
@@ -77,10 +74,10 @@ SIMT_BINDINGS(lagkv_plan, module) {
   module.def(
       "plan_ragged",
       [](int element_size, int64_t key_dim, int64_t value_dim, int64_t batch, int64_t heads, int64_t rows,
-         int64_t lag_size, int64_t keep, bool packed, bool aligned, const Device& device) {
-        const RowShape shape = row_shape(element_size, std::max(key_dim, value_dim), aligned);
+         int64_t lag_size, int64_t keep, bool packed, bool aligned, bool blend, const Device& device) {
+        const RowShape shape = row_shape(element_size, std::max(key_dim, value_dim), aligned, blend);
         const RaggedPlan plan = plan_ragged(shape, element_size, key_dim, value_dim, batch, heads, rows,
-                                            lag_size, keep, packed, device);
+                                            lag_size, keep, packed, device, blend, blend);
         py::dict all;
         all["concurrent"] = plan.concurrent;
         all["blocks"] = plan.blocks;
@@ -94,7 +91,7 @@ SIMT_BINDINGS(lagkv_plan, module) {
       },
       py::arg("element_size"), py::arg("key_dim"), py::arg("value_dim"), py::arg("batch"), py::arg("heads"),
       py::arg("rows"), py::arg("lag_size"), py::arg("keep"), py::kw_only(), py::arg("packed") = false,
-      py::arg("aligned") = true, py::arg("device") = Device());
+      py::arg("aligned") = true, py::arg("blend") = false, py::arg("device") = Device());
 
   module.def("grid_of", &grid_of, py::arg("blocks"));
   module.attr("threads") = kThreads;

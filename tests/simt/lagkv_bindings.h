@@ -7,7 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launch.h"
+#include "cuda/staged.h"
+#include "ragged_tensors.h"
 #include "session.h"
 
 namespace lagkv_simt {
@@ -85,11 +86,28 @@ struct Sizes {
   int64_t start, lag_size, keep;
   double value_weight;
   std::string score;
+  int64_t smooth;
+  std::string budget;
+  int64_t sink_size;
 };
 
 inline lagkv::Method method_of(const Sizes& sizes) {
-  return {sizes.value_weight, sizes.score == "cosine" ? Score::kCosine : Score::kStd};
+  return {sizes.value_weight,
+          sizes.score == "blend"    ? Score::kBlend
+          : sizes.score == "cosine" ? Score::kCosine
+                                    : Score::kStd,
+          sizes.smooth, sizes.budget == "head" ? lagkv::Budget::kHead : lagkv::Budget::kPartition};
 }
+
+/// Device memory of a call, one allocation after the other.
+struct Scratch {
+  Session& session;
+  int count = 0;
+
+  void* operator()(int64_t bytes) {
+    return session.scratch<unsigned char>("scratch " + std::to_string(count++), bytes);
+  }
+};
 
 template <class T>
 lagkv::CompressParams<T> params_of(const lagkv::Rows<const T>& key, const lagkv::Rows<const T>& value,
@@ -108,42 +126,86 @@ lagkv::CompressParams<T> params_of(const lagkv::Rows<const T>& key, const lagkv:
 }
 
 template <class T>
-void launch(Session& session, const lagkv::CompressParams<T>& args, RealOf<T>* score, const Device& device) {
-  lagkv::cuda::launch_compress<T>(
-      args, score, device, [&](int64_t bytes) { return session.scratch<unsigned char>("scratch", bytes); },
-      Run{session, "compress_kernel", device});
+auto score_rows(Session& session, Scratch& scratch, const Device& device) {
+  return [&](const lagkv::CompressParams<T>& args, const lagkv::cuda::ScoreTarget<RealOf<T>>& score) {
+    lagkv::cuda::launch_compress<T>(
+        args, score, device, [&](int64_t bytes) { return scratch(bytes); },
+        Run{session, "compress_kernel", device});
+  };
+}
+
+/// compress, compress_carried and compress_, as ops.cu has them.
+template <class T>
+void launch(Session& session, const lagkv::CompressParams<T>& args, bool in_place, const Device& device) {
+  Scratch scratch{session};
+  const auto score = score_rows<T>(session, scratch, device);
+  const auto memory = [&](int64_t bytes) { return scratch(bytes); };
+  const int64_t rows = lagkv::output_length(args.length, args.start, args.lag_size, args.keep);
+  if (lagkv::cuda::is_staged(args)) {
+    return lagkv::cuda::launch_staged(args, in_place, device, memory, Run{session, "staged", device}, score);
+  }
+  auto first = args;
+  if (in_place) first.key_out = first.value_out = {};
+  score(first, {});
+  if (!in_place || rows == args.length) return;
+  lagkv::cuda::launch_move(args.key_out, args.value_out, args.index, args.batch, args.heads, args.start, rows,
+                           device, Run{session, "move_kernel", device});
 }
 
 template <class T>
 void bind(py::module_& parent, const char* dtype) {
   py::module_ module = parent.def_submodule(dtype);
-  module.def("compress", [](Session& session, const TensorArg& key, const TensorArg& value,
-                            const TensorArg& new_key, const TensorArg& new_value, const TensorArg& index,
-                            const Sizes& sizes, const Device& device) {
+  const auto out_of_place = [](Session& session, const TensorArg& key, const TensorArg& value,
+                               const TensorArg& new_key, const TensorArg& new_value, const TensorArg& index,
+                               const Sizes& sizes) {
     auto args =
         params_of<T>(rows_in<T>(session, "key", key), rows_in<T>(session, "value", value), key, sizes);
     args.key_out = rows_out<T>(session, "new_key", new_key);
     args.value_out = rows_out<T>(session, "new_value", new_value);
     args.index = session.out<int32_t>("index", index);
-    launch<T>(session, args, nullptr, device);
+    return args;
+  };
+  module.def("compress", [out_of_place](Session& session, const TensorArg& key, const TensorArg& value,
+                                        const TensorArg& new_key, const TensorArg& new_value,
+                                        const TensorArg& index, const Sizes& sizes, const Device& device) {
+    launch<T>(session, out_of_place(session, key, value, new_key, new_value, index, sizes), false, device);
   });
-  module.def("compress_", [](Session& session, const TensorArg& key, const TensorArg& value,
-                             const TensorArg& index, const Sizes& sizes, const Device& device) {
-    const auto key_rows = lagkv::slot_rows<T>(bound_inout<T>(session, "key", key));
-    const auto value_rows = lagkv::slot_rows<T>(bound_inout<T>(session, "value", value));
-    auto args = params_of<T>(key_rows.readable(), value_rows.readable(), key, sizes);
-    args.index = session.out<int32_t>("index", index);
-    launch<T>(session, args, nullptr, device);
-    const int64_t rows = index.shape[2];
-    if (rows == key.shape[2]) return;
-    lagkv::cuda::launch_move(key_rows, value_rows, args.index, args.batch, args.heads, args.start, rows,
-                             device, Run{session, "move_kernel", device});
-  });
+  module.def(
+      "compress_carried",
+      [out_of_place](Session& session, const TensorArg& key, const TensorArg& value, const TensorArg& carried,
+                     const TensorArg& new_key, const TensorArg& new_value, const TensorArg& index,
+                     const TensorArg& new_carried, const Sizes& sizes, const Device& device) {
+        using Real = RealOf<T>;
+        auto args = out_of_place(session, key, value, new_key, new_value, index, sizes);
+        const int64_t sink = sizes.start - carried.shape[2];
+        args.carried = {true, sink, sink,
+                        lagkv::number_rows<const Real>(bound_in<Real>(session, "carried", carried)),
+                        lagkv::number_rows<Real>(bound_out<Real>(session, "new_carried", new_carried))};
+        launch<T>(session, args, false, device);
+      });
+  // Scores of no elements: none are given.
+  module.def(
+      "compress_", [](Session& session, const TensorArg& key, const TensorArg& value, const TensorArg& scores,
+                      const TensorArg& index, const Sizes& sizes, const Device& device) {
+        const auto key_rows = lagkv::slot_rows<T>(bound_inout<T>(session, "key", key));
+        const auto value_rows = lagkv::slot_rows<T>(bound_inout<T>(session, "value", value));
+        auto args = params_of<T>(key_rows.readable(), value_rows.readable(), key, sizes);
+        args.key_out = key_rows;
+        args.value_out = value_rows;
+        args.index = session.out<int32_t>("index", index);
+        if (scores.numel() > 0) {
+          args.carried =
+              lagkv::slot_scores<T>(bound_inout<RealOf<T>>(session, "scores", scores), sizes.sink_size);
+        }
+        launch<T>(session, args, true, device);
+      });
   module.def("lag_score", [](Session& session, const TensorArg& key, const TensorArg& value,
                              const TensorArg& score, const Sizes& sizes, const Device& device) {
     const auto args =
         params_of<T>(rows_in<T>(session, "key", key), rows_in<T>(session, "value", value), key, sizes);
-    launch<T>(session, args, session.out<RealOf<T>>("score", score), device);
+    Scratch scratch{session};
+    auto* const to = session.out<RealOf<T>>("score", score);
+    score_rows<T>(session, scratch, device)(args, {to, score.shape[2] * score.shape[3]});
   });
   module.def("partition_bounds", [](Session& session, const TensorArg& x, const TensorArg& bounds,
                                     int64_t start, int64_t lag_size, const Device& device) {

@@ -42,40 +42,39 @@ def last() -> Any:
     return _last
 
 
-def compress(
-    key, value, start, lag_size, keep, *, value_weight=1.0, score="std"
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = formulas.output_length(key.shape[2], start, lag_size, keep)
-    outputs = (
-        key.new_empty((*key.shape[:2], rows, key.shape[3])),
-        value.new_empty((*key.shape[:2], rows, value.shape[3])),
-        key.new_empty((*key.shape[:2], rows), dtype=torch.int32),
-    )
+def compress(key, value, start, lag_size, keep, **method) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _new_rows(key, value, start, lag_size, keep)
     if outputs[2].numel():
-        _run(
-            "compress", key.dtype, (key, value, *outputs), _sizes(start, lag_size, keep, value_weight, score)
-        )
+        _run("compress", key.dtype, (key, value, *outputs), _sizes(start, lag_size, keep, **method))
     return outputs
 
 
-def compress_(key, value, start, lag_size, keep, *, value_weight=1.0, score="std") -> Tensor:
+def compress_carried(
+    key, value, carried, start, lag_size, keep, **method
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _new_rows(key, value, start, lag_size, keep)
+    rows = carried.shape[2] + keep * formulas.compressed_count(key.shape[2], start, lag_size)
+    new_carried = carried.new_empty((*carried.shape[:2], rows))
+    sizes = _sizes(start, lag_size, keep, **method, budget="head")
+    if outputs[2].numel() or new_carried.numel():
+        _run("compress_carried", key.dtype, (key, value, carried, *outputs, new_carried), sizes)
+    return *outputs, new_carried
+
+
+def compress_(key, value, start, lag_size, keep, *, scores=None, sink_size=0, **method) -> Tensor:
     rows = formulas.output_length(key.shape[2], start, lag_size, keep)
     index = key.new_empty((*key.shape[:2], rows), dtype=torch.int32)
     if index.numel():
-        _run("compress_", key.dtype, (key, value, index), _sizes(start, lag_size, keep, value_weight, score))
+        sizes = _sizes(start, lag_size, keep, **method, sink_size=sink_size)
+        _run("compress_", key.dtype, (key, value, _given(scores), index), sizes)
     return index
 
 
-def lag_score(key, value, start, lag_size, *, value_weight=1.0, score="std") -> Tensor:
+def lag_score(key, value, start, lag_size, **method) -> Tensor:
     count = formulas.compressed_count(key.shape[2], start, lag_size)
     result = key.new_empty((*key.shape[:2], count, lag_size), dtype=formulas.arithmetic_dtype(key.dtype))
     if result.numel():
-        _run(
-            "lag_score",
-            key.dtype,
-            (key, value, result),
-            _sizes(start, lag_size, lag_size, value_weight, score),
-        )
+        _run("lag_score", key.dtype, (key, value, result), _sizes(start, lag_size, lag_size, **method))
     return result
 
 
@@ -101,15 +100,17 @@ def compact(x, index) -> Tensor:
     return out
 
 
-def compress_ragged_(key, value, start, length, lag_size, keep, *, value_weight=1.0, score="std") -> Tensor:
+def compress_ragged_(
+    key, value, start, length, lag_size, keep, *, scores=None, sink_size=0, **method
+) -> Tensor:
     index = key.new_empty(key.shape[:3], dtype=torch.int32)
-    tensors = (key, value, start, length, index)
-    _run("compress_ragged_", key.dtype, tensors, _sizes(0, lag_size, keep, value_weight, score))
+    tensors = (key, value, _given(scores), start, length, index)
+    _run("compress_ragged_", key.dtype, tensors, _sizes(0, lag_size, keep, **method, sink_size=sink_size))
     return index
 
 
 def compress_varlen(
-    key, value, cu_seqlens, start, lag_size, keep, *, value_weight=1.0, score="std"
+    key, value, cu_seqlens, start, lag_size, keep, **method
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = (
         key.new_empty(key.shape),
@@ -122,7 +123,7 @@ def compress_varlen(
         "compress_varlen",
         key.dtype,
         (key, value, cu_seqlens, start, *outputs),
-        _sizes(0, lag_size, keep, value_weight, score),
+        _sizes(0, lag_size, keep, **method),
         partly=("new_key", "new_value"),
     )
     # Rows past those of all sequences are unspecified, and these kernels leave them alone.
@@ -136,12 +137,13 @@ def compress_varlen(
 
 
 def compress_paged_(
-    key_cache, value_cache, block_table, start, length, lag_size, keep, *, value_weight=1.0, score="std"
+    key_cache, value_cache, block_table, start, length, lag_size, keep, *, scores=None, sink_size=0, **method
 ) -> Tensor:
     batch, capacity = block_table.shape[0], block_table.shape[1] * key_cache.shape[1]
     index = key_cache.new_empty((batch, key_cache.shape[2], capacity), dtype=torch.int32)
-    tensors = (key_cache, value_cache, block_table, start, length, index)
-    _run("compress_paged_", key_cache.dtype, tensors, _sizes(0, lag_size, keep, value_weight, score))
+    tensors = (key_cache, value_cache, _given(scores), block_table, start, length, index)
+    sizes = _sizes(0, lag_size, keep, **method, sink_size=sink_size)
+    _run("compress_paged_", key_cache.dtype, tensors, sizes)
     return index
 
 
@@ -158,18 +160,33 @@ def compress_blocks(
     *,
     value_weight=1.0,
     score="std",
+    smooth=1,
 ) -> Tensor:
     batch, capacity = target_table.shape[0], target_table.shape[1] * key_cache.shape[1]
     index = key_cache.new_empty((batch, key_cache.shape[2], capacity), dtype=torch.int32)
     tensors = (key_cache, value_cache, source_table, target_table, m_before, m_after, index)
     if index.numel():
-        sizes = _sizes(sink_size, lag_size, keep, value_weight, score)
+        sizes = _sizes(sink_size, lag_size, keep, value_weight=value_weight, score=score, smooth=smooth)
         _run("compress_blocks", key_cache.dtype, tensors, sizes)
     return index
 
 
-def _sizes(start, lag_size, keep, value_weight, score) -> Any:
-    return simt.module().Sizes(start, lag_size, keep, float(value_weight), score)
+def _new_rows(key, value, start, lag_size, keep) -> tuple[Tensor, Tensor, Tensor]:
+    rows = formulas.output_length(key.shape[2], start, lag_size, keep)
+    return (
+        key.new_empty((*key.shape[:2], rows, key.shape[3])),
+        value.new_empty((*key.shape[:2], rows, value.shape[3])),
+        key.new_empty((*key.shape[:2], rows), dtype=torch.int32),
+    )
+
+
+def _given(scores: Tensor | None) -> Tensor:
+    """The bindings' way to say that there are none."""
+    return torch.empty(0) if scores is None else scores
+
+
+def _sizes(start, lag_size, keep, *, value_weight=1.0, **method) -> Any:
+    return simt.module().Sizes(start, lag_size, keep, float(value_weight), **method)
 
 
 def _run(

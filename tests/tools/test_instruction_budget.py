@@ -112,7 +112,7 @@ def test_the_budgets_hold_what_was_asked_for():
     assert round(instruction_budget.CARDS["sm_90"].share(227), 2) == 0.80
     budgets = instruction_budget.load()
     assert set(budgets) == set(instruction_budget.CARDS)
-    for kernel in ("compress_kernel", "ragged_kernel"):
+    for kernel in ("compress_kernel", "ragged_kernel", "blocks_kernel"):
         for layout, std, cosine in (
             ("bfloat16, 8, 16, 1", 175, 190),
             ("float16, 8, 16, 1", 175, 190),

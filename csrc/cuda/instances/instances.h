@@ -8,15 +8,17 @@
 namespace lagkv::cuda {
 
 template <class T, class Real>
-void run_compress(Launcher& launcher, const CompressParams<T>& args, Real* score) {
+void run_compress(Launcher& launcher, const CompressParams<T>& args, const ScoreTarget<Real>& score) {
   launch_compress<T>(
       args, score, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); }, launcher);
 }
 
-template <class T>
-void run_ragged(Launcher& launcher, const RaggedParams<T>& args, const SequenceTable& table) {
+template <class T, class Real>
+void run_ragged(Launcher& launcher, const RaggedParams<T>& args, const SequenceTable& table,
+                const ScoreTarget<Real>& score) {
   launch_ragged<T>(
-      args, table, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); }, launcher);
+      args, table, score, launcher.device(), [&](int64_t bytes) { return launcher.scratch(bytes); },
+      launcher);
 }
 
 template <class T>
@@ -26,9 +28,11 @@ void run_blocks(Launcher& launcher, const BlocksParams<T>& args) {
 
 }  // namespace lagkv::cuda
 
-#define LAGKV_INSTANCES(T)                                                                        \
-  template void lagkv::cuda::run_compress<T, lagkv::cuda::RealOf<T>>(                             \
-      lagkv::cuda::Launcher&, const lagkv::CompressParams<T>&, lagkv::cuda::RealOf<T>*);          \
-  template void lagkv::cuda::run_ragged<T>(lagkv::cuda::Launcher&, const lagkv::RaggedParams<T>&, \
-                                           const lagkv::cuda::SequenceTable&);                    \
+#define LAGKV_INSTANCES(T)                                                                      \
+  template void lagkv::cuda::run_compress<T, lagkv::cuda::RealOf<T>>(                           \
+      lagkv::cuda::Launcher&, const lagkv::CompressParams<T>&,                                  \
+      const lagkv::cuda::ScoreTarget<lagkv::cuda::RealOf<T>>&);                                 \
+  template void lagkv::cuda::run_ragged<T, lagkv::cuda::RealOf<T>>(                             \
+      lagkv::cuda::Launcher&, const lagkv::RaggedParams<T>&, const lagkv::cuda::SequenceTable&, \
+      const lagkv::cuda::ScoreTarget<lagkv::cuda::RealOf<T>>&);                                 \
   template void lagkv::cuda::run_blocks<T>(lagkv::cuda::Launcher&, const lagkv::BlocksParams<T>&);
