@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, run, verify
+from benchmarks import cases, options, run, verify
 from benchmarks.fixed_cost import Layers
 from lagkv_ext.commands import timing
 from lagkv_ext.commands.stages import COPY, make_calls
@@ -85,6 +85,7 @@ def parts(size: Size) -> list[Part]:
         *(case(first, tokens, dtype, BESIDE_COPY) for tokens in LENGTHS for dtype in DTYPES),
         *(Part(f"decode {dtype}", "decode", lambda dtype=dtype: decode(size, dtype)) for dtype in DTYPES),
         *(ragged_part(1, 32768, dtype) for dtype in DTYPES),
+        Part(f"options {DTYPES[0]}", "options", lambda: with_options(size, DTYPES[0])),
         case(first, LENGTHS[0], DTYPES[0], BESIDE_PLAIN),
         *(case(first, LENGTHS[0], dtype, BESIDE_COPY, "cosine") for dtype in DTYPES),
         *(
@@ -134,9 +135,9 @@ def operators(
         *("--score", score, "--contenders", contenders, "--rounds", str(size.rounds), "--budget", "1"),
         *("--no-model-cuda", *(("--threads", "1") if size.device == "cpu" else ())),
     ]
-    options = run.make_parser().parse_args(made)
-    (case,) = run.make_cases(options)
-    result = run.measure_case(case, options.contenders, options)
+    chosen = run.make_parser().parse_args(made)
+    (case,) = run.make_cases(chosen)
+    result = run.measure_case(case, chosen.contenders, chosen)
     red = [f"{name}: {check['difference']}" for name, check in result["checks"].items() if not check["green"]]
     if red:
         raise RedCheck("; ".join(red))
@@ -257,6 +258,22 @@ def ragged(size: Size, batch: int, tokens: int, dtype: str) -> dict[str, Any]:
     }
 
 
+def with_options(size: Size, dtype: str) -> dict[str, Any]:
+    """The operators' options over the paper's method."""
+    if wrong := options.wrong_choice(size.device):
+        raise RedCheck(wrong)
+    shape = cases.SHAPES[SHAPES[0]]
+    problem = Problem(
+        heads=shape.heads,
+        tokens=size.tokens(32768),
+        key_dim=shape.dim,
+        value_dim=shape.dim,
+        dtype=cases.DTYPES[dtype],
+    )
+    calls = options.measure(problem, size.device, size.rounds)
+    return {"shape": shape.name, "tokens": problem.tokens, "dtype": dtype, "calls": calls}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all measured; 1: a red check or an error; 2: refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.card", description=__doc__.split("\n")[0])
@@ -264,24 +281,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on tiny shapes")
     parser.add_argument("--only", metavar="TEXT", help="the measurements whose name contains this")
     parser.add_argument("--json", type=Path, metavar="OUT", required=True)
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    chosen = parser.parse_args(arguments)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 2
-    size = Size(options.device, options.tiny)
-    todo = [part for part in parts(size) if options.only is None or options.only in part.name]
-    if size.tiny and options.only is None:  # one of every kind
+    size = Size(chosen.device, chosen.tiny)
+    todo = [part for part in parts(size) if chosen.only is None or chosen.only in part.name]
+    if size.tiny and chosen.only is None:  # one of every kind
         todo = first_of_each(todo)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "commit": run.commit(),
-        "machine": run.machine(options.device),
+        "machine": run.machine(chosen.device),
         "tiny": size.tiny,
         "not_measured": [part.name for part in todo],
         "failed": {},
-        **{kind: [] for kind in ("ceiling", "cases", "decode", "ragged")},
+        **{kind: [] for kind in ("ceiling", "cases", "decode", "ragged", "options")},
     }
-    save(options.json, results)
+    save(chosen.json, results)
     for part in todo:
         begin = time.monotonic()
         results["not_measured"].remove(part.name)
@@ -291,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # the others are measured all the same
             traceback.print_exc()
             results["failed"][part.name] = f"{type(error).__name__}: {error}"
-        save(options.json, results)
+        save(chosen.json, results)
         verdict = results["failed"].get(part.name, "measured")
         print(f"{part.name}: {verdict} ({time.monotonic() - begin:.1f} s)", flush=True)
     return 1 if results["failed"] else 0

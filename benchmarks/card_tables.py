@@ -35,6 +35,7 @@ def markdown(folder: Path) -> str:
         _operators(measured.get("cases", [])),
         _decode(measured.get("decode", [])),
         _ragged(measured.get("ragged", [])),
+        _options(measured.get("options", [])),
         _counters(counters.get("problems", {})),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -150,6 +151,20 @@ def _ragged(results: Sequence[dict[str, Any]]) -> str:
                 )
     head = ("sequences of llama-3.1-8b", "dtype", "operator", "us", "GB/s", "over copy")
     return tables.table(head, rows, left=3) if rows else ""
+
+
+def _options(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for x in results:
+        for name in next(iter(x["calls"].values())):
+            ratios = [tables.spread(call[name]["over_base"]) for call in x["calls"].values()]
+            ms = [report.number(1e3 * call[name]["ms"]["median"]) for call in x["calls"].values()]
+            cells = [cell for pair in zip(ms, ratios, strict=True) for cell in pair]
+            rows.append((f"{tokens_text(x['tokens'])} {x['dtype']}", name, *cells))
+    if not rows:
+        return ""
+    calls = [cell for call in results[0]["calls"] for cell in (f"{call}, us", "over std")]
+    return tables.table(("llama-3.1-8b", "options", *calls), rows, left=2)
 
 
 def _counters(problems: dict[str, Any]) -> str:

@@ -37,19 +37,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SAME = 0.99  # of the kept rows, in float32 against float64
 
 
-def same_choice(options: dict[str, Any]) -> float:
+def same_choice(options: dict[str, Any], device: str = "cpu") -> float:
     """Share of the reference's kept rows that the operator keeps, too."""
     problem = Problem(heads=2, tokens=16 + 20 * 128, key_dim=64, value_dim=64)
     key, value = problem.make()
     run = (problem.start, problem.lag_size, problem.keep)
-    index = torch.ops.lagkv.compress(key, value, *run, **options)[2]
+    index = torch.ops.lagkv.compress(key.to(device), value.to(device), *run, **options)[2].cpu()
     exact = reference.compress(key.double(), value.double(), *run, **options)[2]
     kept = torch.zeros(1, problem.heads, problem.tokens, dtype=torch.bool)
     return kept.scatter(2, exact.long(), True).gather(2, index.long()).float().mean().item()
 
 
-def whole_prompts(problem: Problem) -> dict[str, list[timing.Candidate]]:
-    pristine = problem.make()
+def whole_prompts(problem: Problem, device: str) -> dict[str, list[timing.Candidate]]:
+    pristine = problem.make(device)
     key, value = (x.clone() for x in pristine)
     run = (problem.start, problem.lag_size, problem.keep)
 
@@ -69,14 +69,14 @@ def whole_prompts(problem: Problem) -> dict[str, list[timing.Candidate]]:
     }
 
 
-def recursion(problem: Problem) -> list[timing.Candidate]:
+def recursion(problem: Problem, device: str) -> list[timing.Candidate]:
     """A cache of as many tokens, compressed before, and two new partitions; with a head's budget scores are carried."""
     sink, lag_size, keep = problem.start, problem.lag_size, problem.keep
     before = keep * problem.compressed
     rows = sink + before + 2 * lag_size
-    pristine = dataclasses.replace(problem, tokens=rows).make()
+    pristine = dataclasses.replace(problem, tokens=rows).make(device)
     key, value = (x.clone() for x in pristine)
-    bound = torch.rand(problem.batch, problem.heads, rows)
+    bound = torch.rand(problem.batch, problem.heads, rows, device=device)
     scores = bound.clone()
 
     def restore() -> None:
@@ -92,8 +92,8 @@ def recursion(problem: Problem) -> list[timing.Candidate]:
     return [timing.Candidate(name, step(options), restore) for name, options in OPTIONS.items()]
 
 
-def measured(candidates: list[timing.Candidate], rounds: int) -> dict[str, Any]:
-    found = timing.measure(candidates, rounds=rounds, budget_s=60)
+def measured(candidates: list[timing.Candidate], device: str, rounds: int) -> dict[str, Any]:
+    found = timing.measure(candidates, device=device, rounds=rounds, budget_s=60)
     return {
         x.name: {
             "ms": dataclasses.asdict(found.seconds(x.name).scaled(1e3)),
@@ -101,6 +101,20 @@ def measured(candidates: list[timing.Candidate], rounds: int) -> dict[str, Any]:
         }
         for x in candidates
     }
+
+
+def measure(problem: Problem, device: str, rounds: int) -> dict[str, Any]:
+    """Every call with every option: milliseconds, and the ratio to the paper's method."""
+    calls = {**whole_prompts(problem, device), "a step of the recursion": recursion(problem, device)}
+    return {call: measured(candidates, device, rounds) for call, candidates in calls.items()}
+
+
+def wrong_choice(device: str) -> str | None:
+    """The first option whose choice is not the reference's, and how much of it is kept."""
+    for name, choice in OPTIONS.items():
+        if (same := same_choice(choice, device)) < SAME:
+            return f"{name} keeps {same:.1%} of the reference's rows"
+    return None
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -119,6 +133,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 where a choice is wrong, or 2 where the arguments are refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.options", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=cases.DEVICES, default="cpu")
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(cases.DTYPES))
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=8)
@@ -129,28 +144,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = torch.get_num_threads()
     try:
         dtype = cases.lookup("dtype", options.dtype, cases.DTYPES)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise Refused("--device cuda: torch sees no CUDA device")
         if min(options.tokens, options.heads, options.threads, options.rounds) < 1:
             raise Refused("--tokens, --heads, --threads and --rounds must be at least 1")
         facts = {
-            "machine": machine("cpu"),
+            "machine": machine(options.device),
             "settings": {"cache": "cold", "rounds": options.rounds},
             "commit": commit(),
         }
         print(f"{header(facts)[0]}; {options.dtype}, {options.tokens} tokens, threads {options.threads}")
-        for name, choice in OPTIONS.items():
-            if (same := same_choice(choice)) < SAME:
-                print(f"error: {name} keeps {same:.1%} of the reference's rows", file=sys.stderr)
-                return 1
+        if wrong := wrong_choice(options.device):
+            print(f"error: {wrong}", file=sys.stderr)
+            return 1
         torch.set_num_threads(options.threads)
         problem = Problem(heads=options.heads, tokens=options.tokens, key_dim=128, value_dim=128, dtype=dtype)
         with torch.no_grad():
-            result = {
-                call: measured(candidates, options.rounds)
-                for call, candidates in {
-                    **whole_prompts(problem),
-                    "a step of the recursion": recursion(problem),
-                }.items()
-            }
+            result = measure(problem, options.device, options.rounds)
     except (Refused, cases.UnknownName) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

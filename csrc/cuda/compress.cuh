@@ -21,7 +21,7 @@
 
 namespace lagkv::cuda {
 
-/// Where scores go that are selected from later. Those of a head lie `stride` after those of the one before.
+/// Memory of scores that are selected from later. Those of a head lie `stride` after those of the one before.
 template <class Real>
 struct ScoreTarget {
   Real* data = nullptr;

@@ -533,6 +533,6 @@ def test_the_options_command(capsys, tmp_path, monkeypatch):
         assert f"{call}: milliseconds and ratio to std" in printed
         assert set(json.loads(path.read_text())[call]) == {"std", "blend smooth 3 head"}
     assert options.main(["--tokens", "0"]) == 2
-    monkeypatch.setattr(options, "same_choice", lambda choice: 0.5)
+    monkeypatch.setattr(options, "same_choice", lambda choice, device: 0.5)
     assert options.main(small) == 1
     assert "keeps 50.0% of the reference's rows" in capsys.readouterr().err

@@ -532,17 +532,22 @@ def check_files(folder: Path) -> None:
     assert sum(files.values()) < 1e6
 
 
+KINDS = ("ceiling", "cases", "decode", "ragged", "options")
+
+
 def check_measurements(folder: Path) -> None:
     content = json.loads((folder / "benchmarks.json").read_text())
     assert content["failed"] == {}
     assert content["not_measured"] == []
-    assert [len(content[kind]) for kind in ("ceiling", "cases", "decode", "ragged")] == [1, 2, 1, 1]
+    assert [len(content[kind]) for kind in KINDS] == [1, 2, 1, 1, 1]
+    assert set(content["options"][0]["calls"]["in place"]) == set(card.options.OPTIONS)
     assert set(content["ragged"][0]["contenders"]) == set(card.RAGGED)
 
 
 def check_tables(folder: Path, tmp_path: Path) -> None:
     text = card_tables.markdown(folder)
     content = json.loads((folder / "benchmarks.json").read_text())
+    assert "| blend smooth 3 head |" in text
     x = content["cases"][0]["ratios"]["compress_/copy"]["median"]
     assert f"{card_tables.report.number(x)} (" in text
     for name in ORDER:
@@ -597,6 +602,7 @@ def test_without_a_card_it_says_so(tmp_path):
 
 def test_a_red_check_shows_no_number_and_does_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(card.verify, "compressed_difference", lambda *a: "wrong on purpose")
+    monkeypatch.setattr(card.options, "wrong_choice", lambda device: "wrong on purpose")
     path = tmp_path / "b.json"
     assert card.main(["--device", "cpu", "--tiny", "--json", str(path)]) == 1
     content = json.loads(path.read_text())
@@ -604,10 +610,11 @@ def test_a_red_check_shows_no_number_and_does_not_stop_the_others(tmp_path, monk
         "llama-3.1-8b 32k bfloat16 std",
         "decode bfloat16",
         "ragged 1 x 32k bfloat16",
+        "options bfloat16",
         "llama-3.1-8b 32k bfloat16 std beside plain PyTorch",
     }
     assert all("wrong on purpose" in why for why in content["failed"].values())
-    assert [len(content[kind]) for kind in ("ceiling", "cases", "decode", "ragged")] == [1, 0, 0, 0]
+    assert [len(content[kind]) for kind in KINDS] == [1, 0, 0, 0, 0]
 
 
 def test_every_measurement_has_a_name_of_its_own_and_the_issues_table_is_in_it():
