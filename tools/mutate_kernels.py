@@ -111,6 +111,7 @@ FIRST = {
         "move.cuh": ("tests/ops/test_properties.py", "in_place"),
         "launch.h": ("tests/cuda/test_alignment.py", ""),
         "plan.h": ("tests/cuda/test_plan.py", "covers or limit or moves"),
+        "storage.h": ("tests/cuda/test_plan.py", "covers or limit or moves"),
         "blend_statistic.cuh": ("tests/ops/test_options.py", DENSE_OPTIONS),
         "rivals.cuh": ("tests/ops/test_options.py", DENSE_OPTIONS),
         "staged.h": ("tests/ops/test_options.py", DENSE_OPTIONS),

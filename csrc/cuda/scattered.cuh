@@ -3,7 +3,7 @@
 // streaming loop nothing.
 #pragma once
 
-#include "compress.cuh"
+#include "score_run.cuh"
 
 namespace lagkv::cuda {
 
