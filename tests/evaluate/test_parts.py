@@ -20,8 +20,25 @@ from lagkv_ext.cache.keyword import cache_argument
 from lagkv_ext.commands.evaluate import cost, methods, metrics, recommend
 from lagkv_ext.commands.evaluate.prefill import OBSERVED, read
 from lagkv_ext.commands.evaluate.statistics import Difference, Interval, difference, mean_interval
+from lagkv_ext.commands.evaluate.tasks import fidelity
 from lagkv_ext.commands.evaluate.types import FULL, EvaluationError, Setting
 from tests.evaluate import tiny_models as evaluate_models
+
+
+@given(size=st.integers(1, 5000), prompts=st.integers(1, 9), words=st.integers(1, 50))
+def test_no_window_of_a_text_is_continued_twice(size, prompts, words):
+    """Counted twice, a prompt would narrow the interval that it is in."""
+
+    def pieces(text: str, tokens: int) -> list[str]:
+        cut = text.split()[:: 51 - words]
+        return [f"{word} " for word in cut]
+
+    samples = fidelity.fidelity(0, pieces, size=size, prompts=prompts, tokens=8)
+    assert len({sample.context for sample in samples}) == len(samples) <= prompts
+    assert {sample.facts["text"] for sample in samples} == {"prose", "code"} - (
+        {"code"} if prompts == 1 else set()
+    )
+
 
 TEXT = st.text(alphabet="ab c,.東京は", max_size=12)
 

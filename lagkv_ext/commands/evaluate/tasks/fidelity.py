@@ -16,13 +16,15 @@ def fidelity(
 ) -> list[Sample]:
     """Continuation of windows of ``size`` tokens, in turn of the letter and of this package's source code.
 
-    ``pieces(text, n)`` cuts a text into pieces of n tokens. Windows are spread evenly over each text; ``seed`` is
-    not used: there is nothing to draw.
+    ``pieces(text, n)`` cuts a text into pieces of n tokens. Windows are spread evenly over each text; a text with room
+    for few gives each once, so that there may be fewer than ``prompts``. ``seed`` is not used: there is nothing
+    to draw.
     """
     from lagkv_ext.commands.demo.facts import long_letter
 
     texts = {"prose": long_letter()[0], "code": _code()}
     samples = []
+    windows: set[tuple[str, int]] = set()
     for n in range(prompts):
         kind = ("prose", "code")[n % 2]
         units = pieces(texts[kind], 1)
@@ -30,6 +32,9 @@ def fidelity(
         count = (prompts + 1 - n % 2) // 2
         room = max(0, len(units) - size - tokens)
         begin = room * (n // 2) // max(1, count - 1)
+        if (kind, begin) in windows:
+            continue
+        windows.add((kind, begin))
         context, rest = units[begin : begin + size], units[begin + size : begin + size + tokens]
         if len(rest) < tokens:
             context, rest = units[begin:-tokens], units[-tokens:]
