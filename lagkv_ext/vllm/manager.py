@@ -7,6 +7,7 @@ its place and the settings; a mixed block's key is the chain hash at the end of 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ class LagKVManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.plan: Plan = kv_cache_spec.plan
         self.plan.check()
+        # vLLM asks at every step for every request, with one answer for a whole state.
+        self.raw_from, self.entries = functools.cache(self.plan.raw_from), functools.cache(self.plan.entries)
         self.in_flight = kv_cache_spec.in_flight
         if self.enable_caching and self.block_pool.hash_block_size != self.block_size:
             raise ValueError(
@@ -57,6 +60,8 @@ class LagKVManager(SingleTypeKVCacheManager):
     ) -> int:
         held = self.req_to_blocks.get(request_id, ())
         new = max(self.table_length(num_tokens) - len(held) - len(new_computed_blocks), 0)
+        if not (apply_admission_cap or new_computed_blocks):
+            return new  # a running request
         if apply_admission_cap:
             # A sequence that is admitted as a whole gives blocks back on its way: what counts is its peak.
             real = sum(not block.is_null for blocks in (held, new_computed_blocks) for block in blocks)
@@ -115,9 +120,8 @@ class LagKVRawManager(LagKVManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        if self.counts is not None:
-            self.counts.seen(request)
-        _warn_of_request_settings(request)
+        if self.counts is not None and self.counts.seen(request):
+            _warn_of_request_settings(request)
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -128,7 +132,7 @@ class LagKVRawManager(LagKVManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        end = self.plan.raw_from(processed_computed_tokens // self.plan.boundary)
+        end = self.raw_from(processed_computed_tokens // self.plan.boundary)
         self._remove_blocks_in_range(request_id, self.plan.sink_blocks, end)
 
     @classmethod
@@ -187,7 +191,7 @@ class LagKVCompressedManager(LagKVManager):
         ] = {}  # of running requests: the last boundary whose blocks have keys
 
     def table_length(self, tokens: int) -> int:
-        return self.plan.entries(tokens // self.plan.boundary)
+        return self.entries(tokens // self.plan.boundary)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -218,6 +222,8 @@ class LagKVCompressedManager(LagKVManager):
         if not self.enable_caching:
             return
         done, now = self._hashed_states.get(request_id, 0), num_tokens // plan.boundary
+        if now == done:
+            return  # as in nearly every step
         for k in range(done + 1, now + 1):
             for index, key in self._keys(self.kv_cache_spec, k, request.block_hashes, self.kv_cache_group_id):
                 block = table[index]

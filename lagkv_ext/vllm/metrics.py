@@ -39,14 +39,20 @@ class Totals:
         self._timer: threading.Timer | None = None
 
     def add(self, name: str, amount: float) -> None:
+        self.add_each({name: amount})
+
+    def add_each(self, amounts: dict[str, float]) -> None:
         with self._lock:
-            self._values[name] = self._values.get(name, 0) + amount
-            self._write_soon()
+            for name, amount in amounts.items():
+                self._values[name] = self._values.get(name, 0) + amount
+            if self._timer is None:
+                self._write_soon()
 
     def set(self, name: str, value: float | str) -> None:
         with self._lock:
             self._values[name] = value
-            self._write_soon()
+            if self._timer is None:
+                self._write_soon()
 
     def get(self, name: str) -> float:
         with self._lock:
@@ -57,7 +63,7 @@ class Totals:
 
     def _write_soon(self) -> None:
         folder = os.environ.get(FOLDER_VARIABLE)
-        if self._timer is None and folder:
+        if folder:
             self._timer = threading.Timer(WRITE_SECONDS, self.write, [Path(folder)])
             self._timer.daemon = True
             self._timer.start()
@@ -108,26 +114,28 @@ class RequestCounts:
         if tokens // plan.boundary == before // plan.boundary:
             return  # as in nearly every step
         if partitions := plan.m(tokens // plan.boundary) - plan.m(before // plan.boundary):
-            totals.add("partitions", partitions)
-            totals.add("rows_dropped", partitions * (plan.lag - plan.keep))
+            dropped = partitions * (plan.lag - plan.keep)
+            totals.add_each({"partitions": partitions, "rows_dropped": dropped})
 
     def _grow(self, request_id: str, before: int, tokens: int) -> None:
         if tokens > before:
             self._tokens[request_id] = tokens
-            totals.add("tokens_seen", tokens - before)
             same_state = before and (tokens - 1) // self.plan.boundary == (before - 1) // self.plan.boundary
             kept = tokens - before if same_state else self.plan.rows(tokens) - self.plan.rows(before)
-            totals.add("tokens_kept", kept)
+            totals.add_each({"tokens_seen": tokens - before, "tokens_kept": kept})
 
-    def seen(self, request: Any) -> None:
-        self._requests.setdefault(request.request_id, request)
+    def seen(self, request: Any) -> bool:
+        """Remembers the request; True the first time."""
+        if request.request_id in self._requests:
+            return False
+        self._requests[request.request_id] = request
+        return True
 
     def freed(self, request_id: str) -> None:
         """A request ended, or gave its blocks back to be computed again later."""
         tokens = self._tokens.pop(request_id, 0)
         request = self._requests.pop(request_id, None)
-        totals.add("tokens_seen", -tokens)
-        totals.add("tokens_kept", -self.plan.rows(tokens))
+        totals.add_each({"tokens_seen": -tokens, "tokens_kept": -self.plan.rows(tokens)})
         if request is not None and request.is_finished():
             compressed = self.plan.m(tokens // self.plan.boundary) > 0
             totals.add("requests_compressed" if compressed else "requests_full", 1)
