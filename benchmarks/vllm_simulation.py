@@ -1,125 +1,174 @@
 """``python -m benchmarks.vllm_simulation``: vLLM's scheduler and cache manager under load, in simulated time.
 
-The scheduler, the cache manager, prefix caching and the plugin are the real ones. There is no model: a step takes the
-time of a roofline (weights and rows read at the memory's speed, or products at the processor's, whichever is longer,
-plus a fixed cost), and generates random tokens. So queues, admission, preemption and hits are vLLM's; seconds are a
-roofline's. Runs in the environment of ``make test-vllm``.
+The scheduler, the cache manager, prefix caching and the plugin are the real ones, driven as vLLM's engine core drives
+them: with pipeline parallelism, up to a batch for each stage is in flight. There is no model: a step takes the time of
+a roofline (`vllm_machines`) and generates arbitrary tokens. So queues, admission, preemption and hits are vLLM's;
+seconds are a roofline's. Blocks are hashed by Python's `hash` instead of SHA-256, which is only faster.
+Runs in the environment of ``make test-vllm``.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+from benchmarks.vllm_machines import MACHINES, Batch, Machine
+from benchmarks.vllm_traces import MAX_MODEL_LEN, TRACES, VOCABULARY, Arrival, Trace
+
 BLOCK, LAG, SINK, BOUNDARY = 16, 128, 16, 256
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A model on GPUs; bytes and products for all of them together."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    parameters: float
-    gpus: int
-    # H100 SXM: 3.35 TB/s and 989 TFLOP/s in bfloat16, of which kernels reach about 0.8 and 0.6.
-    bytes_per_second: float = 3.35e12 * 0.8
-    flops_per_second: float = 989e12 * 0.6
-    memory: float = 80e9 * 0.9
-    activations: float = 4e9
-    step_seconds: float = 0.002  # scheduling, launches, sampling; tensor-parallel sums besides
-
-    @property
-    def row_bytes(self) -> int:
-        return self.layers * self.kv_heads * self.head_dim * 2 * 2
-
-    @property
-    def blocks(self) -> int:
-        free = self.gpus * (self.memory - self.activations) - 2 * self.parameters
-        return int(free / (self.row_bytes * BLOCK))
-
-    def seconds(self, tokens: int, rows_read: int, token_rows: int, compressed_rows: int) -> float:
-        """``token_rows``: rows attended to, added up over tokens. ``rows_read``: rows of all sequences once."""
-        moved = 2 * self.parameters + self.row_bytes * (rows_read + tokens + 2 * compressed_rows)
-        products = 2 * self.parameters * tokens + 4 * self.layers * self.heads * self.head_dim * token_rows
-        sums = 2 * self.layers * (8e-6 + tokens * self.hidden * 4 / 450e9) if self.gpus > 1 else 0.0
-        bound = max(moved / self.bytes_per_second, products / self.flops_per_second) / self.gpus
-        return self.step_seconds + bound + sums
-
-
-MACHINES = {
-    "8b": Machine("Llama 3.1 8B on one H100", 32, 4096, 32, 8, 128, 14336, 8.03e9, 1),
-    "70b": Machine("Llama 3.1 70B on eight H100 (TP)", 80, 8192, 64, 8, 128, 28672, 70.6e9, 8),
+#: Conversations a second: more than stock vLLM serves for long.
+RATES = {
+    "8b": {"documents": 1.6, "short": 60, "chat": 12, "agents": 1.5},
+    "70b": {"documents": 2.4, "short": 60, "chat": 12, "agents": 1.5},
+    "70b-pp": {"documents": 2.4, "short": 60, "chat": 12, "agents": 1.5},
 }
-
-
-@dataclass
-class Turn:
-    """One request of a conversation: what is new in its prompt, how much it generates, and the pause after it."""
-
-    new: int
-    generated: int
-    pause: float
-
-
-def documents(rng: random.Random) -> list[Turn]:
-    """One question about a long document."""
-    return [Turn(int(8000 * 4 ** rng.random()), rng.randrange(100, 400), 0)]
-
-
-def chat(rng: random.Random) -> list[Turn]:
-    """Several turns, each with the history before it."""
-    turns = rng.randrange(1, 9)
-    return [
-        Turn(rng.randrange(50, 600), rng.randrange(100, 500), rng.expovariate(1 / 10)) for _ in range(turns)
-    ]
-
-
-def agents(rng: random.Random) -> list[Turn]:
-    """Tool calls after a long system prompt that all agents share (`shared_prefix`)."""
-    turns = rng.randrange(4, 16)
-    return [
-        Turn(rng.randrange(200, 1500), rng.randrange(50, 200), rng.expovariate(1 / 2)) for _ in range(turns)
-    ]
-
-
-TRACES: dict[str, tuple[Callable[[random.Random], list[Turn]], int]] = {
-    "documents": (documents, 0),
-    "chat": (chat, 300),
-    "agents": (agents, 3000),
-}
-VOCABULARY, MAX_MODEL_LEN = 30000, 40960
+STATES = range(MAX_MODEL_LEN // BOUNDARY + 1)
 
 
 class Simulation:
-    def __init__(self, machine: Machine, keep: int | None, chunk: int, running: int, folder: Path) -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.hashing import sha256
+    """vLLM's scheduler on a machine, with ``keep`` of 128 rows kept, or stock where that is None."""
+
+    def __init__(self, machine: Machine, keep: int | None, chunk: int, running: int) -> None:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
         from vllm.v1.core.sched.scheduler import Scheduler
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
 
-        from lagkv_ext.vllm.settings import parse
-        from lagkv_ext.vllm.specs import LagKVCompressedSpec, LagKVRawSpec, spec_from
-
         self.machine = machine
+        blocks = machine.blocks(BLOCK)
+        config = _engine_config(machine, chunk, running, blocks)
+        specs, self.plan = _specs(machine, keep, min(config.max_in_flight_tokens, MAX_MODEL_LEN))
+        groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
+        self.scheduler = Scheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(blocks, [], groups),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+        )
+        init_none_hash(_hash)
+        self._hasher = get_request_block_hasher(BLOCK, _hash)
+        self._partitions = [self.plan.m(k) if self.plan else 0 for k in STATES]
+        self._dropped = [m * (LAG - (keep or LAG)) for m in self._partitions]
+        self._in_flight: deque[tuple[float, Any, list[list[int]]]] = deque()
+        self._stage_free = [0.0] * machine.pp
+        self.now = self.busy = self.running_seconds = 0.0
+        self.steps = self.preemptions = self.generated = self.prompt_tokens = self.hit_tokens = 0
+
+    def add(self, name: str, tokens: list[int], generated: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        sampling = SamplingParams(temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False)
+        sampling.update_from_generation_config({}, None)
+        request = Request(name, tokens, sampling, None, arrival_time=self.now, block_hasher=self._hasher)
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> list[Any]:
+        """Schedules a batch; where the stages are full or there is none, the time goes on to the end of the oldest
+        batch. Outputs of the requests that then got a token (``EngineCoreOutput``)."""
+        output = self.scheduler.schedule()
+        self.preemptions += len(output.preempted_req_ids or ())
+        if output.total_num_scheduled_tokens:
+            self.steps += 1
+            for new in output.scheduled_new_reqs:
+                self.hit_tokens += new.num_computed_tokens
+                self.prompt_tokens += len(new.prompt_token_ids)
+            batch, sampled = self._batch(output.num_scheduled_tokens)
+            self._in_flight.append((self._end(batch), output, sampled))
+            if len(self._in_flight) < self.machine.pp:
+                return []
+        if not self._in_flight:
+            raise RuntimeError("nothing can be scheduled: the pool is too small for a request")
+        end, output, sampled = self._in_flight.popleft()
+        self.busy += end - self.now
+        self.running_seconds += (end - self.now) * len(self.scheduler.running)
+        self.now = end
+        return self._update(output, sampled)
+
+    def _update(self, output: Any, sampled: list[list[int]]) -> list[Any]:
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        names = list(output.num_scheduled_tokens)
+        made = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled_token_ids=sampled)
+        clients = self.scheduler.update_from_output(output, made).values()
+        outputs = [one for client in clients for one in client.outputs if one.new_token_ids]
+        self.generated += len(outputs)
+        return outputs
+
+    def _batch(self, scheduled: dict[str, int]) -> tuple[Batch, list[list[int]]]:
+        """The batch for the roofline, and the tokens that its sequences generate."""
+        requests, dropped, partitions = self.scheduler.requests, self._dropped, self._partitions
+        tokens = rows_read = token_rows = compressed = 0
+        sampled = []
+        token = [self.steps % VOCABULARY]
+        for name, count in scheduled.items():
+            request = requests[name]
+            end = request.num_computed_tokens
+            rows = end - dropped[(end - 1) // BOUNDARY]
+            tokens += count
+            rows_read += rows
+            token_rows += rows if count == 1 else self._token_rows(end - count, end)
+            if new := partitions[end // BOUNDARY] - partitions[(end - count) // BOUNDARY]:
+                compressed += (new + 1) * LAG
+            sampled.append(token if end >= request.num_tokens else [])
+        return Batch(tokens, rows_read, token_rows, compressed), sampled
+
+    def _token_rows(self, begin: int, end: int) -> int:
+        """Rows that the tokens attend to, added up state by state."""
+        total = 0
+        while begin < end:
+            until = min(end, (begin // BOUNDARY + 1) * BOUNDARY)
+            total += (until - begin) * ((begin + until) // 2 - self._dropped[begin // BOUNDARY])
+            begin = until
+        return total
+
+    def _end(self, batch: Batch) -> float:
+        """A stage takes a batch when it is through with the one before and the stage before is through with this."""
+        seconds, end = self.machine.seconds(batch), self.now
+        for stage, free in enumerate(self._stage_free):
+            end = self._stage_free[stage] = max(end, free) + seconds
+        return end
+
+    def blocks_lost(self) -> int:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+
+def _hash(value: Any) -> bytes:
+    return hash(value).to_bytes(8, "little", signed=True)
+
+
+def _engine_config(machine: Machine, chunk: int, running: int, blocks: int) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(
+            json.dumps(
+                {
+                    "architectures": ["LlamaForCausalLM"],
+                    "model_type": "llama",
+                    "hidden_size": machine.hidden,
+                    "intermediate_size": machine.intermediate,
+                    "num_hidden_layers": machine.layers,
+                    "num_attention_heads": machine.heads,
+                    "num_key_value_heads": machine.kv_heads,
+                    "head_dim": machine.head_dim,
+                    "vocab_size": VOCABULARY,
+                    "max_position_embeddings": MAX_MODEL_LEN,
+                    "torch_dtype": "bfloat16",
+                }
+            )
+        )
         config = EngineArgs(
-            model=str(_model_folder(machine, folder)),
+            model=folder,
             skip_tokenizer_init=True,
             load_format="dummy",
             max_model_len=MAX_MODEL_LEN,
@@ -128,189 +177,72 @@ class Simulation:
             enable_prefix_caching=True,
             async_scheduling=False,
         ).create_engine_config()
-        config.cache_config.block_size = BLOCK
-        config.cache_config.num_gpu_blocks = machine.blocks
-        import torch
-
-        stock = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=machine.kv_heads, head_size=machine.head_dim, dtype=torch.bfloat16
-        )
-        self.plan = None
-        specs: list[Any] = [stock]
-        if keep is not None:
-            settings = parse({"lag_size": LAG, "keep": keep, "sink_size": SINK, "boundary": BOUNDARY})
-            in_flight = min(config.max_in_flight_tokens, MAX_MODEL_LEN)
-            specs = [
-                spec_from(cls, stock, settings, in_flight) for cls in (LagKVRawSpec, LagKVCompressedSpec)
-            ]
-            self.plan = settings.plan(BLOCK)
-        groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
-        self.scheduler = Scheduler(
-            vllm_config=config,
-            kv_cache_config=KVCacheConfig(machine.blocks, [], groups),
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
-            hash_block_size=BLOCK,
-        )
-        init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
-        self.now = 0.0
-        self.preemptions = self.generated = self.prompt_tokens = self.hit_tokens = 0
-        self.first: list[float] = []
-        self.running: list[tuple[float, int]] = []
-
-    def request(self, name: str, tokens: list[int], generated: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.v1.request import Request
-
-        sampling = SamplingParams(temperature=0, max_tokens=generated, ignore_eos=True)
-        sampling.update_from_generation_config({}, None)
-        request = Request(name, tokens, sampling, None, arrival_time=self.now, block_hasher=self.hasher)
-        self.scheduler.add_request(request)
-        return request
-
-    def step(self) -> Iterator[tuple[str, list[int], bool]]:
-        """One step; yields ``(request, tokens generated so far, finished)`` of those that got a token."""
-        from vllm.v1.outputs import ModelRunnerOutput
-
-        output = self.scheduler.schedule()
-        self.preemptions += len(output.preempted_req_ids or ())
-        scheduled = output.num_scheduled_tokens
-        tokens = rows_read = token_rows = compressed = 0
-        sampled = []
-        for name, count in scheduled.items():
-            request = self.scheduler.requests[name]
-            end = request.num_computed_tokens
-            begin = end - count
-            tokens += count
-            rows = self._rows(end)
-            rows_read += rows
-            token_rows += count * (rows - count // 2) if self.plan is None else self._attended(begin, end)
-            if self.plan is not None:
-                partitions = self.plan.m(end // BOUNDARY) - self.plan.m(begin // BOUNDARY)
-                compressed += (partitions + bool(partitions)) * LAG
-            sampled.append([random.randrange(VOCABULARY)] if end >= request.num_tokens else [])
-        for new in output.scheduled_new_reqs:
-            self.hit_tokens += new.num_computed_tokens
-            self.prompt_tokens += len(new.prompt_token_ids)
-        seconds = self.machine.seconds(tokens, rows_read, token_rows, compressed)
-        self.now += seconds
-        self.running.append((seconds, len(scheduled)))
-        requests = {name: self.scheduler.requests[name] for name in scheduled}
-        names = list(scheduled)
-        self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: i for i, name in enumerate(names)},
-                sampled_token_ids=sampled,
-            ),
-        )
-        for name, new in zip(names, sampled, strict=True):
-            if new:
-                self.generated += 1
-                request = requests[name]
-                yield name, request, request.is_finished()
-
-    def _rows(self, tokens: int) -> int:
-        return tokens if self.plan is None else self.plan.rows(tokens)
-
-    def _attended(self, begin: int, end: int) -> int:
-        """Rows that the tokens attend to, added up piece by piece."""
-        total, plan = 0, self.plan
-        while begin < end:
-            until = min(end, (begin // BOUNDARY + 1) * BOUNDARY)
-            dropped = plan.m(begin // BOUNDARY) * (LAG - plan.keep)
-            total += (until - begin) * ((begin + until) // 2 - dropped)
-            begin = until
-        return total
+    config.cache_config.block_size = BLOCK
+    config.cache_config.num_gpu_blocks = blocks
+    # Not among the arguments: they would be checked against the devices of this machine.
+    config.parallel_config.pipeline_parallel_size = machine.pp
+    return config
 
 
-def _model_folder(machine: Machine, folder: Path) -> Path:
-    path = folder / machine.name.replace(" ", "-")
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["LlamaForCausalLM"],
-                "model_type": "llama",
-                "hidden_size": machine.hidden,
-                "intermediate_size": machine.intermediate,
-                "num_hidden_layers": machine.layers,
-                "num_attention_heads": machine.heads,
-                "num_key_value_heads": machine.kv_heads,
-                "head_dim": machine.head_dim,
-                "vocab_size": VOCABULARY,
-                "max_position_embeddings": MAX_MODEL_LEN,
-                "torch_dtype": "bfloat16",
-            }
-        )
+def _specs(machine: Machine, keep: int | None, in_flight: int) -> tuple[list[Any], Any]:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from lagkv_ext.vllm.settings import parse
+    from lagkv_ext.vllm.specs import LagKVCompressedSpec, LagKVRawSpec, spec_from
+
+    stock = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=machine.kv_heads, head_size=machine.head_dim, dtype=torch.bfloat16
     )
-    return path
+    if keep is None:
+        return [stock], None
+    settings = parse({"lag_size": LAG, "keep": keep, "sink_size": SINK, "boundary": BOUNDARY})
+    specs = [spec_from(cls, stock, settings, in_flight) for cls in (LagKVRawSpec, LagKVCompressedSpec)]
+    return specs, settings.plan(BLOCK)
 
 
 def run(
-    machine: Machine, trace: str, keep: int | None, requests: int, rate: float, chunk: int, running: int
+    name: str, trace: str, keep: int | None, requests: int, rate: float, chunk: int, running: int
 ) -> dict:
-    """One row: ``requests`` requests of conversations that begin at ``rate`` a second (Poisson)."""
-    conversations, prefix_tokens = TRACES[trace]
-    rng = random.Random(7)
-    random.seed(8)
-    prefix = [rng.randrange(VOCABULARY) for _ in range(prefix_tokens)]
-    arrivals: list[tuple[float, int, list[Turn], list[int]]] = []
-    begin, count, number = 0.0, 0, 0
-    while count < requests:
-        begin += rng.expovariate(rate)
-        turns = conversations(rng)[: requests - count]
-        count += len(turns)
-        arrivals.append((begin, number, turns, list(prefix)))
-        number += 1
-    heapq.heapify(arrivals)
-    with tempfile.TemporaryDirectory() as folder:
-        simulation = Simulation(machine, keep, chunk, running, Path(folder))
-    active: dict[str, tuple[float, list[Turn]]] = {}
-    ended, wall = 0, time.perf_counter()
-    while ended < count:
-        while arrivals and arrivals[0][0] <= simulation.now:
-            _, number, turns, history = heapq.heappop(arrivals)
-            tokens = history + [rng.randrange(VOCABULARY) for _ in range(turns[0].new)]
-            tokens = tokens[-(MAX_MODEL_LEN - turns[0].generated) :]
-            name = f"{number}.{len(turns)}"
-            simulation.request(name, tokens, turns[0].generated)
-            active[name] = (simulation.now, turns)
+    """One row of the table. RuntimeError where a block is lost."""
+    simulation, load = Simulation(MACHINES[name], keep, chunk, running), Trace(trace, requests, rate)
+    active: dict[str, tuple[Arrival, Any]] = {}
+    first: list[float] = []
+    begun = time.process_time()
+    while active or load.next_time() is not None:
         if not active:
-            simulation.now = arrivals[0][0]
-            continue
-        for name, request, finished in simulation.step():
-            arrived, turns = active[name]
+            simulation.now = max(simulation.now, load.next_time())
+        while (due := load.next_time()) is not None and due <= simulation.now:
+            arrival, tokens = load.pop()
+            generated = arrival.turns[0].generated
+            active[arrival.name] = arrival, simulation.add(arrival.name, tokens, generated)
+        for output in simulation.step():
+            arrival, request = active[output.request_id]
             if request.num_output_tokens == 1:
-                simulation.first.append(simulation.now - arrived)
-            if finished:
-                ended += 1
-                del active[name]
-                if turns[1:]:
-                    number = int(name.split(".")[0])
-                    history = list(request.all_token_ids)
-                    heapq.heappush(arrivals, (simulation.now + turns[0].pause, number, turns[1:], history))
-    pool = simulation.scheduler.kv_cache_manager.block_pool
-    lost = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    assert lost == 0, f"{lost} blocks lost"
-    busy = sum(seconds for seconds, _ in simulation.running)
+                first.append(simulation.now - arrival.time)
+            if output.finish_reason is not None:
+                del active[output.request_id]
+                load.finished(arrival, simulation.now, request.all_token_ids)
+    if lost := simulation.blocks_lost():
+        raise RuntimeError(f"{lost} blocks lost")
     return {
-        "machine": machine.name,
+        "machine": name,
         "trace": trace,
-        "keep": "all" if keep is None else f"{keep}/{LAG}",
-        "requests": count,
+        "keep": keep or LAG,
+        "stock": keep is None,
+        "requests": len(first),
         "rate": rate,
-        "pool_tokens": machine.blocks * BLOCK,
+        "pool_tokens": simulation.machine.blocks(BLOCK) * BLOCK,
         "tokens_per_second": simulation.generated / simulation.now,
-        "first_token_median": statistics.median(simulation.first),
-        "first_token_p95": sorted(simulation.first)[int(0.95 * len(simulation.first))],
-        "running_mean": sum(seconds * n for seconds, n in simulation.running) / busy,
+        "first_token_median": statistics.median(first),
+        "first_token_p95": sorted(first)[int(0.95 * len(first))],
+        "running_mean": simulation.running_seconds / simulation.busy,
         "preemptions": simulation.preemptions,
         "hit_ratio": simulation.hit_tokens / simulation.prompt_tokens,
+        "tokens": simulation.generated,
+        "steps": simulation.steps,
         "simulated_seconds": simulation.now,
-        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - begun,
         "blocks_lost": lost,
     }
 
@@ -319,53 +251,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machines", default="8b,70b")
+    parser.add_argument("--machines", default="8b", help=f"of {', '.join(MACHINES)}")
     parser.add_argument("--traces", default=",".join(TRACES))
     parser.add_argument("--keep", default="all,64,32,16", help="tokens kept of each partition of 128")
-    parser.add_argument("--requests", type=int, default=100_000, help="in each row")
-    parser.add_argument(
-        "--rate",
-        default="8b=2/8/3,70b=2/8/3",
-        help="conversations a second: documents/chat/agents of each machine",
-    )
+    parser.add_argument("--requests", type=int, default=3000, help="in each row")
+    parser.add_argument("--rate", type=float, help="conversations a second (default: by machine and trace)")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=Path, help="also append the rows here, one a line")
     arguments = parser.parse_args()
-    rates = {
-        name: dict(zip(TRACES, map(float, values.split("/")), strict=True))
-        for name, values in (one.split("=") for one in arguments.rate.split(","))
-    }
 
     from lagkv_ext.vllm.manager import register_specs
 
     register_specs()
-    rows = []
     print("simulated: seconds are a roofline's, queues and blocks are vLLM's")
-    for machine in arguments.machines.split(","):
+    for name in arguments.machines.split(","):
         for trace in arguments.traces.split(","):
             for keep in arguments.keep.split(","):
                 row = run(
-                    MACHINES[machine],
+                    name,
                     trace,
                     None if keep == "all" else int(keep),
                     arguments.requests,
-                    rates[machine][trace],
+                    arguments.rate or RATES[name][trace],
                     arguments.max_num_batched_tokens,
                     arguments.max_num_seqs,
                 )
-                rows.append(row)
-                print(
-                    f"{row['machine']}, {trace}, keep {row['keep']}, {row['requests']} requests: "
-                    f"{row['tokens_per_second']:.0f} tokens/s, first token {row['first_token_median']:.2f} s "
-                    f"(95%: {row['first_token_p95']:.2f}), {row['running_mean']:.1f} running, "
-                    f"{row['preemptions']} preemptions, {row['hit_ratio']:.0%} of prompts from the cache "
-                    f"({row['wall_seconds']:.0f} s of work)",
-                    flush=True,
-                )
-    if arguments.json:
-        machines = {name: asdict(MACHINES[name]) for name in arguments.machines.split(",")}
-        arguments.json.write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
+                print(_line(row), flush=True)
+                if arguments.json:
+                    with arguments.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{MACHINES[row['machine']].name}, {row['trace']}, keep {'all' if row['stock'] else row['keep']}, "
+        f"{row['requests']} requests: {row['tokens_per_second']:.0f} tokens/s, first token "
+        f"{row['first_token_median']:.2f} s (95%: {row['first_token_p95']:.2f}), {row['running_mean']:.1f} running, "
+        f"{row['preemptions']} preemptions, {row['hit_ratio']:.0%} of prompts from the cache "
+        f"({row['cpu_seconds']:.0f} s of work)"
+    )
 
 
 if __name__ == "__main__":

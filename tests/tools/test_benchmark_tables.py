@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a package of the checkout, not of the installation
 
-from benchmarks import record, report, run, tables  # noqa: E402
+from benchmarks import record, report, run, tables, vllm_table  # noqa: E402
 
 SMALL = "--tokens 512,1k --shapes gemma-3-270m --dtype float32 --threads 1 --rounds 2 --lag-size 32 --no-model-cuda"
 
@@ -108,3 +108,9 @@ def test_the_page_has_what_its_folder_gives():
     written = text.split(tables.BEGIN)[1].split(tables.END)[0].strip()
     (name,) = re.findall(r"\(\.\./benchmarks/results/([a-z0-9.-]+)\)", written)
     assert written == tables.markdown(ROOT / "benchmarks" / "results" / name)
+
+
+def test_the_simulated_table_of_vllm_is_that_of_the_committed_rows():
+    page = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    rows = vllm_table.table(ROOT / "benchmarks" / "results" / "vllm-simulated" / "rows.jsonl")
+    assert f"<!-- benchmarks.vllm_table -->\n{rows}<!-- end -->" in page
