@@ -34,6 +34,8 @@ HOOKS = {
         "AttentionMetadataBuilder.build_for_cudagraph_capture",
         "AttentionMetadataBuilder.get_cudagraph_support",
         "AttentionMetadataBuilder.supports_update_block_table",
+        "AttentionCGSupport.ALWAYS",
+        "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE",
         "AttentionCGSupport.NEVER",
         "AttentionImplBase.process_weights_after_loading",
         "CommonAttentionMetadata.query_start_loc",
@@ -65,6 +67,7 @@ HOOKS = {
         "TritonAttentionBackend.forward_includes_kv_cache_update",
         "TritonAttentionImpl.forward",
         "TritonAttentionMetadataBuilder.build",
+        "TritonAttentionMetadataBuilder.build_for_cudagraph_capture",
     ),
     "v1/attention/backends/flashinfer.py": (
         "FlashInferBackend.forward_includes_kv_cache_update",
@@ -108,6 +111,11 @@ HOOKS = {
         "BlockHashToBlockMap.get_one_block",
     ),
     "config/__init__.py": (),
+    "config/compilation.py": (
+        "CompilationConfig.cudagraph_mode",
+        "CompilationConfig.max_cudagraph_capture_size",
+        "CUDAGraphMode.has_full_cudagraphs",
+    ),
     "config/vllm.py": (
         "VllmConfig.additional_config",
         "VllmConfig.max_in_flight_tokens",

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from lagkv_ext.vllm import step
+from lagkv_ext.vllm.companion import SUFFIX, Companion, check_pages, tables_of
 from lagkv_ext.vllm.compress import Work
 from lagkv_ext.vllm.metrics import CompressionTimer, totals
 from lagkv_ext.vllm.settings import Settings, settings_from
-from lagkv_ext.vllm.specs import LagKVCompressedSpec, LagKVRawSpec, spec_from
-
-SUFFIX = ".lagkv"  #: of a layer's companion in the second cache group
+from lagkv_ext.vllm.specs import LagKVRawSpec, spec_from
 
 #: Settings and tokens in flight of the model made last in this process. `customize_spec` is a class method that gets no
 #: configuration; vLLM calls it right after it made the model, whose layers' constructors set this.
@@ -47,62 +46,6 @@ class LagKVBackend:
         return spec_from(LagKVRawSpec, spec, *_current)
 
 
-class Companion(torch.nn.Module, AttentionLayerBase):
-    """A layer's place in the second cache group. It computes nothing: it brings a block table on the same pages."""
-
-    num_heads = 0
-
-    def __init__(self, layer: Any, stock_backend: type, settings: Settings, in_flight: int) -> None:
-        super().__init__()
-        self._layer = [layer]  # not a submodule
-        self._backend = companion_backend(stock_backend)
-        self._settings, self._in_flight = settings, in_flight
-        self.kv_cache = torch.tensor([])
-        self.tables = step.Tables()
-
-    def get_attn_backend(self) -> type:
-        return self._backend
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> LagKVCompressedSpec:
-        spec = self._layer[0].get_kv_cache_spec(vllm_config)
-        return spec_from(LagKVCompressedSpec, spec, self._settings, self._in_flight)
-
-    def shares_pages(self) -> bool:
-        """Tells whether both groups of the layer are views of the same blocks."""
-        own, layers = self.kv_cache, self._layer[0].kv_cache
-        return own.numel() > 0 and (own.data_ptr(), own.stride()) == (layers.data_ptr(), layers.stride())
-
-
-def companion_backend(stock_backend: Any) -> type:
-    """The backend of companions: the pages and kernel blocks of ``stock_backend``, and a builder that takes a table."""
-
-    class CompanionBackend(stock_backend):
-        @classmethod
-        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-            return spec
-
-        @classmethod
-        def full_cls_name(cls) -> tuple[str, str]:
-            return (__name__, f"Companion of {stock_backend.__qualname__}")
-
-        @staticmethod
-        def get_builder_cls() -> type:
-            return CompanionBuilder
-
-    return CompanionBackend
-
-
-class CompanionBuilder(AttentionMetadataBuilder):
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._tables = _tables(vllm_config, [name.removesuffix(SUFFIX) for name in layer_names])
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> None:
-        self._tables.give_compressed(common_attn_metadata.block_table_tensor)
-
-
 class StepMetadata:
     """Attention metadata of a step, complete when both groups' tables are known; otherwise as the stock backend's."""
 
@@ -120,14 +63,20 @@ class LagKVBuilder:
     """In front of an ``AttentionMetadataBuilder``."""
 
     supports_update_block_table = False  # it would take a logical table
+    #: Whether the stock builder's metadata of decode steps can be captured with `step.DecodeBuffers` under it.
+    FULL_GRAPHS: ClassVar[bool] = False
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        # A step has as many pieces as its tokens cross boundaries: no fixed shape. vLLM then takes PIECEWISE graphs,
-        # in which attention runs between graphs.
-        if isinstance(kv_cache_spec, LagKVRawSpec):
-            return AttentionCGSupport.NEVER
-        return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        # A step has as many pieces as its tokens cross boundaries; only where each sequence has one token, the shape is
+        # fixed. vLLM takes PIECEWISE graphs for the other steps, in which attention runs between graphs.
+        stock: AttentionCGSupport = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        # A group of layers of several sizes comes as one specification that holds theirs.
+        specs = getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()
+        if not any(isinstance(spec, LagKVRawSpec) for spec in specs):
+            return stock
+        own = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if cls.FULL_GRAPHS else AttentionCGSupport.NEVER
+        return min(stock, own, key=lambda support: support.value)
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **more: Any
@@ -139,24 +88,67 @@ class LagKVBuilder:
                     f"lagkv: the attention kernel splits blocks of {kv_cache_spec.manager_block} tokens into blocks "
                     f"of {kv_cache_spec.block_size}; use --block-size {kv_cache_spec.block_size}"
                 )
-            self._tables = _tables(vllm_config, layer_names)
+            self._tables = tables_of(vllm_config, layer_names)
             self._pages_checked = False
+            self._building_stock = False
+            self._decode_buffers: step.DecodeBuffers | None = None
+            self._sequences = max(
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+            )
             vllm_config = _with_room_for_pieces(vllm_config, kv_cache_spec.settings.boundary)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **more)  # type: ignore[call-arg]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         build: Callable[..., Any] = super().build  # type: ignore[misc]
-        if not self._lagkv:
+        if not self._lagkv or self._building_stock:
             return build(common_prefix_len, common_attn_metadata, fast_build)
+        common = common_attn_metadata
+        decode = common.max_query_len == 1 and self._captures()
+        return self._complete_later(common, decode, lambda whole: build(common_prefix_len, whole, fast_build))
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        build: Callable[..., Any] = super().build_for_cudagraph_capture  # type: ignore[misc]
+        common = common_attn_metadata
+        if not self._lagkv:
+            return build(common)
+        if common.max_query_len != 1:
+            raise RuntimeError(
+                f"lagkv: vLLM captures a graph of {common.max_query_len} tokens a sequence; please report this"
+            )
+
+        def capture(whole: Any) -> Any:
+            self._building_stock = True  # it calls `build`
+            try:
+                # vLLM's own bound for every replay, not the rows of this dummy run.
+                return build(whole.replace(max_seq_len=common.max_seq_len))
+            finally:
+                self._building_stock = False
+
+        return self._complete_later(common, True, capture)
+
+    def _captures(self) -> bool:
+        mode = self.vllm_config.compilation_config.cudagraph_mode  # type: ignore[attr-defined]
+        return self.FULL_GRAPHS and mode is not None and mode.has_full_cudagraphs()
+
+    def _complete_later(self, common: Any, decode: bool, build: Callable[[Any], Any]) -> StepMetadata:
+        """Metadata that ``build`` completes when the companions' table is known too."""
         if not self._pages_checked:  # pages are bound after builders are made
             check_pages(self.vllm_config, self.layer_names)  # type: ignore[attr-defined]
             self._pages_checked = True
         metadata = StepMetadata()
+        spec: LagKVRawSpec = self.kv_cache_spec  # type: ignore[attr-defined]
 
         def complete(compressed: Tensor) -> None:
-            spec: LagKVRawSpec = self.kv_cache_spec  # type: ignore[attr-defined]
-            common, metadata.work = step.expand(spec, common_attn_metadata, compressed)
-            metadata.stock = build(common_prefix_len, common, fast_build)
+            if decode:
+                if self._decode_buffers is None:
+                    self._decode_buffers = step.DecodeBuffers(
+                        spec, self._sequences, common.block_table_tensor, common.seq_lens
+                    )
+                whole, metadata.work = self._decode_buffers.expand(common, compressed)
+            else:
+                whole, metadata.work = step.expand(spec, common, compressed)
+            metadata.stock = build(whole)
 
         self._tables.give_raw(complete)
         return metadata
@@ -249,28 +241,6 @@ def _keeps_all_tokens(layer: Any, vllm_config: Any) -> bool:
     if getattr(layer, "impl", None) is None or not isinstance(layer, AttentionLayerBase):
         return False
     return isinstance(layer.get_kv_cache_spec(vllm_config), FullAttentionSpec)
-
-
-def _tables(vllm_config: Any, layer_names: list[str]) -> step.Tables:
-    """Meeting point of the builders of a layer's two groups. RuntimeError where vLLM grouped the two differently."""
-    layers = vllm_config.compilation_config.static_forward_context
-    companions = [layers.get(name + SUFFIX) for name in layer_names]
-    if not all(isinstance(companion, Companion) for companion in companions):
-        raise RuntimeError(
-            f"lagkv: vLLM grouped {', '.join(layer_names)} with other layers; please report this"
-        )
-    first: Any = companions[0]
-    first.tables.meet(frozenset(layer_names))
-    return first.tables
-
-
-def check_pages(vllm_config: Any, layer_names: list[str]) -> None:
-    """RuntimeError where vLLM gave the two groups of a layer different memory."""
-    layers = vllm_config.compilation_config.static_forward_context
-    if apart := [name for name in layer_names if not layers[name + SUFFIX].shares_pages()]:
-        raise RuntimeError(
-            f"lagkv: vLLM gave {apart[0]} and {apart[0]}{SUFFIX} different memory; please report this"
-        )
 
 
 def _with_room_for_pieces(vllm_config: Any, boundary: int) -> Any:

@@ -15,7 +15,7 @@ from lagkv_ext.vllm.backend import LagKVBackend, LagKVBuilder, LagKVImpl, side_b
 
 
 class LagKVFlashAttentionBuilder(LagKVBuilder, FlashAttentionMetadataBuilder):
-    pass
+    FULL_GRAPHS = True
 
 
 class LagKVFlashAttentionImpl(LagKVImpl, FlashAttentionImpl):

@@ -114,6 +114,11 @@ class Plan:
         """Entry of the mixed block of state ``k >= first``, where there are any."""
         return self.m(k) * self.kept_blocks + (k - self.first)
 
+    @cached_property
+    def most_appended(self) -> int:
+        """The most entries that one boundary appends."""
+        return self.entries(self.first + 1) - self.entries(self.first)
+
     # -- blocks that a sequence holds
 
     def held(self, processed: int, tokens: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from lagkv_ext.vllm.backend import LagKVBackend, LagKVBuilder, LagKVImpl, side_b
 
 
 class LagKVTritonAttentionBuilder(LagKVBuilder, TritonAttentionMetadataBuilder):
-    pass
+    FULL_GRAPHS = True
 
 
 class LagKVTritonAttentionImpl(LagKVImpl, TritonAttentionImpl):

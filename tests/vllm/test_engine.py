@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from lagkv_ext.vllm.backend import LagKVBuilder
 from tests.vllm.cache import cache_tokens
 from tests.vllm.engine import BLOCK, Engine, engine
 from tests.vllm.models import prompt
@@ -80,6 +81,16 @@ def test_text_survives_preemption_in_a_small_pool(llama, prefix_caching):
         preempted = _count_preemptions(lagkv)
         assert lagkv.generate(prompts, 100) == expected
         assert preempted()
+        lagkv.assert_no_block_is_lost()
+
+
+def test_decode_steps_as_graphs_replay_them_change_no_text(llama, quarter_tokens, monkeypatch):
+    """Compressing in every step, with metadata in fixed buffers; there are no graphs on a CPU (test_graphs.py)."""
+    monkeypatch.setattr(LagKVBuilder, "_captures", lambda self: True)
+    small = {"num_gpu_blocks_override": 110, "max_model_len": 2150, "max_num_batched_tokens": 256}
+    with engine(llama, QUARTER, enable_prefix_caching=True, **small) as lagkv:
+        assert lagkv.generate(PROMPTS, NEW) == quarter_tokens
+        assert lagkv.generate(PROMPTS[::-1], NEW) == quarter_tokens[::-1]
         lagkv.assert_no_block_is_lost()
 
 
