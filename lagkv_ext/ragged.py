@@ -158,7 +158,8 @@ def compress_paged_(
 
     Args:
         key_cache: ``[blocks, block_size, H, Dk]``; float16, bfloat16, float32 or float64; any strides with a contiguous
-            last dimension. Changed: rows between the start and the new length of compressed sequences, nothing else.
+            last dimension. Changed: rows between the start (with
+            ``scores``: ``sink_size``) and the new length of compressed sequences, nothing else.
         value_cache: ``[blocks, block_size, H, Dv]``, same dtype and device. Changed likewise.
         block_table: ``[B, max_blocks]`` int32: the pages of every sequence in order. Entries past the pages of
             ``length`` tokens are never looked at. A page may be shared (a common prefix) as long as no one writes it.
@@ -186,10 +187,8 @@ def compress_paged_(
     method = method_arguments(lag_size, keep_ratio, keep, value_weight, score, smooth, budget)
     method |= _scores(scores, sink_size)
     if arguments.boolean("validate", validate):
-        sizes = (
-            *(method["lag_size"], method["keep"], *key_cache.shape[:2]),
-            *(scores is not None, method.get("sink_size", 0)),
-        )
+        shape, scored = key_cache.shape[:2], (scores is not None, method.get("sink_size", 0))
+        sizes = (method["lag_size"], method["keep"], *shape, *scored)
         validate_numbers(torch.ops.lagkv._check_pages, key_cache, (block_table, start, length), *sizes)
     return torch.ops.lagkv.compress_paged_(key_cache, value_cache, block_table, start, length, **method)
 

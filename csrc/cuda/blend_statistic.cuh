@@ -1,7 +1,8 @@
 // The statistics of a blend (docs/method.md 2): of each token the std statistic against the next partition's
 // bounds, and minus the cosine to its mean direction. Two passes over a partition of one tensor: registers
 // for both states at once would cost blocks per multiprocessor. The second pass comes right after the first,
-// whose rows (L D elements a block) it finds in L2: DRAM is read once.
+// whose rows (L D elements a block) it finds in L2: DRAM is read once as long as the tiles of all
+// blocks at a time fit there.
 //
 //   score = -cos_K + L softmax_t(s_K) + w (-cos_V + L softmax_t(s_V))
 #pragma once

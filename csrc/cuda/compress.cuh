@@ -5,10 +5,10 @@
 // A scoring block takes a run of R partitions of one head (score_run.cuh), copying blocks take the rows
 // before and after.
 //
-// Traffic: reads every element of K and V of the compressed partitions once, one more partition per run, and
-// the kept rows again (from L2); writes the kept rows and the index. Limits: blocks of kThreads; L and D are
-// bounded by memory alone (what does not fit in shared memory goes to scratch); D > 256 elements that are not
-// 16-byte vectors takes WideRow.
+// Traffic: reads every element of K and V of the compressed partitions once (a blend: twice, see there), one
+// more partition per run, and the kept rows again (from L2); writes the kept rows and the index. Limits:
+// blocks of kThreads; L and D are bounded by memory alone (what does not fit in shared memory goes to
+// scratch); D > 256 elements that are not 16-byte vectors takes WideRow.
 #pragma once
 
 #include "score_run.cuh"
@@ -18,8 +18,8 @@ namespace lagkv::cuda {
 template <class T>
 struct CompressLaunch {
   CompressParams<T> args;        // index is null where the scores alone are wanted
-  ScoreTarget<RealOf<T>> score;  // of partition 0 of the first head; null where rows are selected here
-  bool copies;                   // whether rows go to key_out and value_out
+  ScoreTarget<RealOf<T>> score;  // partition 0 of the first head; null where rows are selected here
+  bool copies;                   // true where rows go to key_out and value_out
   unsigned char* scratch;        // [scoring blocks, storage.scratch_bytes]
   CompressPlan plan;
 };

@@ -23,7 +23,7 @@ namespace {
 
 /// Each launcher goes the same way: device guard and current stream (made with the backend), empty, launches.
 class Backend {
-  // First: what returns a lambda is known only behind it.
+  // Before its callers: a return type that is deduced is known from here on.
   auto scratch() {
     return [this](int64_t bytes) { return launcher_.scratch(bytes); };
   }

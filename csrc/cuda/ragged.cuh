@@ -21,7 +21,7 @@ struct RaggedLaunch {
   unsigned char* scratch;  // [blocks, storage.scratch_bytes]
   RaggedPlan plan;
   bool copies;  // packed rows selected at once; in place the rows move afterwards (move.cuh)
-  /// Of row 0 of the first head; null where rows are selected at once. Packed rows: of row 0 of the tensor.
+  /// Row 0 of the first head; null where rows are selected at once. Packed rows: row 0 of the tensor.
   ScoreTarget<RealOf<T>> score;
 };
 

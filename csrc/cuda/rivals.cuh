@@ -2,7 +2,7 @@
 // so a kernel of its own. It knows the type of scores alone. The scores of a head lie one after the other, in
 // the order of its rows.
 //
-// Traffic: reads every score that competes once per 8 bits of its type and twice more, from L2, and writes
+// Traffic: reads every score that competes once per 8 bits of its type and once more, from L2, and writes
 // the index of the kept rows. Limits: none but memory.
 #pragma once
 
@@ -13,9 +13,9 @@ namespace lagkv::cuda {
 /// The scores of a call: every head's, and how many of them are new.
 template <class Real>
 struct HeadScores {
-  ScoreTarget<Real> rows;  // of row 0 of the first head; packed rows: of row 0 of the tensor
+  ScoreTarget<Real> rows;  // at row 0 of the first head; packed rows: at row 0 of the tensor
   const int32_t* offsets;  // packed rows: cu_seqlens; else null
-  SequenceTable table;     // numbers null: all sequences have these
+  SequenceTable table;     // numbers null: start and compressed hold for every sequence
   int64_t start, compressed;
   int64_t batch, heads, lag_size;
 
@@ -44,7 +44,7 @@ struct WrittenKeys {
 
 /// The index that a choice fills.
 struct ChosenIndex {
-  int32_t* index;          // of row 0 of the first head; packed rows: [H, T]
+  int32_t* index;          // row 0 of the first head; packed rows: [H, T]
   int64_t stride;          // from head to head
   const int32_t* offsets;  // packed rows: the new cu_seqlens; else null
 
@@ -66,7 +66,7 @@ struct HeadChoiceLaunch {
 template <class Real>
 struct KeptRivals {
   KeptIndex positions;
-  const Real* score;  // of the first row that competes
+  const Real* score;  // the first row that competes
   Rows<Real> carried;
   int64_t first;  // number of its score among the carried ones
   bool carries;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) choose_in_head_kernel(const HeadChoi
   const int64_t start = scores.start_of(sequence), compressed = scores.compressed_of(sequence);
   const int64_t sink = carried.exists && carried.sink < start ? carried.sink : start;
   const int64_t earlier = start - sink, first = sink - carried.first;
-  if (compressed == 0) {  // nobody is dropped
+  if (compressed == 0) {  // no row is dropped
     if (carried.in.data == carried.out.data) return;
     for (int64_t i = thread_of_block(); i < earlier; i += kThreads) {
       st_global(carried.out.row(sequence, h, first + i, LoadNc{}),

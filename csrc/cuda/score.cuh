@@ -18,6 +18,7 @@ namespace lagkv::cuda {
 
 template <class Layout, Score kScore>
 struct StatisticFor {
+  static_assert(kScore != Score::kBlend, "a blend visits both (blend_statistic.cuh)");
   using Type = std::conditional_t<kScore == Score::kStd, StdStatistic<Layout>, CosineStatistic<Layout>>;
 };
 template <class T, Score kScore>

@@ -52,13 +52,13 @@ struct RunState {
     double inverse_dim;
     T* out;  // row 0 of the output's head
     int64_t out_stride;
-    int64_t reference;  // where its reference lies (Storage)
+    int64_t reference;  // offset of its reference (Storage)
   };
   Side side[2];  // key, value
   int64_t start;
   int32_t first, last;  // partitions of the run
-  int32_t* index;       // of row 0 of the output; null where nothing is selected
-  RealOf<T>* score;     // of partition 0, or null
+  int32_t* index;       // row 0 of the output; unused where nothing is selected
+  RealOf<T>* score;     // partition 0, or null
 
   /// The rows' strides and where they go, by one thread.
   __device__ __forceinline__ void set_side(int side_, const Rows<const T>& x, const Rows<T>& out,

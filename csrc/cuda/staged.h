@@ -3,6 +3,9 @@
 // scoring kernels, whose instances take long to compile; the rest as launch.h.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "gather.cuh"
 #include "launch.h"
 #include "rivals.cuh"
@@ -17,10 +20,11 @@ bool is_staged(const Params& args) {
 
 /// Fills the index of the rows that compete, and the scores that go with those kept.
 template <class T, class Run>
-void launch_choice(const HeadScores<ScoreOf<T>>& scores, const ChosenIndex& index, const Carried<T>& carried,
+void launch_choice(const HeadScores<RealOf<T>>& scores, const ChosenIndex& index, const Carried<T>& carried,
                    int64_t keep, const Run& run) {
-  run(choose_in_head_kernel<ScoreOf<T>>, grid_of(scores.batch * scores.heads), kThreads, 0,
-      HeadChoiceLaunch<ScoreOf<T>>{
+  static_assert(std::is_same_v<RealOf<T>, ScoreOf<T>>, "scores are carried as they are computed");
+  run(choose_in_head_kernel<RealOf<T>>, grid_of(scores.batch * scores.heads), kThreads, 0,
+      HeadChoiceLaunch<RealOf<T>>{
           scores, index, {carried.exists, carried.sink, carried.first, carried.in, carried.out}, keep});
 }
 
@@ -84,7 +88,9 @@ void launch_staged(const RaggedParams<T>& args, const SequenceTable& table, cons
   using Real = RealOf<T>;
   const bool packed = args.is_packed();
   const int64_t elements = (packed ? 1 : args.batch) * args.heads * args.capacity;
-  if (args.batch == 0 || elements == 0) return score(args, table, ScoreTarget<Real>{});
+  if (args.batch == 0 || elements == 0 || args.capacity < 2 * args.lag_size) {
+    return score(args, table, ScoreTarget<Real>{});  // no sequence loses rows
+  }
   auto* const memory = static_cast<Real*>(scratch(elements * static_cast<int64_t>(sizeof(Real))));
   HeadScores<Real> scores{{memory, args.capacity},
                           packed ? args.key.offsets : nullptr,

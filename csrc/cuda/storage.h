@@ -85,8 +85,8 @@ struct Storage {
                             // Dk; blend: [4, Dk], the anchor last)
   int64_t value_reference;  // [3 or 4, Dv] Real
   int64_t partial;     // [warps, 2, max D] T or [warps, max D] Real: each warp's share of the next reference
-  int64_t statistics;  // [2, padded_lag] Real: of key and value; the first becomes the ordered scores (wide:
-                       // [3, ..], blend: [5, ..])
+  int64_t statistics;  // [2, padded_lag] Real: of key and value; the first (smoothed: the second) becomes the
+                       // ordered scores (wide: [3, ..], blend: [5, ..])
   int64_t padded_lag;  // L padded so that scores can be read 16 bytes at a time
   int64_t rows;        // [L] pointers: where the rows of a partition lie (ragged forms)
   int64_t shared_bytes;

@@ -68,8 +68,7 @@ def test_never_waits_for_the_device(score: str) -> None:
     try:
         index = OPS.compress(key, value, START, LAG_SIZE, KEEP, score=score)[2]
         OPS.compact(key, index)
-        scores = OPS.lag_score(key, value, START, LAG_SIZE, score=score)
-        OPS.topk_index(scores, KEEP)
+        OPS.topk_index(OPS.lag_score(key, value, START, LAG_SIZE, score=score), KEEP)
         OPS.partition_bounds(key, START, LAG_SIZE)
         OPS.compress(key, value, START, LAG_SIZE, KEEP, smooth=3, score=score)
         OPS.compress_carried(key, value, carried, START, LAG_SIZE, KEEP, smooth=3, score=score)

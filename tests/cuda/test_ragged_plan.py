@@ -41,25 +41,30 @@ def planner(executor):
     packed=st.booleans(),
     limits=st.sampled_from([H100, A100, {"multiprocessors": 1}]),
     limit=st.sampled_from([48 << 10, 100 << 10]),
+    scores_wanted=st.booleans(),
+    blend=st.booleans(),
 )
 def test_plans_keep_to_the_limits(
-    planner, size, dims, batch, heads, capacity, lag_size, packed, limits, limit
+    planner, size, dims, batch, heads, capacity, lag_size, packed, limits, limit, scores_wanted, blend
 ):
     dims = (0, 0) if min(dims) == 0 else dims
     rows = capacity if packed else batch * capacity
     device = planner.Device(shared_per_block=limit, **limits)
-    made = planner.plan_ragged(size, *dims, batch, heads, rows, lag_size, 1, packed=packed, device=device)
+    made = planner.plan_ragged(
+        *(size, *dims, batch, heads, rows, lag_size, 1),
+        **{"packed": packed, "scores_wanted": scores_wanted, "blend": blend, "device": device},
+    )
     assert made["shared_bytes"] + 2048 <= limit
     assert made["shared_bytes"] % 16 == made["rows"] % 16 == 0
     assert 1 <= made["blocks"] <= made["concurrent"]
     # Fewer blocks than the device holds only where there cannot be as many jobs.
     jobs = heads * (rows // lag_size + rows // made["tile"] + batch)
     assert made["blocks"] >= min(jobs, made["concurrent"])
-    # Scratch: statistics of a partition (wide rows: and norms), bounds of its channels, where its rows lie.
-    real = 8 if size == 8 else 4
-    assert made["scratch_bytes"] <= made["blocks"] * (
-        real * (3 * (lag_size + 4) + 6 * (max(dims) + 8)) + 8 * lag_size + 32
-    )
+    # Scratch: statistics of a partition (wide rows: and norms; a blend: of both scores), bounds (and anchors) of its
+    # channels, where its rows lie.
+    real, statistics, references = 8 if size == 8 else 4, 5 if blend else 3, 8 if blend else 6
+    most = real * (statistics * (lag_size + 4) + references * (max(dims) + 8)) + 8 * lag_size + 32
+    assert made["scratch_bytes"] <= made["blocks"] * most
 
 
 @pytest.mark.parametrize("lag_size", [64, 128, 256, 512, 1024])

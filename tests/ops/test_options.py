@@ -133,7 +133,7 @@ SMALLER = dataclasses.replace(LARGE, length=16 + 128 * 18 + 9, key_dim=64, value
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("lag_size", [128, 1100])
-def test_threads_do_not_matter(backend, lag_size, option):
+def test_large_caches_with_any_threads(backend, lag_size, option):
     case = dataclasses.replace(SMALLER if backend.is_slow else LARGE, lag_size=lag_size, **OPTIONS[option])
     threads = torch.get_num_threads()
     try:

@@ -25,11 +25,11 @@ SIMT_BINDINGS(lagkv_plan, module) {
 
   module.def(
       "row_shape",
-      [](int element_size, int64_t dim, bool aligned, bool blend) {
-        const RowShape shape = row_shape(element_size, dim, aligned, blend);
+      [](int element_size, int64_t dim, bool aligned) {
+        const RowShape shape = row_shape(element_size, dim, aligned);
         return py::make_tuple(shape.elements, shape.lanes, shape.chunks);
       },
-      py::arg("element_size"), py::arg("dim"), py::arg("aligned") = true, py::arg("blend") = false);
+      py::arg("element_size"), py::arg("dim"), py::arg("aligned") = true);
 
   module.def(
       "plan_compress",
@@ -74,10 +74,11 @@ SIMT_BINDINGS(lagkv_plan, module) {
   module.def(
       "plan_ragged",
       [](int element_size, int64_t key_dim, int64_t value_dim, int64_t batch, int64_t heads, int64_t rows,
-         int64_t lag_size, int64_t keep, bool packed, bool aligned, bool blend, const Device& device) {
+         int64_t lag_size, int64_t keep, bool packed, bool aligned, bool scores_wanted, bool blend,
+         const Device& device) {
         const RowShape shape = row_shape(element_size, std::max(key_dim, value_dim), aligned, blend);
         const RaggedPlan plan = plan_ragged(shape, element_size, key_dim, value_dim, batch, heads, rows,
-                                            lag_size, keep, packed, device, blend, blend);
+                                            lag_size, keep, packed, device, scores_wanted, blend);
         py::dict all;
         all["concurrent"] = plan.concurrent;
         all["blocks"] = plan.blocks;
@@ -91,7 +92,8 @@ SIMT_BINDINGS(lagkv_plan, module) {
       },
       py::arg("element_size"), py::arg("key_dim"), py::arg("value_dim"), py::arg("batch"), py::arg("heads"),
       py::arg("rows"), py::arg("lag_size"), py::arg("keep"), py::kw_only(), py::arg("packed") = false,
-      py::arg("aligned") = true, py::arg("blend") = false, py::arg("device") = Device());
+      py::arg("aligned") = true, py::arg("scores_wanted") = false, py::arg("blend") = false,
+      py::arg("device") = Device());
 
   module.def("grid_of", &grid_of, py::arg("blocks"));
   module.attr("threads") = kThreads;
