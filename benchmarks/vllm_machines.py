@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step reads and computes, added up over its sequences."""
+    """Rows and tokens of a step, added up over its sequences."""
 
     tokens: int
     rows_read: int  #: rows that attention reads, those of a sequence once
@@ -45,7 +45,7 @@ class Machine:
 
     @property
     def row_bytes(self) -> int:
-        """Of the keys and values of a token in all layers."""
+        """Bytes of the keys and values of a token in all layers."""
         return self.layers * self.kv_heads * self.head_dim * 2 * 2
 
     def blocks(self, block_size: int) -> int:
@@ -54,7 +54,7 @@ class Machine:
         return int(free / (self.row_bytes * block_size))
 
     def seconds(self, batch: Batch) -> float:
-        """Of a batch in one of the ``pp`` stages."""
+        """Time of a batch in one of the ``pp`` stages."""
         rows = batch.rows_read + batch.tokens + 2 * batch.rows_compressed
         moved = 2 * self.parameters + self.row_bytes * rows
         attention = 4 * self.layers * self.heads * self.head_dim * batch.token_rows

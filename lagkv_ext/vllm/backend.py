@@ -63,7 +63,7 @@ class LagKVBuilder:
     """In front of an ``AttentionMetadataBuilder``."""
 
     supports_update_block_table = False  # it would take a logical table
-    #: Whether the stock builder's metadata of decode steps can be captured with `step.DecodeBuffers` under it.
+    #: True where the stock builder's metadata of decode steps can be captured with `step.DecodeBuffers` under it.
     FULL_GRAPHS: ClassVar[bool] = False
 
     @classmethod

@@ -81,7 +81,7 @@ class Calls(TorchDispatchMode):
 
 
 def paged_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softmax_scale, **_: Any) -> None:
-    """Of one token a sequence; sequences without tokens are padding."""
+    """Attention of one token a sequence; sequences without tokens are padding."""
     for b in range(len(seqused_k)):
         i, rows = int(cu_seqlens_q[b]), torch.arange(int(seqused_k[b]))
         if cu_seqlens_q[b + 1] > i:
@@ -92,7 +92,7 @@ def paged_attention(*, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softm
 
 
 class Layer:
-    """What an implementation reads of its layer."""
+    """The attributes of a layer that an implementation reads."""
 
     def __init__(self, cache: Tensor) -> None:
         self.kv_cache = cache
@@ -171,7 +171,7 @@ class Step:
         )
 
     def fill(self, plan: Any, requests: list[Request]) -> None:
-        """Of a step that computes one token of each request; the rest of the batch is padding."""
+        """Sets up a step that computes one token of each request; the rest of the batch is padding."""
         count = len(requests)
         self.lengths.zero_()
         self.raw.fill_(NULL_BLOCK)
